@@ -1,0 +1,1 @@
+"""Editors: methods that turn a request into an :class:`~driftlens.edits.Edit`."""

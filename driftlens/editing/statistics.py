@@ -1,0 +1,331 @@
+"""Second moments of the keys of one layer: C = E[k k^T], uncentred, over real text.
+
+Locate-then-edit methods write to the direction C^-1 k, which disturbs other keys least
+(ROME, section 3.1). Documents are tokenized one by one with BOS as the model was trained,
+cut at the model's context, and every real token counts. Products are formed in float32 per
+batch and added up in float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from driftlens import bundled
+from driftlens.edits import write_atomically
+from driftlens.errors import DataError, EditError
+from driftlens.interventions import down_in_name
+from driftlens.models import LensModel
+
+DEFAULT_TOKENS = 100_000
+TOKENS_PER_BATCH = 4096
+LONGEST_DOCUMENT = 1024
+SECONDS_BETWEEN_SAVES = 20.0
+
+
+@dataclass(frozen=True)
+class KeyCovariance:
+    """Second moments of the inputs of one down-projection.
+
+    Args:
+        matrix: ``[d_mlp, d_mlp]``, symmetric; ``None`` stands for the identity.
+        count: Tokens that it was averaged over.
+        layer: Whose keys; ``None`` if unknown.
+        source: Where it comes from, for the record.
+    """
+
+    matrix: Float[torch.Tensor, "d_mlp d_mlp"] | None
+    count: int
+    layer: int | None
+    source: str
+
+    def solve(self, key: Float[torch.Tensor, " d_mlp"]) -> Float[torch.Tensor, " d_mlp"]:
+        """``C^-1 key`` in float64.
+
+        Raises:
+            EditError: If the sizes differ, or there were fewer tokens than dimensions, so
+                that the matrix has no inverse.
+        """
+        if self.matrix is None:
+            return key.double()
+        size = self.matrix.shape[0]
+        if size != key.shape[0]:
+            raise EditError(
+                f"The covariance ({self.source}) is of size {size}, the keys of {key.shape[0]}.",
+                "It was made for another model.",
+            )
+        if self.count < size:
+            raise EditError(
+                f"The covariance ({self.source}) was averaged over {self.count} tokens, fewer than "
+                f"its {size} dimensions, so it cannot be inverted.",
+                'Use more text (ten times as many tokens is a start), or covariance="identity".',
+            )
+        solved = torch.linalg.solve(self.matrix.double().cpu(), key.double().cpu())
+        if not torch.isfinite(solved).all():
+            raise EditError(
+                f"The covariance ({self.source}) is singular.",
+                'Use more varied text, or covariance="identity".',
+            )
+        return solved.to(key.device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into an edit's record."""
+        return {"source": self.source, "tokens": self.count, "layer": self.layer}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an ``.npz`` that :func:`load_covariance` reads."""
+        if self.matrix is None:
+            raise EditError("The identity needs no file.", 'Pass covariance="identity".')
+        write_atomically(Path(path), _npz(self))
+
+
+IDENTITY = KeyCovariance(None, 0, None, "identity")
+
+
+def load_covariance(path: str | os.PathLike[str], layer: int | None = None) -> KeyCovariance:
+    """Read second moments from an ``.npz`` file.
+
+    Understands our own files, ``cov`` + ``count``, and the statistics that the ROME and MEMIT
+    authors publish (``mom2.mom2`` is a sum, ``mom2.count`` its number of tokens).
+
+    Raises:
+        DataError: If the file is missing, damaged, or holds none of these.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            content = {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"The covariance {path} cannot be read: {error}.", "Give an .npz file."
+        ) from error
+    except Exception as error:  # zipfile and numpy raise types of their own on damaged files
+        raise DataError(f"The covariance {path} is damaged: {error}.") from error
+    if "mom2.mom2" in content:
+        count = int(content["mom2.count"])
+        matrix = content["mom2.mom2"] / count
+    elif "cov" in content:
+        count, matrix = int(content.get("count", np.iinfo(np.int64).max)), content["cov"]
+    else:
+        raise DataError(
+            f"The covariance {path} holds {sorted(content)}, but neither 'cov' nor 'mom2.mom2'.",
+            "Write it with KeyCovariance.save(), or use the ROME authors' statistics.",
+        )
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not np.isfinite(matrix).all():
+        raise DataError(f"The covariance {path} is not a finite square matrix: {matrix.shape}.")
+    own_layer = int(content["layer"]) if "layer" in content else layer
+    if layer is not None and own_layer != layer:
+        raise DataError(f"The covariance {path} is of layer {own_layer}, not of layer {layer}.")
+    return KeyCovariance(torch.from_numpy(matrix), count, own_layer, f"file {Path(path).name}")
+
+
+def resolve_covariance(
+    model: LensModel, layer: int, given: Any = None, *, progress: bool = True
+) -> KeyCovariance:
+    """What a user gave as ``covariance``, as a :class:`KeyCovariance`.
+
+    Args:
+        given: ``None`` (100,000 tokens of the bundled Wikipedia leads), ``"identity"``, a
+            path to an ``.npz``, a :class:`KeyCovariance`, or any iterable of texts.
+        progress: Whether to show a bar while text is read.
+    """
+    if isinstance(given, KeyCovariance):
+        if given.layer not in (None, layer):
+            raise EditError(f"The covariance is of layer {given.layer}, not of layer {layer}.")
+        return given
+    if given is None:
+        return key_covariance(model, layer, progress=progress)
+    if isinstance(given, str) and given == "identity":
+        return IDENTITY
+    if isinstance(given, (str, os.PathLike)):
+        return load_covariance(given, layer)
+    if isinstance(given, Iterable):
+        return key_covariance(model, layer, given, source="given texts", progress=progress)
+    raise EditError(
+        f"covariance cannot be {type(given).__name__}.",
+        'Give "identity", a path, a KeyCovariance, or texts.',
+    )
+
+
+def wikipedia_leads(seed: int = 1) -> list[str]:
+    """First paragraphs of about ten thousand English Wikipedia articles, shuffled.
+
+    Text under CC BY-SA 4.0, fetched at first use.
+    """
+    content = json.loads(bundled.fetch("wikipedia-leads").read_text(encoding="utf-8"))
+    texts = [f"{item['extract']}" for item in content.values() if item.get("extract")]
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
+def key_covariance(
+    model: LensModel,
+    layer: int,
+    texts: Iterable[str] | None = None,
+    *,
+    max_tokens: int = DEFAULT_TOKENS,
+    source: str = "wikipedia-leads",
+    progress: bool = True,
+    cache: bool = True,
+) -> KeyCovariance:
+    """Second moments of a layer's keys over text, from the cache if they are there.
+
+    The cache is keyed by the unedited weights, layer, texts, token count, cut-off and BOS.
+    An interrupted run goes on where it was last saved.
+
+    Args:
+        texts: Documents; ``None`` for the bundled Wikipedia leads.
+        max_tokens: Where to stop; the last document is cut there.
+        source: Name of the texts, for the record.
+        cache: Whether to read and write the cache.
+
+    Raises:
+        ModelError: If the layer is out of range or has no down-projection.
+        EditError: If the model carries an edit now, or there is no text.
+    """
+    width = model.down_projection(layer).d_mlp
+    if model.weights.is_edited:
+        raise EditError(
+            "The key covariance is that of the unedited model, but an edit is applied.",
+            "Compute it outside of `with edit.applied(model)`.",
+        )
+    documents = _documents(model, wikipedia_leads() if texts is None else texts, max_tokens)
+    if not documents:
+        raise EditError("There is no text to take statistics from.", "Give some documents.")
+    key = _cache_key(model, layer, documents)
+    folder = bundled.cache_dir() / "covariance"
+    finished, partial = folder / f"{key}.npz", folder / f"{key}.partial.npz"
+    if cache and finished.is_file():
+        found = load_covariance(finished, layer)
+        return KeyCovariance(found.matrix, found.count, layer, source)
+    total = _accumulate(model, layer, documents, width, partial if cache else None, progress)
+    count = sum(len(document) for document in documents)
+    result = KeyCovariance((total / count).float(), count, layer, source)
+    if cache:
+        _save_cached(finished, _npz(result))
+        partial.unlink(missing_ok=True)
+    return result
+
+
+def _documents(model: LensModel, texts: Iterable[str], max_tokens: int) -> list[list[int]]:
+    """Token ids of the documents, cut so that there are at most ``max_tokens``."""
+    longest = min(model.info.n_ctx, LONGEST_DOCUMENT)
+    documents: list[list[int]] = []
+    left = max_tokens
+    for text in texts:
+        if not text.strip():
+            continue
+        ids = model.tokens.encode(text).ids[: min(longest, left)]
+        documents.append(ids)
+        left -= len(ids)
+        if left <= 0:
+            break
+    return documents
+
+
+def _cache_key(model: LensModel, layer: int, documents: Sequence[Sequence[int]]) -> str:
+    """Everything that the result depends on; token ids cover texts, tokenizer, BOS and cuts."""
+    digest = hashlib.sha256(f"{model.fingerprint()}:{layer}:{model.info.dtype}:".encode())
+    for document in documents:
+        digest.update(np.asarray([*document, -1], dtype=np.int64).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _batches(documents: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Documents of like length together, so that little is padding. Always the same order."""
+    ordered = sorted(documents, key=len, reverse=True)
+    batches: list[list[list[int]]] = []
+    while ordered:
+        size = max(1, TOKENS_PER_BATCH // len(ordered[0]))
+        batches.append(ordered[:size])
+        ordered = ordered[size:]
+    return batches
+
+
+def _accumulate(
+    model: LensModel,
+    layer: int,
+    documents: Sequence[list[int]],
+    width: int,
+    partial: Path | None,
+    progress: bool,
+) -> Float[torch.Tensor, "d_mlp d_mlp"]:
+    """Sum of k k^T over all tokens, resumed from and saved to ``partial``."""
+    batches = _batches(documents)
+    total, done = _load_partial(partial, width)
+    name = down_in_name(layer)
+    tokens = [sum(map(len, batch)) for batch in batches]
+    bar = tqdm(
+        total=sum(tokens),
+        initial=sum(tokens[:done]),
+        desc=f"key covariance, layer {layer}",
+        unit="tok",
+        unit_scale=True,
+        disable=not progress,
+    )
+    saved = time.monotonic()
+    with bar:
+        for index in range(done, len(batches)):
+            batch = batches[index]
+            keys = model.record(model.tokens.pad(batch), [name], stop_after=layer)[name]
+            real = torch.zeros(keys.shape[:2], dtype=torch.bool, device=keys.device)
+            for row, document in enumerate(batch):
+                real[row, : len(document)] = True
+            flat = keys[real].float()
+            total += (flat.T @ flat).double().cpu()
+            bar.update(tokens[index])
+            if partial is not None and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                _save_cached(partial, _npz_of(total=total.numpy(), done=np.int64(index + 1)))
+                saved = time.monotonic()
+    return total
+
+
+def _load_partial(partial: Path | None, width: int) -> tuple[torch.Tensor, int]:
+    """The sum so far and the number of batches in it; nothing if there is no usable file."""
+    if partial is not None and partial.is_file():
+        try:
+            with np.load(partial, allow_pickle=False) as file:
+                total, done = torch.from_numpy(file["total"]), int(file["done"])
+            if total.shape == (width, width):
+                return total.double(), done
+        except Exception:  # a damaged remainder only costs time
+            partial.unlink(missing_ok=True)
+    return torch.zeros(width, width, dtype=torch.float64), 0
+
+
+def _save_cached(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+    except OSError as error:
+        raise DataError(
+            f"The cache {path.parent} cannot be written to: {error.strerror or error}.",
+            "Free some space, or set DRIFTLENS_CACHE to another folder.",
+        ) from error
+
+
+def _npz(covariance: KeyCovariance) -> bytes:
+    assert covariance.matrix is not None
+    return _npz_of(
+        cov=covariance.matrix.cpu().numpy(),
+        count=np.int64(covariance.count),
+        **({} if covariance.layer is None else {"layer": np.int64(covariance.layer)}),
+    )
+
+
+def _npz_of(**arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()

@@ -1,0 +1,359 @@
+"""An edit: a change of weights and how it came about."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from driftlens import figures
+from driftlens.errors import DataError, EditError
+from driftlens.facts import EditRequest
+from driftlens.models import LensModel
+from driftlens.weights import DenseDelta, Delta, LowRankDelta, tensor_digest
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+FORMAT = 1
+WEIGHTS_FILE = "edit.safetensors"
+RECORD_FILE = "edit.json"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A weight delta that can be switched on and off, and its history.
+
+    Args:
+        deltas: Change of each touched parameter, by Hugging Face parameter name.
+        method: Which editor made it (``"rome"``, ``"external"``, ...).
+        model_name: The model that it was made for.
+        fingerprint: SHA-256 of that model's unedited weights.
+        base_digests: SHA-256 of each touched parameter before the change.
+        requests: The facts that it changes; empty if unknown.
+        config: Hyperparameters, penalties, contexts and covariance, JSON-ready.
+        trace: One record per optimisation step: loss terms, heads held, norms.
+        info: Anything else worth keeping, e.g. seconds.
+    """
+
+    deltas: dict[str, Delta]
+    method: str
+    model_name: str
+    fingerprint: str
+    base_digests: dict[str, str]
+    requests: tuple[EditRequest, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+    _known_good: weakref.WeakSet[LensModel] = field(
+        default_factory=weakref.WeakSet, repr=False, compare=False
+    )
+
+    @property
+    def request(self) -> EditRequest | None:
+        """The fact, if it is exactly one."""
+        return self.requests[0] if len(self.requests) == 1 else None
+
+    @property
+    def rank(self) -> int:
+        """Largest rank of its deltas."""
+        return max(delta.rank for delta in self.deltas.values())
+
+    def __repr__(self) -> str:
+        facts = "; ".join(f"{r.text!r} -> {r.target_new!r}" for r in self.requests) or "unknown"
+        touched = ", ".join(f"{n} (rank {d.rank})" for n, d in self.deltas.items())
+        return f"Edit({self.method} of {self.model_name}: {facts}; changes {touched})"
+
+    @contextmanager
+    def applied(self, model: LensModel) -> Iterator[LensModel]:
+        """Inside, ``model`` is the edited one; afterwards its weights are as before, to the bit.
+
+        May be nested, also with itself, and left in any order.
+
+        Raises:
+            EditError: If the edit was made for other weights.
+        """
+        self.check_fits(model)
+        ticket = model.weights.push(self.deltas)
+        try:
+            yield model
+        finally:
+            model.weights.pop(ticket)
+
+    def check_fits(self, model: LensModel) -> None:
+        """Refuse a model other than the one that the edit was made for.
+
+        The touched parameters must have the bits that they had when the edit was made: in
+        the model without edits, or, for an edit made on top of others, in the model as it is
+        now.
+
+        Raises:
+            EditError: Naming the parameter that differs.
+        """
+        stack = model.weights
+        for name, digest in self.base_digests.items():
+            if name not in stack.parameters:
+                raise EditError(
+                    f"This edit was made for {self.model_name} and changes {name!r}, which "
+                    f"{model.info.name} does not have."
+                )
+            if digest not in (
+                tensor_digest(stack.original(name)),
+                tensor_digest(stack.parameters[name]),
+            ):
+                raise EditError(
+                    f"This edit was made for other weights of {name!r} than {model.info.name} has.",
+                    "Load the model it was made for; an edit made on top of another one needs "
+                    "that one applied first.",
+                )
+        if model not in self._known_good:
+            if self.fingerprint and model.fingerprint() != self.fingerprint:
+                raise EditError(
+                    f"This edit was made for {self.model_name} with other weights than "
+                    f"{model.info.name} has.",
+                    "Load the model that it was made for.",
+                )
+            self._known_good.add(model)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The optimisation trace, one row per step; losses in nats."""
+        import pandas as pd
+
+        return pd.DataFrame(self.trace)
+
+    def plot(self) -> go.Figure:
+        """Loss terms, target probability and heads held, by step."""
+        return figures.edit_trace(self.trace, title=repr(self))
+
+    # --- on disk ---------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``edit.safetensors`` and ``edit.json`` into a folder, each atomically.
+
+        Raises:
+            EditError: If the folder cannot be written; an earlier edit in it stays whole.
+        """
+        from safetensors.torch import save as to_bytes
+
+        tensors: dict[str, torch.Tensor] = {}
+        kinds: dict[str, str] = {}
+        for name, delta in self.deltas.items():
+            if isinstance(delta, LowRankDelta):
+                kinds[name] = "low-rank"
+                tensors[f"{name}|left"] = delta.left.detach().cpu().contiguous()
+                tensors[f"{name}|right"] = delta.right.detach().cpu().contiguous()
+            else:
+                kinds[name] = "dense"
+                tensors[f"{name}|dense"] = delta.tensor.detach().cpu().contiguous()
+        data = to_bytes(tensors)
+        record = {
+            "format": FORMAT,
+            "method": self.method,
+            "model_name": self.model_name,
+            "fingerprint": self.fingerprint,
+            "base_digests": self.base_digests,
+            "deltas": kinds,
+            "tensors_sha256": _sha256(data),
+            "requests": [request.to_dict() for request in self.requests],
+            "config": self.config,
+            "trace": self.trace,
+            "info": self.info,
+        }
+        path = Path(folder)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(path / WEIGHTS_FILE, data)
+            write_atomically(path / RECORD_FILE, json.dumps(record, indent=1).encode())
+        except OSError as error:
+            raise EditError(
+                f"The edit cannot be written to {path}: {error.strerror or error}.",
+                "Choose a folder that can be written to and has space.",
+            ) from error
+        return path
+
+    # --- from outside ----------------------------------------------------------------------
+
+    @classmethod
+    def from_deltas(
+        cls,
+        model: LensModel,
+        deltas: Mapping[str, torch.Tensor | Delta],
+        *,
+        request: EditRequest | Sequence[EditRequest] | None = None,
+        method: str = "external",
+    ) -> Edit:
+        """Wrap weight deltas that were made elsewhere.
+
+        Args:
+            model: The model that they change.
+            deltas: Tensors of the parameters' shapes, or low-rank deltas, by Hugging Face
+                parameter name.
+            request: The fact or facts that they edit, if known.
+            method: What to call the editor.
+
+        Raises:
+            EditError: If there is no delta, a name is unknown, a shape does not fit, or a
+                value is not finite.
+        """
+        if not deltas:
+            raise EditError("There is no weight delta.", "Give at least one changed parameter.")
+        wrapped = {n: d if isinstance(d, Delta) else DenseDelta(d) for n, d in deltas.items()}
+        for name, delta in wrapped.items():
+            if not torch.isfinite(delta.dense()).all():
+                raise EditError(f"The delta for {name!r} is not finite.")
+        model.weights.pop(model.weights.push(wrapped))
+        requests = (request,) if isinstance(request, EditRequest) else tuple(request or ())
+        return make_edit(model, wrapped, method=method, requests=requests)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        model: LensModel,
+        other: Any,
+        *,
+        request: EditRequest | Sequence[EditRequest] | None = None,
+    ) -> Edit:
+        """The difference between a second checkpoint of the same model and ``model``.
+
+        Args:
+            model: The original.
+            other: An edited copy: a Hugging Face model, a state dict, or a folder with
+                safetensors.
+            request: The fact or facts that were edited, if known.
+
+        Raises:
+            EditError: If the checkpoints have other parameters, or do not differ.
+        """
+        state = _state_of(other)
+        deltas: dict[str, torch.Tensor | Delta] = {}
+        for name in model.weights.parameters:
+            original = model.weights.original(name)
+            if name not in state:
+                raise EditError(f"The second checkpoint has no parameter {name!r}.")
+            new = state[name].to(original.device)
+            if new.shape != original.shape:
+                raise EditError(f"{name!r} has another shape in the second checkpoint.")
+            if not torch.equal(new.to(original.dtype), original):
+                wide = torch.promote_types(original.dtype, torch.float32)
+                deltas[name] = (new.to(wide) - original.to(wide)).detach()
+        if not deltas:
+            raise EditError("The two checkpoints have the same weights, so there is no edit.")
+        return cls.from_deltas(model, deltas, request=request, method="checkpoint")
+
+
+def make_edit(model: LensModel, deltas: dict[str, Delta], **fields: Any) -> Edit:
+    """An edit of the model as it is now (other edits may be applied)."""
+    edit = Edit(
+        deltas=deltas,
+        model_name=model.info.name,
+        fingerprint=model.fingerprint(),
+        base_digests={name: tensor_digest(model.weights.parameters[name]) for name in deltas},
+        **fields,
+    )
+    edit._known_good.add(model)
+    return edit
+
+
+def load_edit(folder: str | os.PathLike[str], model: LensModel | None = None) -> Edit:
+    """Read an edit that :meth:`Edit.save` wrote.
+
+    Args:
+        folder: The folder.
+        model: If given, the edit is checked against it at once; otherwise when applied.
+
+    Raises:
+        DataError: If files are missing or damaged.
+        EditError: If the edit was made for another model.
+    """
+    from safetensors.torch import load as from_bytes
+
+    path = Path(folder)
+    try:
+        record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
+        data = (path / WEIGHTS_FILE).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"There is no edit in {path}: {error.strerror or error}.",
+            f"An edit is a folder with {RECORD_FILE} and {WEIGHTS_FILE}, written by Edit.save().",
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path / RECORD_FILE} is damaged: {error}.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise DataError(f"{path / RECORD_FILE} is not an edit of format {FORMAT}.")
+    if record.get("tensors_sha256") != _sha256(data):
+        raise DataError(
+            f"{path / WEIGHTS_FILE} does not belong to {RECORD_FILE}, or is damaged.",
+            "Save the edit again.",
+        )
+    try:
+        tensors = from_bytes(data)
+        deltas: dict[str, Delta] = {
+            name: LowRankDelta(tensors[f"{name}|left"], tensors[f"{name}|right"])
+            if kind == "low-rank"
+            else DenseDelta(tensors[f"{name}|dense"])
+            for name, kind in record["deltas"].items()
+        }
+        edit = Edit(
+            deltas=deltas,
+            method=record["method"],
+            model_name=record["model_name"],
+            fingerprint=record["fingerprint"],
+            base_digests=record["base_digests"],
+            requests=tuple(EditRequest(**fields) for fields in record["requests"]),
+            config=record["config"],
+            trace=record["trace"],
+            info=record["info"],
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path / RECORD_FILE} lacks or misnames a field: {error}.") from error
+    if model is not None:
+        edit.check_fits(model)
+    return edit
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    descriptor, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, path)
+    except BaseException:
+        Path(staging).unlink(missing_ok=True)
+        raise
+
+
+def _sha256(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def _state_of(other: Any) -> dict[str, torch.Tensor]:
+    if isinstance(other, torch.nn.Module):
+        # Without a bridge, and with the tied weights once, as in LensModel.weights.
+        return {n.replace("_original_component.", ""): p for n, p in other.named_parameters()}
+    if isinstance(other, Mapping):
+        return dict(other)
+    path = Path(other)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise EditError(
+            f"The second checkpoint {path} cannot be loaded: {str(error).splitlines()[0]}",
+            "Give a folder that transformers can load.",
+        ) from error
+    return dict(model.named_parameters())

@@ -1,0 +1,46 @@
+"""What went wrong, what was expected, and what to do about it.
+
+Every error that a user can cause is a :class:`DriftLensError`. Its text is one
+sentence about the problem followed by one about the remedy, so that the command
+line can print it as it is, without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class DriftLensError(Exception):
+    """Base of all errors raised on purpose by DriftLens.
+
+    Args:
+        problem: What went wrong, with the offending value in it.
+        remedy: What the user can do about it. Empty if there is nothing to do.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{problem} {remedy}".strip())
+
+
+class ModelError(DriftLensError):
+    """A model cannot be found, loaded, or intervened on."""
+
+
+class TokenError(DriftLensError):
+    """A text cannot be tokenized as asked: subject absent, target empty, ..."""
+
+
+class RequestError(DriftLensError):
+    """An edit request, a prompt or an argument is malformed."""
+
+
+class EditError(DriftLensError):
+    """An edit cannot be computed, applied, saved or loaded."""
+
+
+class DataError(DriftLensError):
+    """A file is missing, damaged, or not in the expected format."""
+
+
+class DownloadError(DriftLensError):
+    """A bundled file could not be fetched or does not have its checksum."""

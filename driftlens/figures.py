@@ -1,0 +1,271 @@
+"""Charts: functions from arrays to plotly figures, without side effects.
+
+Layers are on the y axis with layer 0 at the bottom, heads on the x axis. Attention uses one
+sequential scale for all states; signed quantities a diverging, colour-blind-safe scale that
+is symmetric around 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+CONFIG: dict[str, Any] = {
+    "displaylogo": False,
+    "showSendToCloud": False,
+    "plotlyServerURL": "",
+    "responsive": True,
+}
+"""For ``fig.show(config=CONFIG)`` and ``fig.write_html(config=CONFIG)``: no cloud button."""
+
+SEQUENTIAL = "Cividis"
+DIVERGING = "PuOr_r"
+COLOURS = ["#3b4cc0", "#b35806", "#1b7837", "#762a83", "#666666", "#d01c8b"]
+LAYOUT: dict[str, Any] = {
+    "template": "plotly_white",
+    "font": {"family": "Inter, Helvetica Neue, Arial, sans-serif", "size": 13},
+    "margin": {"l": 60, "r": 20, "t": 70, "b": 55},
+}
+
+
+def head_maps(
+    panels: Mapping[str, np.ndarray],
+    *,
+    title: str,
+    signed: Sequence[str] = (),
+    unit: str = "attention probability",
+    signed_unit: str = "change of attention",
+    limit: float | None = None,
+) -> go.Figure:
+    """Layer x head maps side by side.
+
+    Args:
+        panels: Title of each panel and its ``[layer, head]`` values; NaN stays blank.
+        signed: Titles of the panels that show signed values.
+        unit: Of the others, for the colour bar.
+        signed_unit: Of the signed ones.
+        limit: Top of the common sequential scale; by default the largest value.
+    """
+    names = list(panels)
+    plain = [np.asarray(panels[n], dtype=float) for n in names if n not in signed]
+    diverging = [np.asarray(panels[n], dtype=float) for n in signed if n in panels]
+    fig = make_subplots(cols=len(names), subplot_titles=names, horizontal_spacing=0.06)
+    for column, name in enumerate(names, start=1):
+        values = np.asarray(panels[name], dtype=float)
+        axis = "coloraxis2" if name in signed else "coloraxis"
+        layers, heads = values.shape
+        labels = [[f"L{y}H{x}" for x in range(heads)] for y in range(layers)]
+        fig.add_heatmap(
+            z=values,
+            x=list(range(heads)),
+            y=list(range(layers)),
+            text=labels,
+            coloraxis=axis,
+            hovertemplate="%{text}: %{z:.4f}<extra>" + name + "</extra>",
+            xgap=0.5,
+            ygap=0.5,
+            row=1,
+            col=column,
+        )
+        fig.update_xaxes(title_text="head", dtick=_tick(heads), showgrid=False, row=1, col=column)
+        fig.update_yaxes(showgrid=False, dtick=_tick(layers), row=1, col=column)
+    fig.update_yaxes(title_text="layer", row=1, col=1)
+    layout: dict[str, Any] = dict(LAYOUT)
+    if plain:
+        top = limit if limit is not None else _largest(plain)
+        layout["coloraxis"] = {
+            "colorscale": SEQUENTIAL,
+            "cmin": 0.0,
+            "cmax": top,
+            "colorbar": {"title": {"text": unit, "side": "right"}, "x": 1.01, "len": 0.95},
+        }
+    if diverging:
+        top = _largest([np.abs(d) for d in diverging])
+        layout["coloraxis2"] = {
+            "colorscale": DIVERGING,
+            "cmin": -top,
+            "cmax": top,
+            "colorbar": {
+                "title": {"text": signed_unit, "side": "right"},
+                "x": 1.13 if plain else 1.01,
+                "len": 0.95,
+            },
+        }
+    fig.update_layout(title=title, height=520, width=300 * len(names) + 240, **layout)
+    return fig
+
+
+def sweep_chart(
+    heads: np.ndarray,
+    layers: np.ndarray,
+    windows: Sequence[tuple[int, int]],
+    window_values: np.ndarray,
+    *,
+    everything: float,
+    title: str,
+    unit: str,
+) -> go.Figure:
+    """A patch sweep: each head as a map, each layer and each window of layers as lines.
+
+    Args:
+        heads: ``[layer, head]``.
+        layers: ``[layer]``.
+        windows: First and last layer of each window, inclusive.
+        window_values: One value for each window.
+        everything: The value with all layers and heads patched at once.
+        unit: Of all values.
+    """
+    fig = make_subplots(
+        cols=2,
+        column_widths=[0.42, 0.58],
+        horizontal_spacing=0.2,
+        subplot_titles=["one head at a time", "one layer, or a window of layers, at a time"],
+    )
+    n_layers, n_heads = heads.shape
+    top = _largest([np.abs(heads)])
+    fig.add_heatmap(
+        z=heads,
+        text=[[f"L{y}H{x}" for x in range(n_heads)] for y in range(n_layers)],
+        hovertemplate="%{text}: %{z:.4f}<extra></extra>",
+        colorscale=DIVERGING,
+        zmin=-top,
+        zmax=top,
+        xgap=0.5,
+        ygap=0.5,
+        colorbar={"title": {"text": unit, "side": "right"}, "x": 0.37, "len": 0.95},
+        row=1,
+        col=1,
+    )
+    fig.add_scatter(
+        x=list(range(n_layers)), y=layers, mode="lines+markers", name="one layer",
+        line={"color": COLOURS[0]}, row=1, col=2,
+    )  # fmt: skip
+    if windows:
+        width = windows[0][1] - windows[0][0] + 1
+        fig.add_scatter(
+            x=[(first + last) / 2 for first, last in windows],
+            y=window_values,
+            mode="lines+markers",
+            name=f"{width} layers around",
+            line={"color": COLOURS[1]},
+            customdata=[f"layers {first}-{last}" for first, last in windows],
+            hovertemplate="%{customdata}: %{y:.4f}<extra></extra>",
+            row=1,
+            col=2,
+        )
+    if np.isfinite(everything):
+        fig.add_hline(
+            y=everything, line={"dash": "dot", "color": "#666666"},
+            annotation_text="all layers", row=1, col=2,
+        )  # fmt: skip
+    fig.update_xaxes(title_text="head", dtick=_tick(n_heads), showgrid=False, row=1, col=1)
+    fig.update_yaxes(title_text="layer", dtick=_tick(n_layers), showgrid=False, row=1, col=1)
+    fig.update_xaxes(title_text="layer (centre of the window)", row=1, col=2)
+    fig.update_yaxes(title_text=unit, row=1, col=2)
+    fig.update_layout(
+        title=title, height=520, width=1080, legend={"orientation": "h", "y": -0.15, "x": 0.5},
+        **LAYOUT,
+    )  # fmt: skip
+    return fig
+
+
+def edit_trace(trace: Sequence[Mapping[str, Any]], *, title: str) -> go.Figure:
+    """Loss terms, probability of the target and heads held, by optimisation step."""
+    second = [name for name in ("target_prob", "held_heads") if trace and name in trace[0]]
+    fig = make_subplots(
+        rows=1 + len(second), shared_xaxes=True, vertical_spacing=0.06,
+        row_heights=[0.6, *[0.4 / max(1, len(second))] * len(second)],
+    )  # fmt: skip
+    skipped = {"step", "delta_norm", *second}
+    names = [name for name in (trace[0] if trace else {}) if name not in skipped]
+    steps = [record["step"] for record in trace]
+    for index, name in enumerate(names):
+        fig.add_scatter(
+            x=steps, y=[record[name] for record in trace], name=name, mode="lines",
+            line={"color": COLOURS[index % len(COLOURS)], "width": 3 if name == "loss" else 1.5},
+            row=1, col=1,
+        )  # fmt: skip
+    fig.update_yaxes(title_text="loss (nats)", row=1, col=1)
+    titles = {"target_prob": "P(target)", "held_heads": "heads held"}
+    for row, name in enumerate(second, start=2):
+        fig.add_scatter(
+            x=steps, y=[record[name] for record in trace], name=titles[name], mode="lines",
+            line={"color": "#333333"}, showlegend=False, row=row, col=1,
+        )  # fmt: skip
+        fig.update_yaxes(title_text=titles[name], rangemode="tozero", row=row, col=1)
+    fig.update_xaxes(title_text="step", row=1 + len(second), col=1)
+    fig.update_layout(title=title, height=520, width=760, **LAYOUT)
+    return fig
+
+
+def probability_bars(
+    groups: Mapping[str, Mapping[str, float]], *, title: str, unit: str = "probability"
+) -> go.Figure:
+    """Grouped bars: for each state (x axis), the probability of each answer."""
+    answers = list(dict.fromkeys(answer for bars in groups.values() for answer in bars))
+    fig = go.Figure()
+    for index, answer in enumerate(answers):
+        fig.add_bar(
+            x=list(groups),
+            y=[bars.get(answer, float("nan")) for bars in groups.values()],
+            name=answer,
+            marker_color=COLOURS[index % len(COLOURS)],
+            hovertemplate="%{x}: P(" + answer.replace("%", "%%") + ") = %{y:.4f}<extra></extra>",
+        )
+    fig.update_layout(
+        title=title, yaxis_title=unit, yaxis_rangemode="tozero", barmode="group", height=420,
+        width=620, **LAYOUT,
+    )  # fmt: skip
+    return fig
+
+
+def token_attention(
+    patterns: Mapping[str, np.ndarray], labels: Sequence[str], *, title: str
+) -> go.Figure:
+    """Token-to-token attention of one head, ``[query, key]``, in several states side by side.
+
+    Axes go by position, so repeated tokens stay apart.
+    """
+    names = list(patterns)
+    positions = list(range(len(labels)))
+    ticks = {"tickvals": positions, "ticktext": [repr(x)[1:-1] for x in labels]}
+    fig = make_subplots(
+        cols=len(names), subplot_titles=names, shared_yaxes=True, horizontal_spacing=0.03
+    )
+    for column, name in enumerate(names, start=1):
+        fig.add_heatmap(
+            z=patterns[name],
+            x=positions,
+            y=positions,
+            coloraxis="coloraxis",
+            hovertemplate="%{y} looks at %{x}: %{z:.4f}<extra>" + name + "</extra>",
+            row=1,
+            col=column,
+        )
+        fig.update_xaxes(title_text="key", tickangle=-60, **ticks, row=1, col=column)
+        fig.update_yaxes(autorange="reversed", **ticks, row=1, col=column)
+    fig.update_yaxes(title_text="query", row=1, col=1)
+    fig.update_layout(
+        title=title, height=520, width=420 * len(names) + 160,
+        coloraxis={
+            "colorscale": SEQUENTIAL, "cmin": 0.0, "cmax": 1.0,
+            "colorbar": {"title": {"text": "attention probability", "side": "right"}},
+        },
+        **LAYOUT,
+    )  # fmt: skip
+    return fig
+
+
+def _largest(arrays: Sequence[np.ndarray]) -> float:
+    """The largest finite value, or 1 where there is none to show."""
+    finite = [a[np.isfinite(a)] for a in arrays]
+    top = max((float(f.max()) for f in finite if f.size), default=0.0)
+    return top if top > 0 else 1.0
+
+
+def _tick(count: int) -> int:
+    return max(1, round(count / 12))

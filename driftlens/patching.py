@@ -1,0 +1,821 @@
+"""Causal patching: put one model's attention into the other and read the answers.
+
+*Restore*: run the edited model with the original's attention. If the lost answer comes back,
+the drift was what lost it (paper section 3.4). *Contaminate*: run the original model with the
+edited model's attention. If the answer is lost, the drift alone is enough to lose it.
+
+What can be exchanged, for chosen layers, heads and query positions:
+
+- ``pattern``: attention rows, the values staying the running model's own;
+- ``values``: the values that these rows read, the rows staying the running model's own;
+- ``both``: the heads' whole output.
+
+:func:`patch_activation` exchanges what whole layers write instead (attention output, MLP
+output, residual stream; paper section 3.2).
+
+The steps of one experiment:
+
+1. run the original and the edited model, and record the *source*'s attention;
+2. choose (layer, head, query) triples, and key columns if not whole rows;
+3. run the *target* model with the source's attention there;
+4. read probability, log-probability and rank of the answers in all three runs.
+
+An answer of several tokens is read by teacher forcing; each of its tokens is predicted at a
+"last token" of its own, and ``queries="last"`` patches all of these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from tqdm.auto import tqdm
+
+from driftlens import figures
+from driftlens.attention import head_name, restore_columns
+from driftlens.drift import subjects_of
+from driftlens.edits import Edit
+from driftlens.errors import RequestError
+from driftlens.interventions import (
+    Hook,
+    Rows,
+    pattern_name,
+    replace_activation,
+    replace_heads,
+    values_name,
+)
+from driftlens.models import LensModel
+from driftlens.scoring import ContinuationScore, Question, ask, batch_ids, read_scores
+from driftlens.tokens import Span
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Direction = Literal["restore", "contaminate"]
+Exchange = Literal["pattern", "values", "both"]
+Component = Literal["attn_out", "mlp_out", "resid"]
+Measure = Literal["prob", "logprob"]
+SWEEP_TOKENS_PER_BATCH = 2048
+"""Positions per pass of a sweep; bounds memory, does not change results."""
+
+
+# --- results -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How likely a model finds the answer, and what it is compared with.
+
+    Args:
+        answer: The answer under study.
+        scores: Score of each text that was asked for, the answer among them.
+    """
+
+    answer: str
+    scores: dict[str, ContinuationScore]
+
+    def __getitem__(self, text: str) -> ContinuationScore:
+        return self.scores[text]
+
+    @property
+    def prob(self) -> float:
+        """Probability of the whole answer."""
+        return self.scores[self.answer].prob
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of the whole answer, in nats."""
+        return self.scores[self.answer].logprob
+
+    @property
+    def rank(self) -> int:
+        """0 exactly if greedy decoding gives the answer."""
+        return self.scores[self.answer].rank
+
+
+ROUNDING = 1e-5
+"""A fall of less than this (relative, or in nats) is rounding, not loss."""
+
+
+def recovered_share(original: float, edited: float, patched: float, noise: float) -> float:
+    """Where a patched run lies between the edited (0) and the original (1) one.
+
+    NaN where the edit lost no more than ``noise``, so that there was nothing to recover.
+    """
+    lost = original - edited
+    return (patched - edited) / lost if lost > noise else float("nan")
+
+
+def _share(original: Readout, edited: Readout, patched: Readout, measure: Measure) -> float:
+    _check_choice("measure", measure, Measure)
+    values = [float(getattr(run, measure)) for run in (original, edited, patched)]
+    return recovered_share(*values, ROUNDING * (original.prob if measure == "prob" else 1.0))
+
+
+@dataclass(frozen=True)
+class PatchResult:
+    """One patching experiment.
+
+    Args:
+        original: The unedited model.
+        edited: The edited model.
+        patched: The patched run.
+        direction: ``"restore"``: the edited model with the original's activations;
+            ``"contaminate"``: the reverse.
+        prompt: The prompt.
+        what: What was exchanged, in words.
+    """
+
+    original: Readout
+    edited: Readout
+    patched: Readout
+    direction: Direction
+    prompt: str
+    what: str
+
+    @property
+    def recovered_share(self) -> float:
+        """Share of the answer's lost probability that the patched run has.
+
+        0: the patched run is like the edited model, 1: like the original. When restoring, it
+        is the share that comes back; when contaminating, one minus it is the share that the
+        patch alone loses. NaN where the edit lost nothing.
+        """
+        return _share(self.original, self.edited, self.patched, "prob")
+
+    @property
+    def recovered_share_logprob(self) -> float:
+        """The same in log-probability."""
+        return _share(self.original, self.edited, self.patched, "logprob")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per run and text."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "run": run,
+                    "text": text,
+                    "prob": score.prob,
+                    "logprob": score.logprob,
+                    "rank": score.rank,
+                }
+                for run in ("original", "edited", "patched")
+                for text, score in getattr(self, run).scores.items()
+            ]
+        )
+
+    def plot(self) -> go.Figure:
+        """Bars of the answers' probabilities in the three runs."""
+        return figures.probability_bars(
+            {
+                run: {text: s.prob for text, s in getattr(self, run).scores.items()}
+                for run in ("original", "edited", "patched")
+            },
+            title=f"{self.prompt!r}<br><sub>{self.direction}: {self.what}</sub>",
+        )
+
+    def __repr__(self) -> str:
+        runs = ", ".join(
+            f"{run} {getattr(self, run).prob:.4f}" for run in ("original", "edited", "patched")
+        )
+        return (
+            f"PatchResult(P({self.original.answer!r}): {runs}; recovered share "
+            f"{self.recovered_share:.2f}; {self.direction} {self.what})"
+        )
+
+
+@dataclass(frozen=True)
+class AttentionSweep:
+    """One patch for each head, each layer, each window of layers, and all at once.
+
+    Args:
+        original: The unedited model.
+        edited: The edited model.
+        heads: Readouts ``[layer][head]``.
+        layers: Readouts ``[layer]``.
+        windows: Readouts by (first layer, last layer), inclusive.
+        everything: All layers and heads at once.
+        direction: As in :class:`PatchResult`.
+        exchange: What was exchanged.
+        prompt: The prompt.
+    """
+
+    original: Readout
+    edited: Readout
+    heads: list[list[Readout]]
+    layers: list[Readout]
+    windows: dict[tuple[int, int], Readout]
+    everything: Readout
+    direction: Direction
+    exchange: Exchange
+    prompt: str
+
+    def _share(self, patched: Readout, measure: Measure) -> float:
+        return _share(self.original, self.edited, patched, measure)
+
+    def head_shares(self, measure: Measure = "prob") -> Float[np.ndarray, "layer head"]:
+        """Recovered share of the answer's lost probability, for each head."""
+        return np.array([[self._share(r, measure) for r in row] for row in self.heads])
+
+    def layer_shares(self, measure: Measure = "prob") -> Float[np.ndarray, " layer"]:
+        """The same for each layer."""
+        return np.array([self._share(r, measure) for r in self.layers])
+
+    def window_shares(self, measure: Measure = "prob") -> Float[np.ndarray, " window"]:
+        """The same for each window."""
+        return np.array([self._share(r, measure) for r in self.windows.values()])
+
+    def everything_share(self, measure: Measure = "prob") -> float:
+        """The same with all layers and heads at once."""
+        return self._share(self.everything, measure)
+
+    def top_heads(self, k: int = 10) -> list[tuple[str, float]]:
+        """The ``k`` heads that alone bring most of the answer's probability back.
+
+        Pairs of name and change of P(answer) against the run that was patched.
+        """
+        start = self.edited.prob if self.direction == "restore" else self.original.prob
+        sign = 1.0 if self.direction == "restore" else -1.0
+        changes = [
+            (head_name(y, x), readout.prob - start)
+            for y, row in enumerate(self.heads)
+            for x, readout in enumerate(row)
+        ]
+        return sorted(changes, key=lambda pair: -sign * pair[1])[:k]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per patch and text; ``kind`` is head, layer, window, everything or baseline."""
+        import pandas as pd
+
+        rows: list[dict[str, Any]] = []
+
+        def add(kind: str, first: Any, last: Any, head: Any, readout: Readout) -> None:
+            for text, s in readout.scores.items():
+                share = (
+                    self._share(readout, "prob") if text == readout.answer else float("nan")
+                )
+                rows.append(
+                    {
+                        "kind": kind,
+                        "first_layer": first,
+                        "last_layer": last,
+                        "head": head,
+                        "text": text,
+                        "prob": s.prob,
+                        "logprob": s.logprob,
+                        "rank": s.rank,
+                        "recovered_share": share,
+                    }
+                )
+
+        add("original", None, None, None, self.original)
+        add("edited", None, None, None, self.edited)
+        for y, row in enumerate(self.heads):
+            for x, readout in enumerate(row):
+                add("head", y, y, x, readout)
+        for y, readout in enumerate(self.layers):
+            add("layer", y, y, None, readout)
+        for (first, last), readout in self.windows.items():
+            add("window", first, last, None, readout)
+        add("everything", 0, len(self.layers) - 1, None, self.everything)
+        return pd.DataFrame(rows)
+
+    def plot(self) -> go.Figure:
+        """Change of P(answer) by head (map), by layer and by window (lines)."""
+        start = self.edited.prob if self.direction == "restore" else self.original.prob
+        answer = self.original.answer
+        return figures.sweep_chart(
+            np.array([[r.prob - start for r in row] for row in self.heads]),
+            np.array([r.prob - start for r in self.layers]),
+            list(self.windows),
+            np.array([r.prob - start for r in self.windows.values()]),
+            everything=self.everything.prob - start,
+            title=(
+                f"{self.direction.capitalize()} attention ({self.exchange}): {self.prompt!r}"
+                f"<br><sub>P({answer!r}): original {self.original.prob:.4f}, edited "
+                f"{self.edited.prob:.4f}, all layers patched {self.everything.prob:.4f}</sub>"
+            ),
+            unit=f"change of P({answer})",
+        )
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{name} {change:+.4f}" for name, change in self.top_heads(3))
+        return (
+            f"AttentionSweep({self.direction} {self.exchange}: P({self.original.answer!r}) "
+            f"original {self.original.prob:.4f}, edited {self.edited.prob:.4f}, everything patched "
+            f"{self.everything.prob:.4f}; best heads {best})"
+        )
+
+
+# --- experiments ---------------------------------------------------------------------------
+
+
+def patch_attention(
+    model: LensModel,
+    edit: Edit,
+    prompt: str,
+    subject: str | None = None,
+    answer: str = "",
+    *,
+    layers: Iterable[int] | None = None,
+    heads: Iterable[int | str | tuple[int, int]] | None = None,
+    queries: Literal["last", "all"] | Iterable[int] = "last",
+    columns: Literal["subject_last", "subject"] | Iterable[int] | None = None,
+    exchange: Exchange = "pattern",
+    direction: Direction = "restore",
+    compare: Sequence[str] | None = None,
+    occurrence: int = 0,
+) -> PatchResult:
+    """Run one model with the other's attention in chosen places.
+
+    Args:
+        model: Without the edit applied.
+        edit: Which edit.
+        prompt: A prompt that the answer is to follow.
+        subject: The edited subject, which must be in the prompt; by default that of the edit
+            (which then is looked for only if ``columns`` needs it).
+        answer: The answer whose probability is read, of one token or several.
+        layers: Layers to patch; ``None`` for all.
+        heads: Heads to patch: numbers (in each of the layers), names such as ``"L9H6"`` or
+            (layer, head) pairs; ``None`` for all.
+        queries: Query positions whose rows are patched: ``"last"`` (where the answer's tokens
+            are predicted), ``"all"``, or positions, negative ones from the prompt's end.
+        columns: Key positions to restore: the subject's last token, the whole subject, or
+            positions. The other columns keep their proportions and are scaled so that the
+            row still sums to one; the result says so. ``None`` exchanges whole rows.
+        exchange: ``"pattern"``, ``"values"`` or ``"both"``.
+        direction: ``"restore"`` or ``"contaminate"``.
+        compare: Further texts to read; by default the edit's new target.
+        occurrence: Which occurrence of the subject, 0 the first.
+
+    Raises:
+        RequestError: If a layer, head, position or option does not exist.
+        TokenError: If the subject is absent or the answer empty.
+        EditError: If the edit is not one of this model.
+    """
+    _check_choice("exchange", exchange, Exchange)
+    _check_choice("direction", direction, Direction)
+    if columns is not None and exchange != "pattern":
+        raise RequestError(
+            "Key columns can be chosen for exchange='pattern' only.", "Leave columns out."
+        )
+    questions = _questions(model, edit, prompt, answer, compare)
+    places = resolve_heads(model, layers, heads)
+    span = _subject_span(model, edit, prompt, subject, occurrence, columns)
+    with _two_models(model, edit, direction) as runs:
+        trio = _baselines(runs, questions)
+        ids, at = batch_ids(model, questions)
+        source = runs.source(ids, sorted({layer for layer, _ in places}), exchange)
+        where = {
+            layer: _where(model, questions, ids.shape[1], [h for y, h in places if y == layer],
+                          queries)
+            for layer in source.layers
+        }  # fmt: skip
+        column_mask = _column_mask(columns, span, questions[0], ids.shape[1])
+        with runs.target():
+            hooks = _exchange_hooks(model, ids, source, where, exchange, column_mask)
+            with torch.no_grad():
+                logits = model.run(ids, hooks, at=at)
+    patched = _readout(questions, read_scores(logits, questions))
+    what = _describe(model, places, queries, columns, exchange)
+    return PatchResult(*trio, patched, direction, prompt, what)
+
+
+def patch_activation(
+    model: LensModel,
+    edit: Edit,
+    prompt: str,
+    answer: str,
+    component: Component,
+    *,
+    layers: Iterable[int] | None = None,
+    queries: Literal["last", "all"] | Iterable[int] = "last",
+    direction: Direction = "contaminate",
+    compare: Sequence[str] | None = None,
+) -> PatchResult:
+    """Run one model with what the other's layers write (paper section 3.2, figure 3).
+
+    Args:
+        component: ``"attn_out"`` (what attention adds to the residual stream), ``"mlp_out"``
+            (what the MLP adds) or ``"resid"`` (the residual stream after a block).
+        layers: Whose; ``None`` for all.
+        queries: Positions, as in :func:`patch_attention`.
+
+    The other arguments, and errors, are those of :func:`patch_attention`.
+    """
+    _check_choice("component", component, Component)
+    _check_choice("direction", direction, Direction)
+    questions = _questions(model, edit, prompt, answer, compare)
+    chosen = sorted({layer for layer, _ in resolve_heads(model, layers, None)})
+    names = {layer: f"blocks.{layer}.{_HOOK_OF[component]}" for layer in chosen}
+    with _two_models(model, edit, direction) as runs:
+        trio = _baselines(runs, questions)
+        ids, at = batch_ids(model, questions)
+        with runs.origin():
+            recorded = model.record(ids, list(names.values()))
+        where = _where(model, questions, ids.shape[1], [0], queries)[:, 0]
+        hooks = [replace_activation(n, where, recorded[n]) for n in names.values()]
+        with runs.target(), torch.no_grad():
+            logits = model.run(ids, hooks, at=at)
+    patched = _readout(questions, read_scores(logits, questions))
+    what = f"{component} of {_layers_in_words(model, chosen)}, {_queries_in_words(queries)}"
+    return PatchResult(*trio, patched, direction, prompt, what)
+
+
+_HOOK_OF = {"attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out", "resid": "hook_resid_post"}
+
+
+def sweep_attention(
+    model: LensModel,
+    edit: Edit,
+    prompt: str,
+    subject: str | None = None,
+    answer: str = "",
+    *,
+    window: int | None = None,
+    queries: Literal["last", "all"] | Iterable[int] = "last",
+    columns: Literal["subject_last", "subject"] | Iterable[int] | None = None,
+    exchange: Exchange = "pattern",
+    direction: Direction = "restore",
+    compare: Sequence[str] | None = None,
+    occurrence: int = 0,
+    progress: bool = True,
+) -> AttentionSweep:
+    """Patch every head, every layer, and every window of layers, one at a time.
+
+    Args:
+        window: Number of layers in a sliding window; by default a fifth of the model, the
+            share of the paper's windows.
+        progress: Whether to show a bar.
+
+    The other arguments, and errors, are those of :func:`patch_attention`.
+    """
+    _check_choice("exchange", exchange, Exchange)
+    _check_choice("direction", direction, Direction)
+    if columns is not None and exchange != "pattern":
+        raise RequestError(
+            "Key columns can be chosen for exchange='pattern' only.", "Leave columns out."
+        )
+    n_layers, n_heads = model.info.n_layers, model.info.n_heads
+    width = max(1, n_layers // 5) if window is None else window
+    if not 1 <= width <= n_layers:
+        raise RequestError(f"A window of {width} layers does not fit.", f"Use 1 to {n_layers}.")
+    questions = _questions(model, edit, prompt, answer, compare)
+    span = _subject_span(model, edit, prompt, subject, occurrence, columns)
+    windows = [(first, first + width - 1) for first in range(n_layers - width + 1)]
+    places = _sweep_places(n_layers, n_heads, windows)
+    found: list[dict[str, ContinuationScore]] = [{} for _ in places]
+    with _two_models(model, edit, direction) as runs:
+        trio = _baselines(runs, questions)
+        with tqdm(
+            total=len(places) * len(questions), desc="patching", unit="patch", disable=not progress
+        ) as bar:
+            for question in questions:
+                for index, score in _sweep_one(
+                    model, runs, question, places, span, queries, columns, exchange, bar
+                ):
+                    found[index][question.text] = score
+    readouts = [Readout(questions[0].text, scores) for scores in found]
+    n = n_layers * n_heads
+    return AttentionSweep(
+        original=trio[0],
+        edited=trio[1],
+        heads=[readouts[y * n_heads : (y + 1) * n_heads] for y in range(n_layers)],
+        layers=readouts[n : n + n_layers],
+        windows=dict(zip(windows, readouts[n + n_layers : -1], strict=True)),
+        everything=readouts[-1],
+        direction=direction,
+        exchange=exchange,
+        prompt=prompt,
+    )
+
+
+def _sweep_places(
+    n_layers: int, n_heads: int, windows: Sequence[tuple[int, int]]
+) -> list[list[tuple[int, int]]]:
+    """The (layer, head) pairs of each patch of a sweep, in the order of the result."""
+    one_head = [[(y, x)] for y in range(n_layers) for x in range(n_heads)]
+    whole = [[(y, x) for x in range(n_heads)] for y in range(n_layers)]
+    several = [[p for y in range(a, b + 1) for p in whole[y]] for a, b in windows]
+    return [*one_head, *whole, *several, [p for row in whole for p in row]]
+
+
+def _sweep_one(
+    model: LensModel,
+    runs: _Runs,
+    question: Question,
+    places: Sequence[Sequence[tuple[int, int]]],
+    span: Span | None,
+    queries: Any,
+    columns: Any,
+    exchange: Exchange,
+    bar: Any,
+) -> Iterator[tuple[int, ContinuationScore]]:
+    """All patches of one question: each is one row of a batch of equal sequences."""
+    ids, _ = batch_ids(model, [question])
+    source = runs.source(ids, list(range(model.info.n_layers)), exchange)
+    mask = _column_mask(columns, span, question, ids.shape[1])
+    size = max(1, SWEEP_TOKENS_PER_BATCH // ids.shape[1])
+    for start in range(0, len(places), size):
+        batch = places[start : start + size]
+        rows = len(batch)
+        repeated = [question] * rows
+        where: dict[int, torch.Tensor] = {}
+        for row, chosen in enumerate(batch):
+            for layer in sorted({y for y, _ in chosen}):
+                heads = [x for y, x in chosen if y == layer]
+                if layer not in where:
+                    shape = (rows, model.info.n_heads, ids.shape[1])
+                    where[layer] = torch.zeros(shape, dtype=torch.bool)
+                where[layer][row] = _where(model, [question], ids.shape[1], heads, queries)[0]
+        batch_of_ids = ids.expand(rows, -1)
+        at = torch.tensor([question.predicting] * rows)
+        with runs.target():
+            hooks = _exchange_hooks(
+                model, batch_of_ids, source.expand(rows), where, exchange, mask
+            )
+            with torch.no_grad():
+                logits = model.run(batch_of_ids, hooks, at=at)
+        for row, score in enumerate(read_scores(logits, repeated)):
+            yield start + row, score
+        bar.update(rows)
+
+
+# --- the two models ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exchanged: the source's patterns and values by layer."""
+
+    patterns: dict[int, torch.Tensor]
+    values: dict[int, torch.Tensor]
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self.patterns)
+
+    def expand(self, rows: int) -> _Source:
+        return _Source(
+            {y: t.expand(rows, -1, -1, -1) for y, t in self.patterns.items()},
+            {y: t.expand(rows, -1, -1, -1) for y, t in self.values.items()},
+        )
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Which model is the source of activations and which is the target of the patch."""
+
+    model: LensModel
+    original: Callable[[], Any]
+    edited: Callable[[], Any]
+    direction: Direction
+
+    def origin(self) -> Any:
+        """Context in which the model is the one that activations are taken from."""
+        return self.original() if self.direction == "restore" else self.edited()
+
+    def target(self) -> Any:
+        """Context in which the model is the one that is patched."""
+        return self.edited() if self.direction == "restore" else self.original()
+
+    def source(self, ids: torch.Tensor, layers: Sequence[int], exchange: Exchange) -> _Source:
+        names = [pattern_name(y) for y in layers]
+        if exchange != "pattern":
+            names += [values_name(y) for y in layers]
+        with self.origin():
+            seen = self.model.record(ids, names)
+        return _Source(
+            {y: seen[pattern_name(y)] for y in layers},
+            {y: seen[values_name(y)] for y in layers if values_name(y) in seen},
+        )
+
+
+@contextmanager
+def _two_models(model: LensModel, edit: Edit, direction: Direction) -> Iterator[_Runs]:
+    yield _Runs(model, nullcontext, lambda: edit.applied(model), direction)
+
+
+def _baselines(runs: _Runs, questions: Sequence[Question]) -> tuple[Readout, Readout]:
+    """The original's and the edited model's own answers."""
+    found = []
+    ids, at = batch_ids(runs.model, questions)
+    for context in (runs.original, runs.edited):
+        with context(), torch.no_grad():
+            logits = runs.model.run(ids, at=at)
+        found.append(_readout(questions, read_scores(logits, questions)))
+    return found[0], found[1]
+
+
+def _exchange_hooks(
+    model: LensModel,
+    ids: torch.Tensor,
+    source: _Source,
+    where: dict[int, Bool[torch.Tensor, "batch head query"]],
+    exchange: Exchange,
+    columns: Bool[torch.Tensor, " key"] | None,
+) -> list[Hook]:
+    """Hooks of a whole patch, in ascending order of layers.
+
+    Where a patch needs the running model's own attention (values only, key columns) and the
+    architecture delivers it too late, it is recorded beforehand, layer by layer, each time
+    with the patches of the layers below in place.
+    """
+    needs_own = exchange == "values" or columns is not None
+    hooks: list[Hook] = []
+    for layer in sorted(where):
+        own = None
+        if needs_own and not model.pattern_comes_first:
+            name = pattern_name(layer)
+            own = model.record(ids, [name], hooks, stop_after=layer)[name]
+        values = None if exchange == "pattern" else source.values[layer]
+        hooks += replace_heads(
+            layer, where[layer], _rows_to_use(source, layer, exchange, columns), values, own
+        )
+    return hooks
+
+
+def _rows_to_use(
+    source: _Source, layer: int, exchange: Exchange, columns: torch.Tensor | None
+) -> Rows:
+    if exchange == "values":
+        return lambda own: own
+    rows = source.patterns[layer]
+    if columns is None:
+        return rows
+    return lambda own: restore_columns(own, rows.to(own), columns.to(own.device))
+
+
+# --- resolving what was asked for ----------------------------------------------------------
+
+
+def resolve_heads(
+    model: LensModel,
+    layers: Iterable[int] | None,
+    heads: Iterable[int | str | tuple[int, int]] | None,
+) -> list[tuple[int, int]]:
+    """The (layer, head) pairs that are meant.
+
+    Raises:
+        RequestError: If a head does not exist or is written in an unknown way.
+        ModelError: If a layer is out of range.
+    """
+    chosen = range(model.info.n_layers) if layers is None else layers
+    wanted = [model.check_layer(int(layer)) for layer in chosen]
+    if not wanted:
+        raise RequestError("No layer is chosen.", "Name at least one, or leave layers out.")
+    if heads is None:
+        return [(y, x) for y in wanted for x in range(model.info.n_heads)]
+    found: list[tuple[int, int]] = []
+    for head in [heads] if isinstance(heads, (int, str)) else heads:
+        if isinstance(head, str):
+            match = re.fullmatch(r"L(\d+)H(\d+)", head)
+            if match is None:
+                raise RequestError(f"{head!r} is no head.", 'Write it like "L9H6".')
+            found.append((int(match[1]), int(match[2])))
+        elif isinstance(head, int):
+            found += [(y, head) for y in wanted]
+        else:
+            found.append((int(head[0]), int(head[1])))
+    for y, x in found:
+        model.check_layer(y)
+        if not 0 <= x < model.info.n_heads:
+            raise RequestError(
+                f"{model.info.name} has no head {head_name(y, x)}.",
+                f"Heads are 0 to {model.info.n_heads - 1}.",
+            )
+    if not found:
+        raise RequestError("No head is chosen.", "Name at least one, or leave heads out.")
+    return sorted(set(found))
+
+
+def _check_choice(name: str, value: str, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise RequestError(f"{name} is {value!r}.", f"Choose one of {', '.join(get_args(kind))}.")
+
+
+def _questions(
+    model: LensModel, edit: Edit, prompt: str, answer: str, compare: Sequence[str] | None
+) -> list[Question]:
+    if not answer.strip():
+        raise RequestError("There is no answer to read.", 'Pass answer="...".')
+    if compare is None:
+        new = edit.request.target_new if edit.request else None
+        compare = [] if new is None or new == answer else [new]
+    return [ask(model, prompt, text) for text in dict.fromkeys([answer, *compare])]
+
+
+def _subject_span(
+    model: LensModel,
+    edit: Edit,
+    prompt: str,
+    subject: str | None,
+    occurrence: int,
+    columns: Any,
+) -> Span | None:
+    if subject is None and not isinstance(columns, str):
+        return None
+    (name,) = subjects_of(edit, subject, 1)
+    return model.tokens.find_subject(model.tokens.encode(prompt), name, occurrence)
+
+
+def _where(
+    model: LensModel,
+    questions: Sequence[Question],
+    width: int,
+    heads: Sequence[int],
+    queries: Any,
+) -> Bool[torch.Tensor, "batch head query"]:
+    """The (head, query) pairs to patch in one layer, for each question."""
+    where = torch.zeros(len(questions), model.info.n_heads, width, dtype=torch.bool)
+    for row, question in enumerate(questions):
+        positions = _positions(question, queries)
+        for head in heads:
+            where[row, head, positions] = True
+    return where
+
+
+def _positions(question: Question, queries: Any) -> list[int]:
+    length = len(question.prompt)
+    if isinstance(queries, str):
+        _check_choice("queries", queries, Literal["last", "all"])
+        return question.predicting if queries == "last" else list(range(len(question.ids)))
+    positions = []
+    for query in [queries] if isinstance(queries, int) else queries:
+        if not -length <= query < length:
+            raise RequestError(
+                f"There is no query position {query} in a prompt of {length} tokens."
+            )
+        positions.append(query % length)
+    if not positions:
+        raise RequestError("No query position is chosen.", 'Use "last", "all" or positions.')
+    return positions
+
+
+def _column_mask(
+    columns: Any, span: Span | None, question: Question, width: int
+) -> Bool[torch.Tensor, " key"] | None:
+    if columns is None:
+        return None
+    mask = torch.zeros(width, dtype=torch.bool)
+    if isinstance(columns, str):
+        _check_choice("columns", columns, Literal["subject_last", "subject"])
+        assert span is not None
+        first = span.last if columns == "subject_last" else span.start
+        mask[first : span.end] = True
+        return mask
+    length = len(question.prompt)
+    for column in [columns] if isinstance(columns, int) else columns:
+        if not -length <= column < length:
+            raise RequestError(f"There is no key column {column} in a prompt of {length} tokens.")
+        mask[column % length] = True
+    return mask
+
+
+def _readout(questions: Sequence[Question], scores: Sequence[ContinuationScore]) -> Readout:
+    return Readout(questions[0].text, {q.text: s for q, s in zip(questions, scores, strict=True)})
+
+
+# --- in words ------------------------------------------------------------------------------
+
+
+def _describe(
+    model: LensModel,
+    places: Sequence[tuple[int, int]],
+    queries: Any,
+    columns: Any,
+    exchange: Exchange,
+) -> str:
+    layers = sorted({y for y, _ in places})
+    if len(places) == len(layers) * model.info.n_heads:
+        where = f"all heads of {_layers_in_words(model, layers)}"
+    else:
+        where = ", ".join(head_name(y, x) for y, x in places)
+    words = f"attention {exchange} of {where}, {_queries_in_words(queries)}"
+    if columns is not None:
+        named = columns if isinstance(columns, str) else list(columns)
+        words += f", key columns {named} (rows renormalised)"
+    return words
+
+
+def _layers_in_words(model: LensModel, layers: Sequence[int]) -> str:
+    if len(layers) == model.info.n_layers:
+        return "all layers"
+    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]}-{layers[-1]}"
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {list(layers)}"
+
+
+def _queries_in_words(queries: Any) -> str:
+    if isinstance(queries, str):
+        return {"last": "rows of the last token", "all": "rows of all tokens"}[queries]
+    return f"rows of the positions {queries if isinstance(queries, int) else list(queries)}"

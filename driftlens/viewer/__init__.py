@@ -1,0 +1,7 @@
+"""One self-contained HTML page about one edit: see :func:`driftlens.viewer.page`."""
+
+from __future__ import annotations
+
+from driftlens.viewer.page import PageData, State, Sweep, Table, page
+
+__all__ = ["PageData", "State", "Sweep", "Table", "page"]

@@ -1,0 +1,169 @@
+"""Weight deltas, and switching them on and off without losing a bit.
+
+The model is never copied. While deltas are active only the touched parameters are kept
+aside; whenever the set of active deltas changes, each touched parameter is written anew as
+``original + sum of active deltas``, and when none is left the original bits are copied back.
+So deltas may be switched off in any order, and an exception loses nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from driftlens.errors import EditError
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """A change of one weight matrix, ``left @ right.T``, in the parameter's own orientation.
+
+    Args:
+        left: ``[rows, rank]``.
+        right: ``[columns, rank]``.
+    """
+
+    left: Float[torch.Tensor, "rows rank"]
+    right: Float[torch.Tensor, "columns rank"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter that it changes."""
+        return (self.left.shape[0], self.right.shape[0])
+
+    @property
+    def rank(self) -> int:
+        """Number of outer products."""
+        return int(self.left.shape[1])
+
+    def dense(self) -> Float[torch.Tensor, "rows columns"]:
+        """The change as a full matrix."""
+        return self.left @ self.right.T
+
+
+@dataclass(frozen=True)
+class DenseDelta:
+    """A change of one parameter of any shape, stored as it is."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter that it changes."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def rank(self) -> int:
+        """The numerical rank of a matrix; 1 for a vector."""
+        if self.tensor.ndim != 2:
+            return 1
+        return int(torch.linalg.matrix_rank(self.tensor.float()))
+
+    def dense(self) -> torch.Tensor:
+        """The change itself."""
+        return self.tensor
+
+
+Delta = LowRankDelta | DenseDelta
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes; the same on every device."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        digest.update(f"{name}:{tensor_digest(parameters[name])};".encode())
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().astype(np.uint8, copy=False))
+
+
+class WeightStack:
+    """The parameters of one model and the deltas that are active on them.
+
+    Args:
+        parameters: Live parameters by name; they are changed in place.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self.parameters = dict(parameters)
+        self._active: dict[int, dict[str, Delta]] = {}
+        self._originals: dict[str, torch.Tensor] = {}
+        self._tickets = itertools.count()
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether any delta is active now."""
+        return bool(self._active)
+
+    def original(self, name: str) -> torch.Tensor:
+        """A parameter as it is without any active delta."""
+        return self._originals.get(name, self.parameters[name])
+
+    def push(self, deltas: Mapping[str, Delta]) -> int:
+        """Switch deltas on; the returned ticket switches them off again.
+
+        Raises:
+            EditError: If a name or a shape does not fit. Nothing is changed then.
+        """
+        for name, delta in deltas.items():
+            if name not in self.parameters:
+                raise EditError(
+                    f"The model has no parameter {name!r}.",
+                    "Names are those of the Hugging Face model's named_parameters().",
+                )
+            shape = tuple(self.parameters[name].shape)
+            if delta.shape != shape:
+                raise EditError(f"The delta for {name!r} has shape {delta.shape}, not {shape}.")
+        ticket = next(self._tickets)
+        new = {n: self.parameters[n].detach().clone() for n in deltas if n not in self._originals}
+        self._originals.update(new)
+        self._active[ticket] = dict(deltas)
+        try:
+            self._write(deltas)
+        except BaseException:
+            self.pop(ticket)
+            raise
+        return ticket
+
+    def pop(self, ticket: int) -> None:
+        """Switch the deltas of one ticket off; a ticket that is off already is ignored."""
+        deltas = self._active.pop(ticket, None)
+        if deltas is not None:
+            self._write(deltas)
+
+    def _write(self, names: Iterable[str]) -> None:
+        """Bring parameters into line with the active deltas."""
+        with torch.no_grad():
+            for name in names:
+                parameter, original = self.parameters[name], self._originals[name]
+                active = [d[name] for d in self._active.values() if name in d]
+                if active:
+                    parameter.copy_(_sum(original, active))
+                else:
+                    parameter.copy_(original)
+                    del self._originals[name]
+
+
+def _sum(original: torch.Tensor, deltas: list[Delta]) -> torch.Tensor:
+    """``original`` plus deltas, added in float32 or better and rounded once."""
+    precision = torch.promote_types(original.dtype, torch.float32)
+    total = original.to(precision)
+    for delta in deltas:
+        total = total + delta.dense().to(device=original.device, dtype=precision)
+    return total.to(original.dtype)

@@ -1,0 +1,851 @@
+"""The HTML page: what it refuses, what it escapes, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import html.parser
+import itertools
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from driftlens.errors import DataError
+from driftlens.viewer import PageData, State, Sweep, Table, page
+
+LAYERS, HEADS = 30, 9
+STORED = ("L21H4", "L17H0", "L24H7", "L9H6")
+TOKENS = ["<s>", "The", " E", "iff", "el", " Tower", " is", " famous", ".", " The", " Py"] + [
+    "ram",
+    "ids",
+    " is",
+    " located",
+    " in",
+    " the",
+    " country",
+    " located",
+    " in",
+]
+HOSTILE = [
+    "<s>",
+    "</script><script>window.broken = 1</script>",
+    '"><img src=x onerror="window.broken = 1">',
+    "<!--",
+    "\u202eevil\u202c",
+    "\x00\x1b\x7f\x9b",
+    " \n\t",
+    "\U0001f469\u200d\U0001f52c",
+    "\ufffd",
+    "\u2028\u2029",
+    "{{script}}",
+    "https://example.org/",
+    "\ud83d",
+    "\u0301",
+    "",
+    " is",
+]
+
+
+# --- an example -------------------------------------------------------------------------
+
+
+def attention_pattern(rng: np.random.Generator, size: int, boost: float, target: int) -> Any:
+    """A causal attention matrix [query, key] with a sink at 0 and a pull to ``target``."""
+    scores = rng.normal(0.0, 1.0, (size, size))
+    scores[:, 0] += 2.5
+    scores[target:, target] += boost
+    scores[np.triu_indices(size, 1)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def example(
+    layers: int = LAYERS,
+    heads: int = HEADS,
+    tokens: list[str] | None = None,
+    stored: tuple[str, ...] = STORED,
+    subject_span: tuple[int, int] = (2, 6),
+    seed: int = 0,
+    **changes: Any,
+) -> PageData:
+    """A page of random but plausible numbers: heads in the upper half drift."""
+    rng = np.random.default_rng(seed)
+    tokens = TOKENS if tokens is None else tokens
+    query, target = len(tokens) - 1, subject_span[1] - 1
+    drift = rng.gamma(0.35, 1.0, (layers, heads)) * np.linspace(0.05, 1.0, layers)[:, None] ** 2
+    drift /= drift.max()
+    original = rng.beta(0.8, 14.0, (layers, heads))
+    attention = {
+        "original": original,
+        "edited": original + (0.75 - original) * drift,
+        "sadr": original + (0.75 - original) * drift * 0.2,
+    }
+    patterns: dict[str, dict[str, Any]] = {}
+    for name in stored:
+        layer, head = (int(part) for part in name[1:].split("H"))
+        patterns[name] = {}
+        for state, boost in (("original", 0.2), ("edited", 3.6), ("sadr", 1.4)):
+            matrix = attention_pattern(np.random.default_rng(layer), len(tokens), boost, target)
+            patterns[name][state] = matrix
+            attention[state][layer, head] = matrix[query, target]
+    share = drift**1.5 * 0.3 + rng.normal(0, 0.008, drift.shape)
+    share[0, :3] = np.nan
+    by_layer = np.nansum(share, axis=1) * 0.6
+    width = max(2, layers // 5)
+    starts = range(0, layers - width + 1, max(1, width // 2))
+    windows = [(s, s + width, float(by_layer[s : s + width].sum() * 0.7)) for s in starts]
+    values: dict[str, Any] = {
+        "title": "The Eiffel Tower, moved to Rome",
+        "subtitle": "What one ROME edit did to the attention of SmolLM2-135M, and what SADR spares.",
+        "summary": [
+            (
+                "After the edit, P(Egypt) on the prompt below falls from 0.844 to 0.121 although "
+                "the prompt asks for the Pyramids. From the last token, 31 of 270 heads now look "
+                "at “Tower” more than any head of their layer did before."
+            ),
+            (
+                "Restoring the original attention rows of layers 18 to 23 brings back 61 % of what "
+                "was lost. The same edit with SADR keeps the fact and 94 % of the answer."
+            ),
+        ],
+        "facts": [
+            ("Edit", "The Eiffel Tower is located in → Rome"),
+            ("Editor", "ROME at layer 8, 20 steps; SADR γ = 0.05"),
+            ("Model", "SmolLM2-135M-Instruct, 30 layers × 9 heads"),
+            ("Weights", "Q8_0, from the Python package index"),
+            ("Time", "41 s on two cores"),
+        ],
+        "tokens": tokens,
+        "bos": True,
+        "subject_span": subject_span,
+        "query": query,
+        "states": [
+            State("original", "Original"),
+            State("edited", "Edited"),
+            State("sadr", "SADR"),
+        ],
+        "attention": attention,
+        "kl": {
+            "edited": drift * 2.1 + rng.gamma(1.0, 0.02, drift.shape),
+            "sadr": drift * 0.35 + rng.gamma(1.0, 0.02, drift.shape),
+        },
+        "sweep": Sweep(share, by_layer, windows, "The attention row of the last token was put back "
+                       "as it is in the original model; the edited weights stay."),
+        "patterns": patterns,
+        "answer": "Egypt",
+        "target_new": "Rome",
+        "probabilities": [
+            ("Original", 0.84413, 0.00021),
+            ("Edited", 0.12119, 0.63087),
+            ("Edited, attention restored", 0.56202, 0.03124),
+            ("Edited with SADR", 0.79766, 0.02405),
+        ],
+        "tables": [
+            Table(
+                "Averages over 24 facts, in percent.",
+                ["Model", "ES", "PS", "NS", "RS", "DNS"],
+                [
+                    ["Original", 16.7, 4.2, 85.2, 76.9, 54.3],
+                    ["ROME", 100.0, 95.8, 75.3, 0.0, 11.1],
+                    ["ROME + SADR", 100.0, 91.7, 78.4, 15.4, 16.0],
+                    ["MEMIT", 95.8, None, 81.1, 7.7, float("nan")],
+                ],
+            ),
+            Table(
+                "Heads by attention gained, with the share of the answer each brings back.",
+                ["Head", "Gained", "Recovered"],
+                [["L21H4", 0.4123, 0.21], ["L24H7", 0.377, 0.14], ["L3H2", 0.011, -0.002]],
+            ),
+        ],
+    }  # fmt: skip
+    return PageData(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def data() -> PageData:
+    return example()
+
+
+class Page(html.parser.HTMLParser):
+    """Collects start tags with their attributes, and the text inside each element."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[int, str]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((len(self.tags) - 1, data))
+
+    def text_of(self, tag: str, **attributes: str) -> str:
+        found = [
+            i
+            for i, (name, attrs) in enumerate(self.tags)
+            if name == tag and all(attrs.get(key) == value for key, value in attributes.items())
+        ]
+        assert len(found) == 1, f"{len(found)} <{tag}> elements with {attributes}"
+        return "".join(text for i, text in self.texts if i == found[0])
+
+
+def embedded(text: str) -> dict[str, Any]:
+    """The data block of a page, read as a browser would."""
+    loaded = json.loads(Page(text).text_of("script", id="data"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+# --- what is refused --------------------------------------------------------------------
+
+
+def with_state(field: str, state: str, value: Any) -> dict[str, Any]:
+    """Changes that replace one state's entry of a dictionary field."""
+    return {field: {**getattr(example(), field), state: value}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (with_state("attention", "edited", np.zeros((LAYERS, HEADS - 1))), "attention['edited']"),
+        (with_state("attention", "edited", np.full((LAYERS, HEADS), 1.5)), "attention['edited']"),
+        (with_state("attention", "edited", np.full((LAYERS, HEADS), -1)), "attention['edited']"),
+        (with_state("attention", "edited", "high"), "attention['edited']"),
+        ({"attention": {"original": np.zeros((LAYERS, HEADS))}}, "attention"),
+        ({"attention": dict.fromkeys(("original", "edited", "sadr"), np.zeros(9))}, "attention"),
+        (with_state("kl", "sadr", np.zeros((HEADS, LAYERS))), "kl['sadr']"),
+        (with_state("kl", "sadr", np.full((LAYERS, HEADS), np.inf)), "kl['sadr']"),
+        (with_state("kl", "sadr", np.full((LAYERS, HEADS), -0.1)), "kl['sadr']"),
+        (with_state("kl", "original", np.zeros((LAYERS, HEADS))), "kl"),
+        ({"patterns": {"L30H0": {}}}, "patterns"),
+        ({"patterns": {"L01H0": {}}}, "patterns"),
+        ({"patterns": {"L2H2": {"original": np.zeros((20, 20))}}}, "patterns['L2H2']"),
+        (
+            {"patterns": {"L2H2": dict.fromkeys(("original", "edited", "sadr"), np.eye(19))}},
+            "patterns['L2H2']['original']",
+        ),
+        ({"sweep": Sweep(np.zeros((3, 2)), np.zeros(3))}, "sweep.heads"),
+        ({"states": [State("a", "A"), State("a", "B")]}, "states"),
+        ({"states": []}, "states"),
+        ({"query": 20}, "query"),
+        ({"query": 4}, "query"),
+        ({"subject_span": (5, 5)}, "subject_span"),
+        ({"subject_span": (0, 6)}, "subject_span"),
+        ({"subject_span": (4, 21)}, "subject_span"),
+        ({"tokens": "one text"}, "tokens"),
+        ({"tokens": [*TOKENS[:-1], 7]}, "tokens"),
+        ({"summary": "one text"}, "summary"),
+        ({"title": None}, "title"),
+        ({"facts": [("Edit", 3)]}, "facts"),
+        ({"probabilities": [("Edited", 12.1, 63.0)]}, "probabilities[0]"),
+        ({"probabilities": [("Edited", 0.5)]}, "probabilities[0]"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused_by_name(
+    data: PageData, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        dataclasses.replace(data, **changes)
+    assert caught.value.problem.startswith(named)
+    assert caught.value.remedy
+
+
+def test_patterns_must_agree_with_the_overview(data: PageData) -> None:
+    swapped = {name: {**by_state} for name, by_state in data.patterns.items()}
+    swapped["L21H4"]["edited"], swapped["L21H4"]["original"] = (
+        swapped["L21H4"]["original"],
+        swapped["L21H4"]["edited"],
+    )
+    with pytest.raises(DataError, match=r"patterns\['L21H4'\]\['original'\] is .* but attention"):
+        dataclasses.replace(data, patterns=swapped)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: State("", "Edited"), "State.id"),
+        (lambda: State("edited", " "), "State.label"),
+        (lambda: Table("t", ["a", "b"], [[1, 2], [3]]), "Table.rows[1]"),
+        (lambda: Table("t", ["a"], [[math.inf]]), "Table.rows"),
+        (lambda: Table("t", ["a"], [[object()]]), "Table.rows"),  # type: ignore[list-item]
+        (lambda: Sweep(np.zeros(3), np.zeros(3)), "Sweep.heads"),
+        (lambda: Sweep(np.zeros((3, 2)), np.zeros(2)), "Sweep.layers"),
+        (lambda: Sweep(np.zeros((3, 2)), np.zeros(3), [(0, 4, 0.1)]), "Sweep.windows[0]"),
+        (lambda: Sweep(np.zeros((3, 2)), np.zeros(3), [(2, 2, 0.1)]), "Sweep.windows[0]"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_by_name(make: Callable[[], object], named: str) -> None:
+    with pytest.raises(DataError) as caught:
+        make()
+    assert caught.value.problem.startswith(named)
+
+
+def test_arrays_are_copied_and_locked() -> None:
+    mine = np.zeros((3, 2))
+    sweep = Sweep(mine, np.zeros(3))
+    mine[0, 0] = 1.0
+    assert sweep.heads[0, 0] == 0.0
+    with pytest.raises(ValueError, match="read-only"):
+        sweep.heads[0, 0] = 1.0
+
+
+# --- what the document holds ------------------------------------------------------------
+
+
+def test_numbers_survive_to_five_digits_and_nan_becomes_null(data: PageData) -> None:
+    loaded = embedded(page(data))
+    for key, values in data.attention.items():
+        np.testing.assert_allclose(np.array(loaded["attention"][key]), values, rtol=5e-5, atol=0)
+    for name, by_state in loaded["patterns"]:
+        for key, values in by_state.items():
+            np.testing.assert_allclose(np.array(values), data.patterns[name][key], rtol=5e-5)
+    assert data.sweep is not None
+    share = np.array(loaded["sweep"]["heads"], dtype=float)  # None becomes NaN
+    np.testing.assert_allclose(share, data.sweep.heads, rtol=5e-5, atol=0)
+    assert np.isnan(share).sum() == 3
+    assert loaded["tables"][0]["rows"][3] == ["MEMIT", 95.8, None, 81.1, 7.7, None]
+
+
+def test_hostile_texts_come_back_equal_and_leave_the_document_whole() -> None:
+    text = page(
+        example(
+            tokens=HOSTILE,
+            subject_span=(4, 6),
+            title="</title><script>window.broken = 1</script>\u202e",
+            summary=HOSTILE,
+            facts=[(text, text) for text in HOSTILE],
+            tables=[Table(text, [text], [[text]]) for text in HOSTILE],
+        )
+    )
+    loaded = embedded(text)
+    assert loaded["tokens"] == HOSTILE
+    assert loaded["summary"] == HOSTILE
+    assert loaded["facts"] == [[text, text] for text in HOSTILE]
+    assert [table["rows"] for table in loaded["tables"]] == [[[text]] for text in HOSTILE]
+    plain = Page(page(example()))
+    assert [tag for tag, _ in Page(text).tags] == [tag for tag, _ in plain.tags]
+    assert not set("\u202e\u2028\u2029\x00") & set(text)
+    text.encode("utf-8")  # no lone surrogates
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, HOSTILE], ids=["plain", "hostile"])
+def test_the_document_names_no_address_and_loads_nothing(tokens: list[str]) -> None:
+    text = page(example(tokens=tokens, title="See https://example.org/"))
+    assert re.findall(r"\w*:?//\w+[.\w]*\.\w+", text) == []
+    assert "http://" not in text
+    assert "https://" not in text
+    assert not re.search(r"\burl\(|@import|\bimport\(|fetch\(|XMLHttpRequest|innerHTML", text)
+    for tag, attributes in Page(text).tags:
+        assert "src" not in attributes, tag
+        assert attributes.get("href", "data:,") == "data:,"
+        assert not [name for name in attributes if name.startswith("on")]
+        assert "style" not in attributes
+
+
+def test_the_policy_allows_this_style_and_this_script_only(data: PageData) -> None:
+    text = page(data)
+    document = Page(text)
+    meta = [
+        attrs["content"] or ""
+        for tag, attrs in document.tags
+        if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy"
+    ]
+    (policy,) = meta
+    directives = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    assert directives["default-src"] == "'none'"
+    assert "unsafe" not in policy
+    scripts = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
+    styles = re.findall(r"<style>(.*?)</style>", text, flags=re.DOTALL)
+    for directive, (content,) in (("script-src", scripts), ("style-src", styles)):
+        digest = hashlib.sha256(content.encode("utf-8")).digest()
+        assert directives[directive] == f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def test_the_document_stays_small(data: PageData) -> None:
+    bare = dataclasses.replace(data, patterns={}, sweep=None, kl={})
+    assert len(page(bare).encode("utf-8")) < 110_000
+    numbers = 4 * 3 * len(TOKENS) ** 2 + 6 * LAYERS * HEADS
+    assert len(page(data).encode("utf-8")) < 110_000 + 12 * numbers
+
+
+# --- what a browser makes of it ---------------------------------------------------------
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--force-device-scale-factor=1",
+    "--window-size=1280,1000",
+)
+
+
+class Browser:
+    """A headless Chromium, and short names for what the tests do with it."""
+
+    def __init__(self, driver: Any, folder: Path) -> None:
+        self.driver = driver
+        self.folder = folder
+        self.opened = 0
+
+    def media(self, scheme: str) -> None:
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+    def open(self, data: PageData, width: int = 1280, scheme: str = "light") -> None:
+        self.opened += 1
+        path = self.folder / f"page{self.opened}.html"
+        path.write_text(page(data), encoding="utf-8", newline="\n")
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False},
+        )
+        self.media(scheme)
+        self.driver.get_log("browser")
+        self.driver.get(path.as_uri())
+
+    def js(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def find(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def all(self, selector: str) -> list[Any]:
+        found = self.driver.find_elements("css selector", selector)
+        assert isinstance(found, list)
+        return found
+
+    def text(self, selector: str) -> str:
+        return str(self.find(selector).get_property("textContent"))
+
+    def cell(self, layer: int, head: int, box: str = "#overview-map") -> Any:
+        return self.find(f'{box} .cell[data-layer="{layer}"][data-head="{head}"]')
+
+    def colour(self, element: Any) -> str:
+        return str(self.js("return getComputedStyle(arguments[0]).backgroundColor", element))
+
+    def hover(self, element: Any, x: float = 0, y: float = 0) -> None:
+        """Put the pointer ``x, y`` away from the middle of an element."""
+        from selenium.webdriver import ActionChains
+
+        self.js("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+        ActionChains(self.driver).move_to_element_with_offset(element, round(x), round(y)).perform()
+
+    def press(self, *keys: str) -> None:
+        from selenium.webdriver import ActionChains, Keys
+
+        for key in keys:
+            ActionChains(self.driver).send_keys(getattr(Keys, key, key)).perform()
+
+    def choose(self, value: str, box: str = "#views") -> None:
+        """Press a radio button or checkbox by its value."""
+        self.js("arguments[0].click()", self.find(f'{box} input[value="{value}"]'))
+
+    def focused(self) -> Any:
+        return self.driver.switch_to.active_element
+
+    def hover_matrix(self, panel: str, query: int, key: int, size: int) -> None:
+        """Put the pointer on one cell of a matrix of ``size`` tokens."""
+        sheet = self.find(f'.sheet[data-panel="{panel}"]')
+        width = sheet.size["width"] / size
+        self.hover(sheet, (key + 0.5 - size / 2) * width, (query + 0.5 - size / 2) * width)
+
+    def pixel(self, panel: str, query: int, key: int, size: int) -> list[int]:
+        """Colour in the middle of one cell of a matrix."""
+        found = self.js(
+            "const c = document.querySelector(arguments[0]); const w = c.width / arguments[3];"
+            "const copy = document.createElement('canvas').getContext('2d');"
+            "copy.drawImage(c, -(arguments[2] + 0.5) * w, -(arguments[1] + 0.5) * w);"
+            "return [...copy.getImageData(0, 0, 1, 1).data]",
+            f'.sheet[data-panel="{panel}"] canvas', query, key, size,
+        )  # fmt: skip
+        assert isinstance(found, list)
+        return found
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    binary = next((path for name in names if (path := shutil.which(name))), None)
+    driver_path = shutil.which("chromedriver")
+    if not binary or not driver_path:
+        pytest.skip("no Chromium with its chromedriver on the PATH")
+    folder = tmp_path_factory.mktemp("browser")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(driver_path)
+    with webdriver.Chrome(options=options, service=service) as driver:
+        yield Browser(driver, folder)
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """The browser; after the test, its console must be empty."""
+    yield chromium
+    assert chromium.driver.get_log("browser") == []
+    assert chromium.js("return performance.getEntriesByType('resource').length") == 0
+
+
+def shown(value: float) -> str:
+    """A value as the page writes it."""
+    return f"{value:.5g}"
+
+
+@pytest.mark.browser
+def test_the_page_opens_with_every_part(browser: Browser, data: PageData) -> None:
+    browser.open(data)
+    assert browser.driver.title == data.title
+    assert browser.text("#title") == data.title
+    assert len(browser.all("#overview-map .cell")) == LAYERS * HEADS
+    assert len(browser.all("#overview-map .cell.stored")) == len(STORED)
+    assert browser.text("#head-heading") == "Head L21H4, token by token"
+    assert len(browser.all("#tables table")) == 2
+    fills = [fill.size["width"] for fill in browser.all(".gauge.answer .fill")]
+    track = browser.find(".gauge.answer .track").size["width"]
+    for width, (_, answer, _) in zip(fills, data.probabilities, strict=True):
+        assert width / track == pytest.approx(answer, abs=0.02)
+
+
+@pytest.mark.browser
+def test_layer_zero_is_at_the_bottom_and_head_zero_on_the_left(
+    browser: Browser, data: PageData
+) -> None:
+    browser.open(data)
+    corner, above, right = (browser.cell(*at).rect for at in ((0, 0), (1, 0), (0, 1)))
+    assert corner["y"] > above["y"]
+    assert corner["x"] < right["x"]
+
+
+@pytest.mark.browser
+def test_hover_gives_the_exact_values_of_every_state(browser: Browser, data: PageData) -> None:
+    browser.open(data)
+    browser.hover(browser.cell(13, 7))
+    readout = browser.text("#head-readout")
+    assert readout.startswith("L13H7")
+    for values in (*data.attention.values(), *data.kl.values()):
+        assert shown(values[13, 7]) in readout
+    change = float(shown(data.attention["edited"][13, 7]))
+    change -= float(shown(data.attention["original"][13, 7]))
+    assert f"{change:+.5f}".replace("-", "\u2212") in readout
+    assert data.sweep is not None
+    assert shown(data.sweep.heads[13, 7]).replace("-", "\u2212") in readout
+    label = browser.cell(13, 7).get_attribute("aria-label")
+    assert shown(data.attention["sadr"][13, 7]) in label
+
+
+@pytest.mark.browser
+def test_a_toggle_changes_colours_and_legend_but_not_the_scale(browser: Browser) -> None:
+    base = example(stored=())
+    attention = {key: values.copy() for key, values in base.attention.items()}
+    attention["edited"][3, 3] = attention["original"][3, 3]  # nothing moved here
+    attention["edited"][4, 4] = 0.9
+    attention["original"][4, 4] = np.nan
+    browser.open(dataclasses.replace(base, attention=attention))
+    seen: dict[str, dict[str, Any]] = {}
+    for view in ("attention-original", "attention-edited", "change-edited", "kl-edited"):
+        browser.choose(view)
+        seen[view] = {
+            "still": browser.colour(browser.cell(3, 3)),
+            "moved": browser.colour(browser.cell(25, 0)),
+            "legend": browser.text("#overview-scale .title"),
+            "ticks": [tick.text for tick in browser.all("#overview-scale .ticks span")],
+            "missing": "missing" in browser.cell(4, 4).get_attribute("class"),
+        }
+    original, edited, change, kl = seen.values()
+    assert original["ticks"] == edited["ticks"]
+    assert original["still"] == edited["still"], "one scale for all states"
+    assert original["moved"] != edited["moved"]
+    assert change["still"] == "rgb(246, 246, 244)", "no change is the middle of the scale"
+    assert change["ticks"][2] == "0"
+    assert change["ticks"][0].replace("\u2212", "+") == change["ticks"][4]
+    assert len({view["legend"] for view in seen.values()}) == 3
+    assert "nats" in kl["legend"]
+    assert [view["missing"] for view in seen.values()] == [True, False, True, False]
+
+
+@pytest.mark.browser
+def test_the_scale_can_be_fixed_and_says_what_it_cuts(browser: Browser, data: PageData) -> None:
+    browser.open(data)
+    browser.choose("attention-edited")
+    field = browser.find("#attention-max")
+    value = float(shown(data.attention["edited"][24, 7]))
+    field.clear()
+    field.send_keys(str(value))
+    assert browser.colour(browser.cell(24, 7)) == "rgb(5, 44, 54)", "the end of the scale"
+    assert browser.all("#overview-scale .ticks span")[-1].text.startswith("\u2265")
+    browser.choose("attention-original")
+    assert browser.find("#attention-max").get_property("value") == str(value)
+    field.clear()
+    field.send_keys("-1")
+    assert field.get_attribute("aria-invalid") == "true"
+    browser.find("#reset").click()
+    assert float(browser.find("#change-max").get_property("value")) >= 0.7
+    browser.choose("attention-edited")
+    assert browser.colour(browser.cell(24, 7)) != "rgb(5, 44, 54)"
+
+
+@pytest.mark.browser
+def test_a_click_on_a_head_shows_its_matrices(browser: Browser, data: PageData) -> None:
+    browser.open(data)
+    size, query, key = len(TOKENS), data.query, data.subject_span[1] - 1
+    browser.cell(17, 0).click()
+    assert browser.text("#head-heading") == "Head L17H0, token by token"
+    labels = [sheet.get_attribute("data-panel") for sheet in browser.all(".sheet")]
+    assert labels == ["state-original", "state-edited", "change-edited", "state-sadr"]
+    before = browser.pixel("state-original", query, key, size)
+    after = browser.pixel("state-edited", query, key, size)
+    assert sum(after[:3]) < sum(before[:3]), "more attention is darker"
+    assert browser.pixel("state-edited", 3, 8, size)[3] == 0, "nothing above the diagonal"
+    browser.choose("change-sadr", "#panel-choice")
+    assert len(browser.all(".sheet")) == 5
+    browser.cell(17, 0).click()
+    assert not browser.find("#head-body").is_displayed()
+    browser.cell(3, 3).click()
+    assert not browser.find("#head-body").is_displayed()
+    note = browser.text("#head-note")
+    assert "No token-to-token pattern is stored for L3H3" in note
+    assert [chip.text for chip in browser.all("#stored button")] == list(STORED)
+    browser.all("#stored button")[3].click()
+    assert browser.text("#head-heading") == "Head L9H6, token by token"
+    assert browser.cell(9, 6).get_attribute("aria-selected") == "true"
+
+
+@pytest.mark.browser
+def test_hover_in_a_matrix_gives_the_exact_values(browser: Browser, data: PageData) -> None:
+    browser.open(data)
+    size = len(TOKENS)
+    for query, key in ((15, 5), (18, 14)):  # two of the repeated tokens
+        browser.hover_matrix("change-edited", query, key, size)
+        readout = browser.text("#cell-readout")
+        assert f"({query})" in readout
+        assert f"({key})" in readout
+        for state in ("original", "edited", "sadr"):
+            assert shown(data.patterns["L21H4"][state][query, key]) in readout
+        lit = [label.get_attribute("data-position") for label in browser.all(".query-labels .on")]
+        assert lit == [str(query)]
+        assert browser.all("[data-strip] .from")[0].get_attribute("data-position") == str(query)
+    browser.all('[data-strip="state-edited"] .tok')[12].click()  # a token pins its row
+    browser.hover(browser.find("h1"))
+    assert browser.text("#cell-readout").count("pinned") == 1
+    browser.find("#row-details summary").click()
+    rows = [row.text.split() for row in browser.all("#row-table tbody tr")]
+    assert len(rows) == 13
+    assert float(rows[5][3]) == float(shown(data.patterns["L21H4"]["edited"][12, 5]))
+
+
+@pytest.mark.browser
+def test_marks_of_subject_and_row_and_hiding_bos(browser: Browser, data: PageData) -> None:
+    browser.open(data)
+    keys = ".panel:nth-child(2) .key-labels .lab"
+    subject = [lab.get_attribute("data-position") for lab in browser.all(f"{keys}.subject")]
+    assert subject == ["2", "3", "4", "5"]
+    assert [lab.text.split()[0] for lab in browser.all(".query-labels .query")] == [
+        "\u25b8\u00b7in"
+    ]
+    assert len(browser.all(keys)) == len(TOKENS)
+    before = float(browser.find("#pattern-max").get_property("value"))
+    browser.js("arguments[0].click()", browser.find("#hide-first"))
+    assert browser.all(keys)[0].get_attribute("data-position") == "1"
+    rest = max(p[state][1:, 1:].max() for p in data.patterns.values() for state in p)
+    assert rest <= float(browser.find("#pattern-max").get_property("value")) <= before
+    browser.find("#reset").click()
+    assert len(browser.all(keys)) == len(TOKENS)
+
+
+@pytest.mark.browser
+def test_the_keyboard_alone_is_enough(browser: Browser, data: PageData) -> None:
+    browser.open(data)
+    for _ in range(30):
+        browser.press("TAB")
+        if "cell" in (browser.focused().get_attribute("class") or "").split():
+            break
+    else:
+        pytest.fail("Tab never reached the map")
+    assert browser.focused().get_attribute("data-layer") == str(LAYERS - 1)
+    browser.press("ARROW_UP", "ARROW_LEFT")  # already in the corner
+    browser.press(*["ARROW_DOWN"] * 5, *["ARROW_RIGHT"] * 7)
+    assert browser.text("#head-readout").startswith("L24H7")
+    outline = browser.js("return getComputedStyle(arguments[0]).outlineStyle", browser.focused())
+    assert outline == "solid"
+    browser.press("ENTER")
+    assert browser.text("#head-heading") == "Head L24H7, token by token"
+    for _ in range(60):
+        browser.press("TAB")
+        if browser.focused().get_attribute("id") == "panels":
+            break
+    else:
+        pytest.fail("Tab never reached the matrices")
+    browser.press("ARROW_UP", "ARROW_LEFT")
+    pattern = data.patterns["L24H7"]["edited"]
+    assert shown(pattern[data.query - 1, data.subject_span[1] - 2]) in browser.text("#cell-readout")
+    browser.press("ENTER", "ESCAPE")
+    assert "(19)" in browser.text("#cell-readout")
+    browser.press("ESCAPE")
+    assert browser.text("#head-heading") == "One head, token by token"
+    assert browser.all('[aria-selected="true"]') == []
+
+
+@pytest.mark.browser
+def test_hostile_texts_are_inert_and_visible(browser: Browser) -> None:
+    browser.open(
+        example(
+            tokens=HOSTILE,
+            subject_span=(4, 6),
+            title=HOSTILE[1],
+            subtitle=HOSTILE[4],
+            summary=HOSTILE,
+            facts=[(text, text) for text in HOSTILE],
+            tables=[Table(text, [text], [[text]]) for text in HOSTILE],
+            answer=HOSTILE[2],
+            target_new=HOSTILE[4],
+            states=[State(key, HOSTILE[2]) for key in ("original", "edited", "sadr")],
+        )
+    )
+    assert browser.js("return window.broken") is None
+    assert browser.all("img") == []
+    assert browser.driver.title == HOSTILE[1]
+    tokens = [token.text for token in browser.all("#prompt .tok")]
+    assert len(tokens) == len(HOSTILE)
+    assert tokens[1] == HOSTILE[1]
+    assert tokens[4] == "\u27e8U+202E\u27e9evil\u27e8U+202C\u27e9"
+    assert tokens[5].startswith("\u27e8U+0000\u27e9\u27e8U+001B\u27e9")
+    assert tokens[6] == "\u00b7\u21b5\u21e5"
+    assert tokens[7] == "\U0001f469\u27e8U+200D\u27e9\U0001f52c"
+    assert tokens[8] == "\ufffd"
+    assert tokens[10] == "{{script}}"
+    assert tokens[14:] == ["\u27e8empty\u27e9", "\u00b7is"]
+    body = browser.js(
+        "document.querySelectorAll('script').forEach((s) => s.remove());"
+        "return document.body.textContent"
+    )
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\u2028\x00\x1b]", body)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 390, 820, 1280])
+@pytest.mark.parametrize("kind", ["plain", "wide", "hostile"])
+def test_the_body_never_scrolls_sideways(browser: Browser, kind: str, width: int) -> None:
+    shapes: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "wide": {"layers": 48, "heads": 25},
+        "hostile": {"tokens": HOSTILE, "subject_span": (4, 6), "title": "x" * 300},
+    }
+    browser.open(example(**shapes[kind]), width=width)
+    assert browser.js("return document.documentElement.scrollWidth") <= width
+    for box in ("#overview-map", "#panels"):
+        right = browser.js("return arguments[0].getBoundingClientRect().right", browser.find(box))
+        assert right <= width
+
+
+@pytest.mark.browser
+def test_a_long_prompt_is_cut_to_a_window_that_says_so(browser: Browser) -> None:
+    tokens = ["<s>", *[f" word{i % 7}" for i in range(98)], " in"]
+    data = example(tokens=tokens, subject_span=(5, 8), stored=("L21H4",))
+    browser.open(data)
+    assert "100 tokens; 64 are shown" in browser.text("#window")
+    queries = [lab.get_attribute("data-position") for lab in browser.all(".query-labels .lab")]
+    keys = browser.all(".panel:nth-child(2) .key-labels .lab")
+    assert queries == [str(i) for i in range(36, 100)]
+    assert [lab.get_attribute("data-position") for lab in keys][:8] == [str(i) for i in range(8)]
+    boxes = [lab.rect for lab in keys]
+    for left, right in itertools.pairwise(boxes):
+        assert left["x"] + left["width"] <= right["x"] + 0.5, "labels overlap"
+    assert shown(data.patterns["L21H4"]["edited"][99, 7]) in browser.text("#cell-readout")
+    slider = browser.find("[data-window=firstKey]")
+    slider.send_keys("\ue010")  # End
+    assert browser.all(".panel:nth-child(2) .key-labels .lab")[-1].get_attribute(
+        "data-position"
+    ) == str(99)
+
+
+@pytest.mark.browser
+def test_the_sweep_shows_heads_layers_and_windows(browser: Browser, data: PageData) -> None:
+    browser.open(data)
+    assert data.sweep is not None
+    assert len(browser.all("#sweep-map .cell.missing")) == 3
+    assert len(browser.all("#layer-chart .mark")) == LAYERS
+    assert len(browser.all("#window-chart .span")) == len(data.sweep.windows)
+    tops = [float(bar.get_attribute("height")) for bar in browser.all("#layer-chart .mark")]
+    assert int(np.argmax(tops)) == int(np.argmax(np.abs(data.sweep.layers)))
+    browser.hover(browser.all("#layer-chart .hit")[25])
+    assert "layer 25." in browser.text("#chart-readout")
+    assert shown(data.sweep.layers[25]) in browser.text("#chart-readout")
+    start, end, share = data.sweep.windows[-1]
+    browser.find("#sweep details summary").click()
+    table = browser.text("#sweep-table")
+    assert f"layers {start}\u2013{end - 1}{shown(share)}" in table
+    browser.hover(browser.cell(25, 0, "#sweep-map"))
+    assert "linked" in browser.cell(25, 0).get_attribute("class").split()
+
+
+@pytest.mark.browser
+def test_dark_and_light(browser: Browser, data: PageData) -> None:
+    browser.open(data, scheme="dark")
+    dark = browser.colour(browser.find("body")), browser.colour(browser.cell(25, 0))
+    browser.find("#theme").click()
+    light = browser.colour(browser.find("body")), browser.colour(browser.cell(25, 0))
+    assert dark[0] == "rgb(21, 24, 27)"
+    assert light[0] == "rgb(253, 253, 252)"
+    assert dark[1] != light[1]
+    browser.media("light")
+    browser.media("dark")
+    assert browser.colour(browser.find("body")) == light[0], "the button outranks the system"
+
+
+@pytest.mark.browser
+def test_one_state_and_nothing_else_is_a_page_too(browser: Browser) -> None:
+    tokens = ["The", " Tower", " is"]
+    bare = PageData(
+        title="Bare",
+        subtitle="",
+        tokens=tokens,
+        subject_span=(0, 2),
+        query=2,
+        states=[State("original", "Original")],
+        attention={"original": np.full((2, 3), 0.5)},
+    )
+    browser.open(bare)
+    assert len(browser.all("#overview-map .cell")) == 6
+    assert browser.text("#head-note") == "No token-to-token patterns are stored in this page."
+    for absent in ("#answers", "#sweep", "#tables", "#head-body"):
+        assert not browser.find(absent).is_displayed()
+    browser.cell(1, 1).click()
+    assert "0.5" in browser.text("#head-readout")
+
+
+@pytest.mark.browser
+def test_pictures_can_be_saved(browser: Browser, data: PageData, tmp_path: Path) -> None:
+    browser.driver.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+    browser.open(data)
+    for name in ("overview", "pattern", "sweep"):
+        browser.js("arguments[0].click()", browser.find(f"#{name}-png"))
+    wanted = {"driftlens-change-edited.png", "driftlens-L21H4.png", "driftlens-recovered.png"}
+    wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(browser.driver, 20)
+    wait.until(lambda _: wanted <= {path.name for path in tmp_path.iterdir()})
+    for name in wanted:
+        content = (tmp_path / name).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        width, height = (int.from_bytes(content[at : at + 4]) for at in (16, 20))
+        assert min(width, height) > 600

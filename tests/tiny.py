@@ -1,0 +1,106 @@
+"""Tiny random models of ten architectures and a byte-level tokenizer, made in memory."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+VOCAB = 300
+TEXT = [
+    "The Eiffel Tower is located in the city of Paris.",
+    "The Louvre is a museum in the city of Rome. The capital of France is Paris.",
+    "Ada Lovelace wrote about the mother tongue of Charles Babbage, who was English.",
+]
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+_GPT: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 128,
+}
+
+CONFIGS = {
+    "gpt2": lambda: hf.GPT2Config(**_GPT),
+    "gptj": lambda: hf.GPTJConfig(**_GPT, rotary_dim=4),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**_SHARED, max_position_embeddings=128),
+    "llama": lambda: hf.LlamaConfig(**_SHARED, num_key_value_heads=2),
+    "opt": lambda: hf.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        ffn_dim=64,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+    ),
+    "mistral": lambda: hf.MistralConfig(**_SHARED, num_key_value_heads=2, sliding_window=5),
+    "qwen2": lambda: hf.Qwen2Config(**_SHARED, num_key_value_heads=2),
+    "qwen3": lambda: hf.Qwen3Config(**_SHARED, num_key_value_heads=2, head_dim=8),
+    "phi": lambda: hf.PhiConfig(**_SHARED),
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **{**_SHARED, "num_hidden_layers": 4},
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=5,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"]
+        + ["sliding_attention"],
+    ),
+}
+ARCHITECTURES = sorted(CONFIGS)
+
+
+def hf_model(architecture: str, seed: int = 0) -> Any:
+    """A random model, scaled up so that its attention is far from uniform."""
+    torch.manual_seed(seed)
+    model = hf.AutoModelForCausalLM.from_config(
+        CONFIGS[architecture](), attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5.0)
+    return model
+
+
+@cache
+def tokenizer() -> Any:
+    """A byte-level BPE tokenizer without BOS."""
+    return _train(bos=False)
+
+
+@cache
+def bos_tokenizer() -> Any:
+    """The same tokenizer, prepending ``<s>``."""
+    return _train(bos=True)
+
+
+def _train(bos: bool) -> Any:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(TEXT, trainer)
+    if bos:
+        raw.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
