@@ -174,6 +174,7 @@ class LensModel:
         hooks: Sequence[Hook] = (),
         at: Int[torch.Tensor, "batch chosen"] | None = None,
         stop_after: int | None = None,
+        **options: Any,
     ) -> torch.Tensor:
         """One forward pass.
 
@@ -184,6 +185,7 @@ class LensModel:
             at: Positions whose logits are wanted, for each sequence; ``None`` for all. The
                 unembedding, the most expensive matrix of small models, runs only there.
             stop_after: Layer after which the pass ends.
+            options: Passed on to the model, e.g. ``position_ids`` and ``past_key_values``.
 
         Returns:
             Logits ``[batch, chosen or pos, d_vocab]``, or nothing meaningful if stopped.
@@ -194,13 +196,26 @@ class LensModel:
         stop = None if stop_after is None else stop_after + 1
         if stop is not None and stop >= self.info.n_layers:
             stop = None
+        options.setdefault("use_cache", "past_key_values" in options)
         with self.bridge.hooks(fwd_hooks=hooks):
             logits = self.bridge(
-                ids.to(self.device), return_type="logits", stop_at_layer=stop, use_cache=False
+                ids.to(self.device), return_type="logits", stop_at_layer=stop, **options
             )
         if at is not None and stop is None and not self.gathers_before_unembed:
             logits = _gather(logits, at)
         return logits
+
+    def run_with_kv_cache(
+        self, ids: Int[torch.Tensor, "batch pos"], **options: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Logits of the last position, and keys and values of all positions and layers."""
+        last = torch.full((ids.shape[0], 1), ids.shape[1] - 1)
+        hooks = [("unembed.hook_in", _gather_hook(last))] if self.gathers_before_unembed else []
+        with self.bridge.hooks(fwd_hooks=hooks):
+            logits, cache = self.bridge(
+                ids.to(self.device), return_type="logits_and_cache", use_cache=True, **options
+            )
+        return logits[:, -1:], cache
 
     def record(
         self,
@@ -602,7 +617,7 @@ def _probe_gathering(model: LensModel, ids: torch.Tensor, base: torch.Tensor) ->
         with torch.no_grad():
             gathered = model.run(ids, at=at)
         same = gathered.shape[1] == 2 and torch.allclose(
-            gathered, _gather(base, at), atol=_tolerance(base.dtype) * scale, rtol=0
+            gathered, _gather(base, at), atol=relative_tolerance(base.dtype) * scale, rtol=0
         )
     except Exception:
         same = False
@@ -637,7 +652,7 @@ def _judge_probe(
     model: LensModel, base: torch.Tensor, moved: dict[tuple[int, str], float]
 ) -> None:
     scale = float(base.abs().max())
-    tolerance = _tolerance(base.dtype) * scale
+    tolerance = relative_tolerance(base.dtype) * scale
     what = {
         "uniform": "replacing its attention pattern does not move the logits",
         "down": "adding to its down-projection's output does not move the logits",
@@ -658,7 +673,7 @@ def _judge_probe(
             )
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def relative_tolerance(dtype: torch.dtype) -> float:
     """Relative error that rounding alone may cause in logits."""
     return 2e-4 if dtype in (torch.float32, torch.float64) else 5e-2
 

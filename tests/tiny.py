@@ -61,16 +61,29 @@ CONFIGS = {
 ARCHITECTURES = sorted(CONFIGS)
 
 
-def hf_model(architecture: str, seed: int = 0) -> Any:
-    """A random model, scaled up so that its attention is far from uniform."""
+def hf_model(architecture: str, seed: int = 0, scale: float = 5.0, noise: float = 0.0) -> Any:
+    """A random model, scaled up so that its attention is far from uniform.
+
+    Args:
+        architecture: One of ``ARCHITECTURES``.
+        seed: The same seed gives the same weights.
+        scale: Factor of all matrices; 12 makes edits move attention by tenths.
+        noise: Standard deviation of what is added to biases and norm weights, which a fresh
+            model has at exactly 0 or 1.
+    """
     torch.manual_seed(seed)
     model = hf.AutoModelForCausalLM.from_config(
         CONFIGS[architecture](), attn_implementation="eager"
     ).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                parameter.mul_(5.0)
+                parameter.mul_(scale)
+            else:
+                parameter.add_(noise * torch.randn_like(parameter))
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                # Such a norm undoes the scaling, so the norm itself is scaled.
+                parameter.add_(scale / 5.0 - 1.0)
     return model
 
 

@@ -17,7 +17,7 @@ from driftlens.editing.defaults import DEFAULTS, is_known
 from driftlens.editing.penalties import Penalty, as_penalties
 from driftlens.editing.rome import as_delta, rome_update
 from driftlens.editing.statistics import KeyCovariance, resolve_covariance
-from driftlens.editing.target import ValueSearch
+from driftlens.editing.target import Engine, ValueSearch
 from driftlens.edits import Edit, make_edit
 from driftlens.errors import RequestError
 from driftlens.facts import EditRequest
@@ -44,6 +44,7 @@ class Resources:
     covariance: KeyCovariance
     penalties: tuple[Penalty, ...]
     progress: bool
+    engine: Engine | None
 
 
 Outcome = tuple[dict[str, Delta], list[dict[str, Any]], dict[str, Any]]
@@ -62,8 +63,10 @@ def _rome(
         resources.covariance,
         resources.penalties,
         resources.progress,
+        resources.engine,
     )
     info = {
+        "engine": update.value.engine,
         "key_alignment": update.alignment,
         "delta_norm": float(update.value.delta.norm()),
         "update_norm": float(update.left_output.norm()),
@@ -93,6 +96,7 @@ def edit(
     covariance: Any = None,
     seed: int = 0,
     progress: bool = True,
+    engine: Engine | None = None,
     **overrides: Any,
 ) -> Edit:
     """Edit one fact.
@@ -114,6 +118,9 @@ def edit(
             ``.npz``, a :class:`~driftlens.editing.statistics.KeyCovariance`, or texts.
         seed: Of the sampled contexts.
         progress: Whether to show bars.
+        engine: ``"suffix"`` reuses at every step what the edit cannot change, ``"plain"`` runs
+            whole sequences; ``None`` takes the former wherever it is exact. The edit's
+            ``info["engine"]`` says which it was.
         overrides: Single hyperparameters, e.g. ``layer=8, steps=40``.
 
     Raises:
@@ -142,7 +149,7 @@ def edit(
             "Compute it before with key_covariance(model, layer), and pass it as covariance.",
         )
     statistics = resolve_covariance(model, chosen.layer, covariance, progress=progress)
-    resources = Resources(contexts, statistics, penalties, progress)
+    resources = Resources(contexts, statistics, penalties, progress, engine)
     deltas, trace, info = METHODS[method].run(model, request, chosen, resources)
     return make_edit(
         model,

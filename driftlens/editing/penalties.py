@@ -24,9 +24,10 @@ class Sites:
     """Where in the optimiser's batch a penalty has to look.
 
     Args:
-        last_prompt: For each context, the position of the last prompt token, where the
+        last_prompt: For each context, the query position of the last prompt token, where the
             target's first token is predicted.
-        subject: For each context, the position of the subject's last token.
+        subject: For each context, the key position of the subject's last token, counted from
+            the end (negative).
         layers: Layers that the edit can influence.
     """
 

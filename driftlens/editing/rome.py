@@ -19,6 +19,7 @@ from driftlens.editing.contexts import Context
 from driftlens.editing.penalties import Penalty
 from driftlens.editing.statistics import KeyCovariance
 from driftlens.editing.target import (
+    Engine,
     Value,
     ValueSearch,
     build_problem,
@@ -59,6 +60,7 @@ def rome_update(
     covariance: KeyCovariance,
     penalties: Sequence[Penalty] = (),
     progress: bool = True,
+    engine: Engine | None = None,
 ) -> RomeUpdate:
     """ROME's rank-one update for one request.
 
@@ -73,7 +75,7 @@ def rome_update(
     # 2. The value.
     problem = build_problem(model, request, contexts)
     value = optimise_value(
-        model, problem, layer, plain_output, search, penalties, progress=progress
+        model, problem, layer, plain_output, search, penalties, progress, engine
     )
 
     # 3. The direction.

@@ -10,15 +10,17 @@ last token, makes the model answer the new target in every context::
 
 by Adam from delta = 0, with delta kept inside a ball of radius clamp_factor * |h_0|. The KL
 term keeps the essence of the subject (ROME, section 3.1, equation 4). Nothing below the
-edited layer depends on delta, so no gradient goes there.
+edited layer and nothing left of the subject's last token depends on delta, so that part is
+computed once (``driftlens.suffix``) instead of at every step.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +31,8 @@ from driftlens.editing.penalties import Penalty, Sites
 from driftlens.errors import EditError
 from driftlens.facts import EditRequest, split_template
 from driftlens.interventions import Hook, down_in_name, down_out_name
-from driftlens.models import LensModel, recording
+from driftlens.models import LensModel, recording, relative_tolerance
+from driftlens.suffix import SuffixRunner
 
 ESSENCE_SUFFIX = " is a"
 """What follows the subject in the prompt of the KL term."""
@@ -57,21 +60,25 @@ class ValueSearch:
     early_stop_loss: float = 0.05
 
 
+Engine = Literal["suffix", "plain"]
+"""``suffix`` reuses what delta cannot change; ``plain`` runs whole sequences each step."""
+
+
 @dataclass(frozen=True)
 class ValueProblem:
     """One request as a batch: a row for each context, and last the row of the KL term.
 
     Args:
-        ids: ``[context + 1, pos]``, padded on the right.
+        rows: Token ids of each row, not padded.
         subject: Position of the subject's last token in each row.
-        predicting: Positions at which the target's tokens are predicted, for each context.
+        last_prompt: For each context, the position of the last prompt token.
         target: Ids of the target.
     """
 
-    ids: Int[torch.Tensor, "row pos"]
-    subject: Int[torch.Tensor, " row"]
-    predicting: Int[torch.Tensor, "context target"]
-    target: Int[torch.Tensor, " target"]
+    rows: list[list[int]]
+    subject: list[int]
+    last_prompt: list[int]
+    target: list[int]
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,12 @@ class Value:
         trace: One record per step: ``loss`` and its terms ``nll``, ``kl``, ``decay`` and the
             penalties' (all weighted, nats), ``target_prob`` (mean over contexts of the
             target's probability), ``delta_norm``, and the penalties' notes.
+        engine: How the passes were run.
     """
 
     delta: Float[torch.Tensor, " d_model"]
     trace: list[dict[str, Any]]
+    engine: Engine
 
 
 def build_problem(
@@ -98,22 +107,14 @@ def build_problem(
         TokenError: If the subject cannot be located or the target is empty.
     """
     target = model.tokens.target_ids(request.target_new)
-    rows: list[list[int]] = []
-    subjects: list[int] = []
-    predicting: list[list[int]] = []
-    for ids, subject in (subject_in_context(model, request, c) for c in contexts):
-        predicting.append([len(ids) - 1 + i for i in range(len(target))])
-        rows.append([*ids, *target[:-1]])
-        subjects.append(subject)
+    located = [subject_in_context(model, request, context) for context in contexts]
     essence = model.tokens.encode(request.subject + ESSENCE_SUFFIX)
-    rows.append(essence.ids)
-    subjects.append(model.tokens.span_of_characters(essence, 0, len(request.subject)).last)
-    device = model.device
+    essence_subject = model.tokens.span_of_characters(essence, 0, len(request.subject)).last
     return ValueProblem(
-        model.tokens.pad(rows, device),
-        torch.tensor(subjects, device=device),
-        torch.tensor(predicting, device=device),
-        torch.tensor(target, device=device),
+        rows=[*([*ids, *target[:-1]] for ids, _ in located), essence.ids],
+        subject=[*(subject for _, subject in located), essence_subject],
+        last_prompt=[len(ids) - 1 for ids, _ in located],
+        target=target,
     )
 
 
@@ -143,6 +144,66 @@ def keys_and_outputs(
     return _wide(keys), _wide(outputs)
 
 
+class _PlainRunner:
+    """Whole sequences, padded on the right: the reference that the fast way is tested against."""
+
+    def __init__(self, model: LensModel, problem: ValueProblem, layer: int) -> None:
+        self.model = model
+        self.ids = model.tokens.pad(problem.rows, model.device)
+        self.query_shift = [0] * len(problem.rows)
+        self.subject_key = [position - self.ids.shape[1] for position in problem.subject]
+
+    def run(self, hooks: Sequence[Hook], at: torch.Tensor) -> torch.Tensor:
+        return self.model.run(self.ids, hooks, at=at)
+
+
+class _SuffixRunner(SuffixRunner):
+    """From the edited layer and the subject's last token on."""
+
+    def __init__(self, model: LensModel, problem: ValueProblem, layer: int) -> None:
+        # The row of the KL term is read at the subject, so nothing behind it matters.
+        rows = [*problem.rows[:-1], problem.rows[-1][: problem.subject[-1] + 1]]
+        super().__init__(model, rows, problem.subject, layer)
+        self.query_shift = [-start for start in problem.subject]
+        self.subject_key = [self.key_position] * len(rows)
+
+
+def choose_engine(model: LensModel, problem: ValueProblem, layer: int) -> Engine:
+    """``suffix`` if it gives this model's own logits, shown once for each model."""
+    if "suffix engine" not in model.memo:
+        found: list[torch.Tensor] = []
+        try:
+            for kind in (_PlainRunner, _SuffixRunner):
+                with torch.no_grad():
+                    runner = kind(model, problem, layer)
+                    found.append(runner.run([], _predicting(model, problem, runner.query_shift)))
+            tolerance = relative_tolerance(found[0].dtype) * float(found[0].abs().max())
+            agrees = torch.allclose(found[0], found[1], atol=tolerance, rtol=0)
+            reason = f"its logits differ by {float((found[0] - found[1]).abs().max()):.2g}"
+        except Exception as error:
+            agrees, reason = False, f"{type(error).__name__}: {error}"
+        if not agrees:
+            warnings.warn(
+                f"{model.info.name} cannot reuse cached prefixes ({reason}); editing runs whole "
+                "sequences, which is slower and gives the same result.",
+                stacklevel=4,
+            )
+        model.memo["suffix engine"] = agrees
+    return "suffix" if model.memo["suffix engine"] else "plain"
+
+
+def _predicting(
+    model: LensModel, problem: ValueProblem, shift: Sequence[int]
+) -> Int[torch.Tensor, "row target"]:
+    """Where each row is read: contexts where the target is predicted, the last at the subject."""
+    n = len(problem.target)
+    rows = [[last + i for i in range(n)] for last in problem.last_prompt]
+    rows.append([problem.subject[-1]] * n)
+    return torch.tensor(rows, device=model.device) + torch.tensor(shift, device=model.device)[
+        :, None
+    ]
+
+
 def optimise_value(
     model: LensModel,
     problem: ValueProblem,
@@ -151,23 +212,34 @@ def optimise_value(
     search: ValueSearch,
     penalties: Sequence[Penalty] = (),
     progress: bool = True,
+    engine: Engine | None = None,
 ) -> Value:
     """Find delta for the output of ``layer``'s down-projection.
 
     Args:
         initial: h_0, the clean output at the subject of the plain prompt.
+        engine: ``None`` takes the fast one wherever it is exact.
 
     Raises:
         EditError: If the loss stops being a number.
     """
-    n_contexts, n_target = problem.predicting.shape
+    used = engine or choose_engine(model, problem, layer)
+    n_contexts = len(problem.last_prompt)
+    device = model.device
+    with model.frozen():
+        runner = (_SuffixRunner if used == "suffix" else _PlainRunner)(model, problem, layer)
+    at = _predicting(model, problem, runner.query_shift)
+    injected = torch.tensor(
+        [s + shift for s, shift in zip(problem.subject, runner.query_shift, strict=True)],
+        device=device,
+    )
     sites = Sites(
-        last_prompt=problem.predicting[:, 0],
-        subject=problem.subject[:n_contexts],
+        last_prompt=at[:n_contexts, 0],
+        subject=torch.tensor(runner.subject_key[:n_contexts], device=device),
         layers=tuple(range(layer + 1, model.info.n_layers)),
     )
+    target_ids = torch.tensor(problem.target, device=device).expand(n_contexts, -1)[..., None]
     watched = sorted({name for p in penalties for name in p.activations(sites)})
-    at = torch.cat([problem.predicting, problem.subject[-1:, None].expand(1, n_target)])
     delta = torch.zeros_like(initial, requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=search.lr)
     radius = search.clamp_factor * float(initial.norm())
@@ -178,15 +250,13 @@ def optimise_value(
     with model.frozen(), bar, torch.enable_grad():
         for step in range(search.steps):
             now: dict[str, torch.Tensor] = {}
-            hooks = [_add_at(layer, problem.subject, delta), *recording(now, watched)]
-            logprobs = _wide(model.run(problem.ids, hooks, at=at)).log_softmax(-1)
+            hooks = [_add_at(layer, injected, delta), *recording(now, watched)]
+            logprobs = _wide(runner.run(hooks, at)).log_softmax(-1)
             if step == 0:
                 original = {name: tensor.detach() for name, tensor in now.items()}
                 essence = logprobs[-1, 0].detach()
             assert essence is not None
-            target = logprobs[:-1].gather(
-                -1, problem.target.expand(n_contexts, -1).unsqueeze(-1)
-            )[..., 0]
+            target = logprobs[:-1].gather(-1, target_ids)[..., 0]
             terms = {
                 "nll": -target.mean(),
                 "kl": search.kl_factor
@@ -226,7 +296,7 @@ def optimise_value(
                 norm = float(delta.norm())
                 if norm > radius:
                     delta.mul_(radius / norm)
-    return Value(delta.detach(), trace)
+    return Value(delta.detach(), trace, used)
 
 
 def _add_at(

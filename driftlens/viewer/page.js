@@ -82,9 +82,10 @@
   function format(value, digits = 5) {
     if (value === null || value === undefined) return NOT_COMPUTED;
     if (value === 0) return "0";
-    const text = Math.abs(value) < 1e-4
-      ? value.toExponential(2).replace("e-", "e\u2212")
-      : String(Number(value.toPrecision(digits)));
+    const text =
+      Math.abs(value) < 1e-4
+        ? value.toExponential(2).replace("e-", "e\u2212")
+        : String(Number(value.toPrecision(digits)));
     return text.replace(/^-/, MINUS);
   }
 
@@ -98,10 +99,13 @@
 
   /** A formatter for one column: as many decimals in every row as some row needs, at most four. */
   function formatColumn(values) {
-    const decimals = Math.max(0, ...values.map((value) => {
-      const text = String(value);
-      return /^-?\d+\.\d+$/.test(text) ? Math.min(4, text.split(".")[1].length) : 0;
-    }));
+    const decimals = Math.max(
+      0,
+      ...values.map((value) => {
+        const text = String(value);
+        return /^-?\d+\.\d+$/.test(text) ? Math.min(4, text.split(".")[1].length) : 0;
+      }),
+    );
     return (value) => {
       if (value === null) return "n/a";
       const text = value.toFixed(decimals);
@@ -120,14 +124,54 @@
     light: {
       probability: ["#f6f6f4", "#d3e5e2", "#9ccac4", "#5ba8a4", "#267b80", "#0b515b", "#052c36"],
       divergence: ["#f6f6f4", "#e2dcec", "#c3b4da", "#9d86c2", "#775aa5", "#543283", "#331457"],
-      difference: ["#0a3a6b", "#2166ac", "#4a93c7", "#a3cce3", "#f6f6f4", "#fdd2a0", "#ee9a3a", "#bd5f08", "#7d3a05"],
-      share: ["#40125c", "#75388d", "#a47cb6", "#d3bedb", "#f6f6f4", "#bfe0bd", "#6fb374", "#2a7d42", "#064521"],
+      difference: [
+        "#0a3a6b",
+        "#2166ac",
+        "#4a93c7",
+        "#a3cce3",
+        "#f6f6f4",
+        "#fdd2a0",
+        "#ee9a3a",
+        "#bd5f08",
+        "#7d3a05",
+      ],
+      share: [
+        "#40125c",
+        "#75388d",
+        "#a47cb6",
+        "#d3bedb",
+        "#f6f6f4",
+        "#bfe0bd",
+        "#6fb374",
+        "#2a7d42",
+        "#064521",
+      ],
     },
     dark: {
       probability: ["#20252a", "#1a3a3f", "#1b5a5f", "#2f8285", "#5fafac", "#a3d6cd", "#eaf7f2"],
       divergence: ["#20252a", "#33294a", "#513c78", "#7557a6", "#9d82c9", "#c6b3e3", "#f0e9fa"],
-      difference: ["#d5ebfa", "#86bfe4", "#3b8cc8", "#1f5688", "#20252a", "#7a4310", "#c97518", "#f5ab54", "#feeacf"],
-      share: ["#ecdcf5", "#c39ad6", "#9160a9", "#563268", "#20252a", "#205a33", "#3a9352", "#84cb8f", "#dcf5dd"],
+      difference: [
+        "#d5ebfa",
+        "#86bfe4",
+        "#3b8cc8",
+        "#1f5688",
+        "#20252a",
+        "#7a4310",
+        "#c97518",
+        "#f5ab54",
+        "#feeacf",
+      ],
+      share: [
+        "#ecdcf5",
+        "#c39ad6",
+        "#9160a9",
+        "#563268",
+        "#20252a",
+        "#205a33",
+        "#3a9352",
+        "#84cb8f",
+        "#dcf5dd",
+      ],
     },
   };
 
@@ -176,18 +220,33 @@
       scale.max = scale.fixed ?? scale.automatic;
     };
     scale.rgb = (value) => mix(palette(colours), signed ? (value / scale.max + 1) / 2 : value / scale.max);
-    scale.ticks = () => (signed ? [-1, -0.5, 0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1]).map((part) => {
-      const value = part * scale.max;
-      const beyond = part === 1 && scale.high > scale.max * 1.000001 ? "\u2265 "
-        : part === -1 && scale.low < -scale.max * 1.000001 ? "\u2264 " : "";
-      const sign = signed && value > 0 && !beyond ? "+" : "";
-      return beyond + sign + format(value, 3);
-    });
+    scale.ticks = () =>
+      (signed ? [-1, -0.5, 0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1]).map((part) => {
+        const value = part * scale.max;
+        const beyond =
+          part === 1 && scale.high > scale.max * 1.000001
+            ? "\u2265 "
+            : part === -1 && scale.low < -scale.max * 1.000001
+              ? "\u2264 "
+              : "";
+        const sign = signed && value > 0 && !beyond ? "+" : "";
+        return beyond + sign + format(value, 3);
+      });
 
     const ramp = el("div", { class: "colours" });
     const ticks = el("div", { class: "ticks" });
-    const field = el("input", { type: "number", min: "0", step: "any", id: `${id}-max`, inputmode: "decimal" });
-    const auto = el("button", { type: "button", text: "Auto", "aria-label": `Automatic maximum: ${title}` });
+    const field = el("input", {
+      type: "number",
+      min: "0",
+      step: "any",
+      id: `${id}-max`,
+      inputmode: "decimal",
+    });
+    const auto = el("button", {
+      type: "button",
+      text: "Auto",
+      "aria-label": `Automatic maximum: ${title}`,
+    });
     const setMaximum = (value) => {
       scale.fixed = value;
       scale.refresh();
@@ -204,10 +263,13 @@
       setMaximum(null);
       scale.draw();
     });
-    scale.node = el("div", { class: "scale", "data-scale": id },
+    scale.node = el(
+      "div",
+      { class: "scale", "data-scale": id },
       el("div", { class: "title", text: title }),
       el("div", { class: "ramp" }, ramp, ticks),
-      el("div", { class: "fix" }, el("label", { for: `${id}-max`, text: "Maximum" }), field, auto));
+      el("div", { class: "fix" }, el("label", { for: `${id}-max`, text: "Maximum" }), field, auto),
+    );
 
     /** Redraw the legend; the field is left alone while the reader types in it. */
     scale.draw = () => {
@@ -298,17 +360,34 @@
   /** Every map that the overview can show. */
   const views = [
     ...data.states.map((state) => ({
-      id: `attention-${state.id}`, group: "Attention", label: inert(state.label), state,
-      scale: attentionScale, grid: data.attention[state.id], format,
+      id: `attention-${state.id}`,
+      group: "Attention",
+      label: inert(state.label),
+      state,
+      scale: attentionScale,
+      grid: data.attention[state.id],
+      format,
     })),
     ...others.map((state) => ({
-      id: `change-${state.id}`, group: "Change", label: changeLabel(state), state,
-      scale: changeScale, grid: changeOf(state), format: formatChange,
+      id: `change-${state.id}`,
+      group: "Change",
+      label: changeLabel(state),
+      state,
+      scale: changeScale,
+      grid: changeOf(state),
+      format: formatChange,
     })),
-    ...others.filter((state) => data.kl[state.id]).map((state) => ({
-      id: `kl-${state.id}`, group: `KL from ${inert(reference.label)}`, label: inert(state.label),
-      state, scale: divergenceScale, grid: data.kl[state.id], format,
-    })),
+    ...others
+      .filter((state) => data.kl[state.id])
+      .map((state) => ({
+        id: `kl-${state.id}`,
+        group: `KL from ${inert(reference.label)}`,
+        label: inert(state.label),
+        state,
+        scale: divergenceScale,
+        grid: data.kl[state.id],
+        format,
+      })),
   ];
 
   /* ---------- what the reader is looking at ---------- */
@@ -340,6 +419,52 @@
 
   const maps = [];
 
+  /** The elements of a map: rows[layer][head] are its cells, the top row the last layer. */
+  function mapNodes() {
+    const rows = [];
+    const grid = el("div", {
+      class: "grid",
+      role: "grid",
+      "aria-rowcount": layerCount,
+      "aria-colcount": headCount,
+    });
+    for (const layer of range(0, layerCount).reverse()) {
+      const cells = range(0, headCount).map((head) =>
+        el("div", {
+          class: patterns.has(headName(layer, head)) ? "cell stored" : "cell",
+          role: "gridcell",
+          tabindex: "-1",
+          "data-layer": layer,
+          "data-head": head,
+        }),
+      );
+      rows[layer] = cells;
+      grid.append(
+        el(
+          "div",
+          { class: "row", role: "row" },
+          el("span", { class: "tick", role: "rowheader", "aria-label": `Layer ${layer}` }),
+          cells,
+        ),
+      );
+    }
+    const ticks = el(
+      "div",
+      { class: "ticks", "aria-hidden": "true" },
+      el("span"),
+      range(0, headCount).map(() => el("span")),
+    );
+    const node = el(
+      "div",
+      { class: "map" },
+      el("span", { class: "axis-y", text: "layer" }),
+      grid,
+      ticks,
+      el("span", { class: "axis-x", text: "head" }),
+    );
+    return { node, grid, rows, ticks };
+  }
+
   /**
    * A map of coloured cells with layers upwards and heads to the right.
    *
@@ -347,21 +472,7 @@
    * say what a cell shows now; `label()` names the whole map.
    */
   function makeMap(host, { label, scale, value, describe, over }) {
-    const rows = [];
-    const grid = el("div", { class: "grid", role: "grid", "aria-rowcount": layerCount, "aria-colcount": headCount });
-    for (const layer of range(0, layerCount).reverse()) {
-      const cells = range(0, headCount).map((head) => el("div", {
-        class: patterns.has(headName(layer, head)) ? "cell stored" : "cell",
-        role: "gridcell", tabindex: "-1", "data-layer": layer, "data-head": head,
-      }));
-      rows[layer] = cells;
-      grid.append(el("div", { class: "row", role: "row" },
-        el("span", { class: "tick", role: "rowheader", "aria-label": `Layer ${layer}` }), cells));
-    }
-    const ticks = el("div", { class: "ticks", "aria-hidden": "true" }, el("span"),
-      range(0, headCount).map(() => el("span")));
-    const node = el("div", { class: "map" }, el("span", { class: "axis-y", text: "layer" }), grid, ticks,
-      el("span", { class: "axis-x", text: "head" }));
+    const { node, grid, rows, ticks } = mapNodes();
     host.replaceChildren(node);
 
     let home = { layer: layerCount - 1, head: 0 }; // the one cell that Tab reaches
@@ -397,10 +508,14 @@
     });
     function moveTo(at, key) {
       const goal = {
-        ArrowUp: [at.layer + 1, at.head], ArrowDown: [at.layer - 1, at.head],
-        ArrowLeft: [at.layer, at.head - 1], ArrowRight: [at.layer, at.head + 1],
-        Home: [at.layer, 0], End: [at.layer, headCount - 1],
-        PageUp: [layerCount - 1, at.head], PageDown: [0, at.head],
+        ArrowUp: [at.layer + 1, at.head],
+        ArrowDown: [at.layer - 1, at.head],
+        ArrowLeft: [at.layer, at.head - 1],
+        ArrowRight: [at.layer, at.head + 1],
+        Home: [at.layer, 0],
+        End: [at.layer, headCount - 1],
+        PageUp: [layerCount - 1, at.head],
+        PageDown: [0, at.head],
       }[key];
       if (!goal) return false;
       rows[clamp(goal[0], 0, layerCount - 1)][clamp(goal[1], 0, headCount - 1)].focus();
@@ -410,12 +525,14 @@
     const map = { node, label, scale, value };
     map.paint = () => {
       grid.setAttribute("aria-label", label());
-      rows.forEach((cells, layer) => cells.forEach((cell, head) => {
-        paintNode(cell, scale(), value(layer, head));
-        cell.classList.toggle("over", over(layer, head));
-        cell.setAttribute("aria-label", describe(layer, head));
-        cell.setAttribute("aria-selected", String(sameHead(ui.selected, { layer, head })));
-      }));
+      rows.forEach((cells, layer) =>
+        cells.forEach((cell, head) => {
+          paintNode(cell, scale(), value(layer, head));
+          cell.classList.toggle("over", over(layer, head));
+          cell.setAttribute("aria-label", describe(layer, head));
+          cell.setAttribute("aria-selected", String(sameHead(ui.selected, { layer, head })));
+        }),
+      );
     };
     map.link = (at) => {
       grid.querySelector(".linked")?.classList.remove("linked");
@@ -446,7 +563,9 @@
   function describeHead(layer, head) {
     const parts = [
       `Layer ${layer}, head ${head}: ${ui.view.label} ${ui.view.format(ui.view.grid[layer][head])}`,
-      ...data.states.map((state) => `${inert(state.label)} ${format(data.attention[state.id][layer][head])}`),
+      ...data.states.map(
+        (state) => `${inert(state.label)} ${format(data.attention[state.id][layer][head])}`,
+      ),
     ];
     if (overAttends(ui.view.state, layer, head)) parts.push("over-attends");
     if (patterns.has(headName(layer, head))) parts.push("pattern stored");
@@ -463,22 +582,35 @@
 
   function makeViewChoice() {
     const groups = [...new Set(views.map((view) => view.group))];
-    const fieldsets = groups.map((group) => el("fieldset", {}, el("legend", { text: group }),
-      el("div", { class: "segments" }, views.filter((view) => view.group === group).map((view) => {
-        const input = el("input", { type: "radio", name: "view", value: view.id });
-        input.addEventListener("change", () => {
-          ui.view = view;
-          drawOverview();
-        });
-        return el("label", {}, input, view.label);
-      }))));
+    const fieldsets = groups.map((group) =>
+      el(
+        "fieldset",
+        {},
+        el("legend", { text: group }),
+        el(
+          "div",
+          { class: "segments" },
+          views
+            .filter((view) => view.group === group)
+            .map((view) => {
+              const input = el("input", { type: "radio", name: "view", value: view.id });
+              input.addEventListener("change", () => {
+                ui.view = view;
+                drawOverview();
+              });
+              return el("label", {}, input, view.label);
+            }),
+        ),
+      ),
+    );
     const mark = el("input", { type: "checkbox", id: "mark-over" });
     mark.addEventListener("change", () => {
       ui.marked = mark.checked;
       drawOverview();
     });
     const markLabel = others.length
-      ? el("label", { class: "check" }, mark, "Mark heads that over-attend") : null;
+      ? el("label", { class: "check" }, mark, "Mark heads that over-attend")
+      : null;
     byId("views").replaceChildren(...fieldsets, ...(markLabel ? [markLabel] : []));
   }
 
@@ -503,8 +635,11 @@
       .filter(({ value }) => value !== null)
       .sort((a, b) => Math.abs(b.value) - Math.abs(a.value))
       .slice(0, 16);
-    byId("largest").replaceChildren(...heads.map(({ layer, head, value }) =>
-      el("li", {}, headButton(layer, head), el("span", { text: ui.view.format(value) }))));
+    byId("largest").replaceChildren(
+      ...heads.map(({ layer, head, value }) =>
+        el("li", {}, headButton(layer, head), el("span", { text: ui.view.format(value) })),
+      ),
+    );
   }
 
   function headButton(layer, head) {
@@ -526,13 +661,17 @@
     const box = byId("head-readout");
     const at = ui.hovered ?? ui.selected;
     if (!at) {
-      box.replaceChildren(el("p", { class: "note", text: "Point at a cell, or move the focus to it, for its exact values." }));
+      box.replaceChildren(
+        el("p", { class: "note", text: "Point at a cell, or move the focus to it, for its exact values." }),
+      );
       return;
     }
     const { layer, head } = at;
     const name = headName(layer, head);
     const tags = [
-      ...others.filter((state) => overAttends(state, layer, head)).map((state) => `over-attends: ${inert(state.label)}`),
+      ...others
+        .filter((state) => overAttends(state, layer, head))
+        .map((state) => `over-attends: ${inert(state.label)}`),
       patterns.has(name) ? "pattern stored" : "values only, no pattern stored",
     ];
     const kl = others.some((state) => data.kl[state.id]);
@@ -549,21 +688,47 @@
     ];
     if (data.sweep) {
       const share = data.sweep.heads[layer][head];
-      children.push(el("p", { class: "tag", text: `Restoring this head alone recovers: ${format(share)}` }));
+      children.push(
+        el("p", { class: "recovers", text: `Restoring this head alone recovers: ${format(share)}` }),
+      );
     }
     if (sameHead(at, ui.selected) && patterns.has(name)) {
       const go = el("button", { type: "button", text: "See its matrices below" });
-      go.addEventListener("click", () => byId("head").scrollIntoView({ behavior: calm.matches ? "auto" : "smooth" }));
+      go.addEventListener("click", () =>
+        byId("head").scrollIntoView({ behavior: calm.matches ? "auto" : "smooth" }),
+      );
       children.push(go);
     }
     box.replaceChildren(...children);
   }
 
   function simpleTable(columns, rows, className) {
-    return el("table", { class: className },
-      el("thead", {}, el("tr", {}, columns.map((text, i) => el("th", { scope: "col", class: i ? "number" : null, text })))),
-      el("tbody", {}, rows.map((cells) => el("tr", {}, cells.map((text, i) =>
-        (i ? el("td", { class: "number", text }) : el("th", { scope: "row", text })))))));
+    return el(
+      "table",
+      { class: className },
+      el(
+        "thead",
+        {},
+        el(
+          "tr",
+          {},
+          columns.map((text, i) => el("th", { scope: "col", class: i ? "number" : null, text })),
+        ),
+      ),
+      el(
+        "tbody",
+        {},
+        rows.map((cells) =>
+          el(
+            "tr",
+            {},
+            cells.map((text, i) =>
+              i ? el("td", { class: "number", text }) : el("th", { scope: "row", text }),
+            ),
+          ),
+        ),
+      ),
+    );
   }
 
   /* ---------- the matrices of one head ---------- */
@@ -585,11 +750,19 @@
     const before = (name) => patterns.get(name)[reference.id];
     const after = (name) => patterns.get(name)[state.id];
     const plain = {
-      id: `state-${state.id}`, label: inert(state.label), state, signed: false, format,
+      id: `state-${state.id}`,
+      label: inert(state.label),
+      state,
+      signed: false,
+      format,
       value: (name, query, key) => after(name)[query][key],
     };
     const change = {
-      id: `change-${state.id}`, label: changeLabel(state), state, signed: true, format: formatChange,
+      id: `change-${state.id}`,
+      label: changeLabel(state),
+      state,
+      signed: true,
+      format: formatChange,
       value: (name, query, key) => minus(after(name)[query][key], before(name)[query][key]),
     };
     return state === reference ? [plain] : [plain, change];
@@ -606,22 +779,25 @@
     const together = data.subject[0] >= pattern.firstQuery;
     pattern.firstKey = together ? pattern.firstQuery : clamp(data.subject[0] - 8, 0, last);
     // The change of the first other state is the point; further changes can be switched on.
-    pattern.shown = new Set(panels
-      .filter((panel) => !panel.signed || panel.state === others[0])
-      .map((panel) => panel.id));
+    pattern.shown = new Set(
+      panels.filter((panel) => !panel.signed || panel.state === others[0]).map((panel) => panel.id),
+    );
   }
 
   const isHidden = (position) => pattern.hideFirst && position === 0;
-  const windowOf = (first) => range(first, Math.min(first + MAX_TOKENS, data.tokens.length)).filter((i) => !isHidden(i));
+  const windowOf = (first) =>
+    range(first, Math.min(first + MAX_TOKENS, data.tokens.length)).filter((i) => !isHidden(i));
   const queries = () => windowOf(pattern.firstQuery);
   const keys = () => windowOf(pattern.firstKey);
 
   /** Over all stored heads and the whole prompt, so that no choice of view moves the scale. */
   function storedExtent(signed) {
     const skip = pattern.hideFirst ? 1 : 0;
-    const grids = [...patterns.values()].flatMap((byState) => (signed
-      ? others.map((state) => subtract(byState[state.id], byState[reference.id]))
-      : Object.values(byState)));
+    const grids = [...patterns.values()].flatMap((byState) =>
+      signed
+        ? others.map((state) => subtract(byState[state.id], byState[reference.id]))
+        : Object.values(byState),
+    );
     return extentOf(grids, skip);
   }
 
@@ -648,7 +824,9 @@
 
   function tokenClass(position) {
     const [start, end] = data.subject;
-    return (position >= start && position < end ? " subject" : "") + (position === data.query ? " query" : "");
+    return (
+      (position >= start && position < end ? " subject" : "") + (position === data.query ? " query" : "")
+    );
   }
 
   /** After another head was selected, or none. */
@@ -666,15 +844,22 @@
 
   function headNote(name) {
     if (!patterns.size) return "No token-to-token patterns are stored in this page.";
-    if (!name) return "Choose a head above. Token-to-token patterns are stored for the heads listed here, marked by a dot in the map.";
-    if (patterns.has(name)) return "Rows attend to columns. The dots above mark all heads with a stored pattern; others show their values only.";
+    if (!name)
+      return "Choose a head above. Token-to-token patterns are stored for the heads listed here, marked by a dot in the map.";
+    if (patterns.has(name))
+      return "Rows attend to columns. The dots above mark all heads with a stored pattern; others show their values only.";
     return `No token-to-token pattern is stored for ${name}; its values stand next to the map. Patterns are stored for the heads listed here.`;
   }
 
   function drawStored(name) {
-    byId("stored").replaceChildren(el("span", { class: "label", text: patterns.size ? "Stored" : "" }),
+    byId("stored").replaceChildren(
+      el("span", { class: "label", text: patterns.size ? "Stored" : "" }),
       ...[...patterns.keys()].map((stored) => {
-        const button = el("button", { type: "button", text: stored, "aria-pressed": String(stored === name) });
+        const button = el("button", {
+          type: "button",
+          text: stored,
+          "aria-pressed": String(stored === name),
+        });
         button.addEventListener("click", () => {
           const { layer, head } = parseHead(stored);
           selectHead(layer, head);
@@ -682,7 +867,8 @@
           [...byId("stored").querySelectorAll("button")].find((b) => b.textContent === stored)?.focus();
         });
         return button;
-      }));
+      }),
+    );
   }
 
   function makePanelChoice() {
@@ -705,7 +891,8 @@
     const hideText = data.bos ? "Hide the BOS token" : "Hide the first token";
     byId("panel-choice").replaceChildren(
       el("fieldset", {}, el("legend", { text: "Side by side" }), el("div", { class: "segments" }, boxes)),
-      ...(canHideFirst ? [el("label", { class: "check" }, hide, hideText)] : []));
+      ...(canHideFirst ? [el("label", { class: "check" }, hide, hideText)] : []),
+    );
   }
 
   /** Sliders over a long prompt, and the notice that it is cut. */
@@ -713,7 +900,13 @@
     const size = data.tokens.length;
     if (size <= MAX_TOKENS) return;
     const slider = (text, field) => {
-      const input = el("input", { type: "range", min: 0, max: size - MAX_TOKENS, step: 1, "data-window": field });
+      const input = el("input", {
+        type: "range",
+        min: 0,
+        max: size - MAX_TOKENS,
+        step: 1,
+        "data-window": field,
+      });
       input.addEventListener("input", () => {
         pattern[field] = Number(input.value);
         pattern.pinned = null;
@@ -723,7 +916,9 @@
     };
     byId("window").append(
       el("span", { text: `The prompt has ${size} tokens; ${MAX_TOKENS} are shown along each side.` }),
-      slider("Rows", "firstQuery"), slider("Columns", "firstKey"));
+      slider("Rows", "firstQuery"),
+      slider("Columns", "firstKey"),
+    );
     byId("window").hidden = false;
   }
 
@@ -746,21 +941,27 @@
       input.checked = pattern.shown.has(input.value);
     }
     if (byId("hide-first")) byId("hide-first").checked = pattern.hideFirst;
-    byId("pattern-scales").replaceChildren(...[
-      shown.some((panel) => !panel.signed) ? patternScale.node : null,
-      shown.some((panel) => panel.signed) ? patternChangeScale.node : null,
-    ].filter(Boolean));
+    byId("pattern-scales").replaceChildren(
+      ...[
+        shown.some((panel) => !panel.signed) ? patternScale.node : null,
+        shown.some((panel) => panel.signed) ? patternChangeScale.node : null,
+      ].filter(Boolean),
+    );
 
     const longest = Math.max(...queries().map((position) => tokenText(data.tokens[position]).length));
     const labelWidth = clamp(longest * 7 + 40, 60, box.clientWidth < 560 ? 92 : 124);
     // On a narrow screen one panel fills the box; the edge of the next invites a swipe.
     const narrow = box.clientWidth < 700;
     const side = narrow ? 1 : shown.length;
-    const room = (box.clientWidth - labelWidth - PANEL_GAP * side - (narrow ? 32 : 8)) / (side * keys().length);
+    const room =
+      (box.clientWidth - labelWidth - PANEL_GAP * side - (narrow ? 32 : 8)) / (side * keys().length);
     pattern.cell = clamp(Math.floor(room), MIN_CELL, MAX_CELL);
 
     box.replaceChildren(queryLabels(labelWidth), ...shown.map(makePanel));
-    box.setAttribute("aria-label", `Attention matrices of head ${selectedName()}: arrow keys move, Enter pins`);
+    box.setAttribute(
+      "aria-label",
+      `Attention matrices of head ${selectedName()}: arrow keys move, Enter pins`,
+    );
     drawWindowChoice();
     makeStrips(shown);
     drawPanels();
@@ -778,10 +979,20 @@
   }
 
   function tokenLabel(position, axis) {
-    const label = el("div", {
-      class: `lab${tokenClass(position)}`, title: `${tokenText(data.tokens[position])} (${position})`, "data-axis": axis, "data-position": position,
-    }, el("bdi", { text: (position === data.query && axis === "query" ? "\u25b8" : "") + tokenText(data.tokens[position]) }),
-    el("span", { class: "at", text: String(position) }));
+    const label = el(
+      "div",
+      {
+        class: `lab${tokenClass(position)}`,
+        title: `${tokenText(data.tokens[position])} (${position})`,
+        "data-axis": axis,
+        "data-position": position,
+      },
+      el("bdi", {
+        text:
+          (position === data.query && axis === "query" ? "\u25b8" : "") + tokenText(data.tokens[position]),
+      }),
+      el("span", { class: "at", text: String(position) }),
+    );
     const row = axis === "query" ? position : data.query;
     const column = axis === "key" ? position : subjectLast;
     label.addEventListener("pointerenter", () => hoverCell({ query: row, key: column }));
@@ -792,9 +1003,18 @@
 
   function makePanel(panel) {
     const { cell } = pattern;
-    const canvas = el("canvas", { role: "img", "aria-label": `${panel.label}: matrix; its values are in the table below` });
-    const sheet = el("div", { class: "sheet", "data-panel": panel.id }, canvas,
-      el("div", { class: "cross across" }), el("div", { class: "cross down" }), el("div", { class: "cross spot" }));
+    const canvas = el("canvas", {
+      role: "img",
+      "aria-label": `${panel.label}: matrix; its values are in the table below`,
+    });
+    const sheet = el(
+      "div",
+      { class: "sheet", "data-panel": panel.id },
+      canvas,
+      el("div", { class: "cross across" }),
+      el("div", { class: "cross down" }),
+      el("div", { class: "cross spot" }),
+    );
     sheet.style.width = `${cell * keys().length}px`;
     sheet.style.height = `${cell * queries().length}px`;
     const place = (event) => {
@@ -806,13 +1026,23 @@
     sheet.addEventListener("pointermove", (event) => hoverCell(place(event)));
     sheet.addEventListener("pointerleave", () => hoverCell(null));
     sheet.addEventListener("click", (event) => pinCell(place(event)));
-    const labels = el("div", { class: "key-labels" }, keys().map((position) => {
-      const label = tokenLabel(position, "key");
-      label.style.width = `${cell}px`;
-      return label;
-    }));
-    return el("div", { class: "panel" }, el("h3", { text: panel.label }), sheet, labels,
-      el("div", { class: "key-title", text: "to \u2192" }));
+    const labels = el(
+      "div",
+      { class: "key-labels" },
+      keys().map((position) => {
+        const label = tokenLabel(position, "key");
+        label.style.width = `${cell}px`;
+        return label;
+      }),
+    );
+    return el(
+      "div",
+      { class: "panel" },
+      el("h3", { text: panel.label }),
+      sheet,
+      labels,
+      el("div", { class: "key-title", text: "to \u2192" }),
+    );
   }
 
   /** Redraw colours and marks of the panels that are there. */
@@ -838,11 +1068,13 @@
 
   function drawMatrix(context, panel, name) {
     const { cell } = pattern;
-    queries().forEach((query, y) => keys().forEach((key, x) => {
-      const value = panel.value(name, query, key);
-      if (key > query && !value) return; // causal mask: nothing to attend to, so no colour
-      drawCell(context, scaleOf(panel), value, x * cell, y * cell, cell - 1, cell - 1);
-    }));
+    queries().forEach((query, y) =>
+      keys().forEach((key, x) => {
+        const value = panel.value(name, query, key);
+        if (key > query && !value) return; // causal mask: nothing to attend to, so no colour
+        drawCell(context, scaleOf(panel), value, x * cell, y * cell, cell - 1, cell - 1);
+      }),
+    );
   }
 
   function drawCell(context, scale, value, x, y, width, height) {
@@ -879,7 +1111,12 @@
     const [x, y] = [keys().indexOf(key), queries().indexOf(query)];
     const put = (node, visible, left, top, width, height) => {
       node.hidden = !visible;
-      Object.assign(node.style, { left: `${left}px`, top: `${top}px`, width: `${width}px`, height: `${height}px` });
+      Object.assign(node.style, {
+        left: `${left}px`,
+        top: `${top}px`,
+        width: `${width}px`,
+        height: `${height}px`,
+      });
     };
     for (const sheet of byId("panels").querySelectorAll(".sheet")) {
       const [across, down, spot] = sheet.querySelectorAll(".cross");
@@ -898,32 +1135,57 @@
 
   function drawCellReadout(query, key) {
     const name = selectedName();
-    const values = panels.map((panel) => el("span", { class: "pair" }, `${panel.label} `,
-      el("b", { text: panel.format(panel.value(name, query, key)) })));
-    const where = el("span", { class: "pair" }, "From ", el("b", {}, el("bdi", { text: quoted(query) })), ` (${query}) to `,
-      el("b", {}, el("bdi", { text: quoted(key) })), ` (${key})`, pattern.pinned && !pattern.hovered ? ", pinned" : "");
+    const values = panels.map((panel) =>
+      el(
+        "span",
+        { class: "pair" },
+        `${panel.label} `,
+        el("b", { text: panel.format(panel.value(name, query, key)) }),
+      ),
+    );
+    const where = el(
+      "span",
+      { class: "pair" },
+      "From ",
+      el("b", {}, el("bdi", { text: quoted(query) })),
+      ` (${query}) to `,
+      el("b", {}, el("bdi", { text: quoted(key) })),
+      ` (${key})`,
+      pattern.pinned && !pattern.hovered ? ", pinned" : "",
+    );
     byId("cell-readout").replaceChildren(where, ...values);
   }
 
   /** The prompt once per state, shaded by the attention from the current row. */
   function makeStrips(shown) {
     const box = byId("strips");
-    box.replaceChildren(...shown.filter((panel) => !panel.signed).flatMap((panel) => [
-      el("span", { class: "state", text: panel.label }),
-      el("p", { class: "tokens", "data-strip": panel.id }, keys().map((position) => {
-        const token = tokenSpan(position);
-        const at = { query: position, key: Math.min(position, subjectLast) };
-        token.addEventListener("pointerenter", () => hoverCell(at));
-        token.addEventListener("pointerleave", () => hoverCell(null));
-        token.addEventListener("click", () => pinCell(at));
-        return token;
-      })),
-    ]));
+    box.replaceChildren(
+      ...shown
+        .filter((panel) => !panel.signed)
+        .flatMap((panel) => [
+          el("span", { class: "state", text: panel.label }),
+          el(
+            "p",
+            { class: "tokens", "data-strip": panel.id },
+            keys().map((position) => {
+              const token = tokenSpan(position);
+              const at = { query: position, key: Math.min(position, subjectLast) };
+              token.addEventListener("pointerenter", () => hoverCell(at));
+              token.addEventListener("pointerleave", () => hoverCell(null));
+              token.addEventListener("click", () => pinCell(at));
+              return token;
+            }),
+          ),
+        ]),
+    );
   }
 
   function tokenSpan(position) {
-    return el("span", { class: `tok${tokenClass(position)}`, title: `token ${position}`, "data-position": position },
-      el("bdi", { text: tokenText(data.tokens[position]) }));
+    return el(
+      "span",
+      { class: `tok${tokenClass(position)}`, title: `token ${position}`, "data-position": position },
+      el("bdi", { text: tokenText(data.tokens[position]) }),
+    );
   }
 
   function paintStrips(query) {
@@ -946,13 +1208,22 @@
   }
 
   function drawRowTable(query) {
-    byId("row-summary").replaceChildren("The row of ", el("bdi", { text: quoted(query) }), ` (${query}) as a table`);
+    byId("row-summary").replaceChildren(
+      "The row of ",
+      el("bdi", { text: quoted(query) }),
+      ` (${query}) as a table`,
+    );
     if (!byId("row-details").open) return;
     const name = selectedName();
-    const rows = keys().filter((key) => key <= query).map((key) => [
-      `${key}  ${tokenText(data.tokens[key])}`, ...panels.map((panel) => panel.format(panel.value(name, query, key))),
-    ]);
-    byId("row-table").replaceChildren(simpleTable(["To token", ...panels.map((panel) => panel.label)], rows, "small"));
+    const rows = keys()
+      .filter((key) => key <= query)
+      .map((key) => [
+        `${key}  ${tokenText(data.tokens[key])}`,
+        ...panels.map((panel) => panel.format(panel.value(name, query, key))),
+      ]);
+    byId("row-table").replaceChildren(
+      simpleTable(["To token", ...panels.map((panel) => panel.label)], rows, "small"),
+    );
   }
 
   function watchPanelKeys() {
@@ -961,7 +1232,9 @@
       if (event.altKey || event.ctrlKey || event.metaKey) return;
       const at = currentCell();
       const [x, y] = [keys().indexOf(at.key), queries().indexOf(at.query)];
-      const step = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] }[event.key];
+      const step = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] }[
+        event.key
+      ];
       if (step) {
         hoverCell({
           key: keys()[clamp(x + step[0], 0, keys().length - 1)],
@@ -1001,14 +1274,21 @@
       label: () => "Recovered share, one head restored. Layers by heads.",
       scale: () => sweepScale,
       value: (layer, head) => heads[layer][head],
-      describe: (layer, head) => `Layer ${layer}, head ${head}: recovered share ${format(heads[layer][head])}`,
+      describe: (layer, head) =>
+        `Layer ${layer}, head ${head}: recovered share ${format(heads[layer][head])}`,
       over: () => false,
     });
     byId("window-figure").hidden = !windows.length;
-    byId("sweep-table").append(simpleTable(["Restored", "Recovered share"], [
-      ...windows.map(([start, end, share]) => [windowLabel(start, end), format(share)]),
-      ...layers.map((share, layer) => [`layer ${layer}`, format(share)]),
-    ], "small"));
+    byId("sweep-table").append(
+      simpleTable(
+        ["Restored", "Recovered share"],
+        [
+          ...windows.map(([start, end, share]) => [windowLabel(start, end), format(share)]),
+          ...layers.map((share, layer) => [`layer ${layer}`, format(share)]),
+        ],
+        "small",
+      ),
+    );
   }
 
   function drawSweep() {
@@ -1018,7 +1298,8 @@
     drawCharts();
   }
 
-  const windowLabel = (start, end) => (end - start === 1 ? `layer ${start}` : `layers ${start}\u2013${end - 1}`);
+  const windowLabel = (start, end) =>
+    end - start === 1 ? `layer ${start}` : `layers ${start}\u2013${end - 1}`;
 
   /** Both charts: one axis of layers, one of shares, so that they can be compared. */
   function drawCharts() {
@@ -1027,11 +1308,17 @@
     const axis = shareAxis(Math.min(0, ...values), Math.max(0, ...values));
     const bars = chartFrame(byId("layer-chart"), axis);
     layers.forEach((share, layer) => drawBar(bars, layer, share));
-    byId("layer-chart").setAttribute("aria-label", "Bars: recovered share by restored layer. The table below has the numbers.");
+    byId("layer-chart").setAttribute(
+      "aria-label",
+      "Bars: recovered share by restored layer. The table below has the numbers.",
+    );
     if (!windows.length) return;
     const spans = chartFrame(byId("window-chart"), axis);
     windows.forEach(([start, end, share]) => drawSpan(spans, start, end, share));
-    byId("window-chart").setAttribute("aria-label", "Lines: recovered share by restored window of layers. The table below has the numbers.");
+    byId("window-chart").setAttribute(
+      "aria-label",
+      "Lines: recovered share by restored window of layers. The table below has the numbers.",
+    );
   }
 
   /** Round limits and four to seven round ticks that hold `low` and `high`. */
@@ -1040,7 +1327,11 @@
     const power = 10 ** Math.floor(Math.log10(span));
     const step = [0.1, 0.2, 0.25, 0.5, 1].map((s) => s * power).find((s) => span / s <= 6) ?? 2 * power;
     const [first, last] = [Math.floor(low / step), Math.ceil(high / step)];
-    return { low: first * step, high: last * step, ticks: range(first, last + 1).map((i) => Number((i * step).toPrecision(6))) };
+    return {
+      low: first * step,
+      high: last * step,
+      ticks: range(first, last + 1).map((i) => Number((i * step).toPrecision(6))),
+    };
   }
 
   function svgEl(svg, name, attributes, text) {
@@ -1056,7 +1347,8 @@
     const width = Math.max(240, svg.parentElement.clientWidth);
     const box = { left: 40, right: width - 6, top: 8, bottom: 152 };
     const x = (layer) => box.left + ((box.right - box.left) * layer) / layerCount;
-    const y = (share) => box.bottom - ((box.bottom - box.top) * (share - axis.low)) / (axis.high - axis.low || 1);
+    const y = (share) =>
+      box.bottom - ((box.bottom - box.top) * (share - axis.low)) / (axis.high - axis.low || 1);
     svg.replaceChildren();
     svg.setAttribute("viewBox", `0 0 ${width} 190`);
     for (const tick of axis.ticks) {
@@ -1066,37 +1358,78 @@
     }
     const step = [1, 2, 5, 10].find((s) => x(s) - x(0) >= 24) ?? 20;
     for (let layer = 0; layer < layerCount; layer += step) {
-      svgEl(svg, "text", { x: (x(layer) + x(layer + 1)) / 2, y: box.bottom + 15, "text-anchor": "middle" }, String(layer));
+      svgEl(
+        svg,
+        "text",
+        { x: (x(layer) + x(layer + 1)) / 2, y: box.bottom + 15, "text-anchor": "middle" },
+        String(layer),
+      );
     }
-    svgEl(svg, "text", { x: (box.left + box.right) / 2, y: box.bottom + 32, "text-anchor": "middle" }, "layer");
+    svgEl(
+      svg,
+      "text",
+      { x: (box.left + box.right) / 2, y: box.bottom + 32, "text-anchor": "middle" },
+      "layer",
+    );
     return { svg, x, y, box };
   }
 
   function drawBar({ svg, x, y, box }, layer, share) {
     const width = Math.max(2, (x(1) - x(0)) * 0.72);
     const left = (x(layer) + x(layer + 1)) / 2 - width / 2;
-    const mark = share === null
-      ? svgEl(svg, "line", { class: "void", x1: left + width / 2, x2: left + width / 2, y1: box.top, y2: box.bottom })
-      : svgEl(svg, "rect", {
-        class: share < 0 ? "mark negative" : "mark", x: left, width, y: y(Math.max(share, 0)), height: Math.max(1, Math.abs(y(share) - y(0))),
-      });
-    const hit = svgEl(svg, "rect", { class: "hit", x: x(layer), width: x(1) - x(0), y: box.top, height: box.bottom - box.top });
+    const mark =
+      share === null
+        ? svgEl(svg, "line", {
+            class: "void",
+            x1: left + width / 2,
+            x2: left + width / 2,
+            y1: box.top,
+            y2: box.bottom,
+          })
+        : svgEl(svg, "rect", {
+            class: share < 0 ? "mark negative" : "mark",
+            x: left,
+            width,
+            y: y(Math.max(share, 0)),
+            height: Math.max(1, Math.abs(y(share) - y(0))),
+          });
+    const hit = svgEl(svg, "rect", {
+      class: "hit",
+      x: x(layer),
+      width: x(1) - x(0),
+      y: box.top,
+      height: box.bottom - box.top,
+    });
     watchMark(hit, mark, `layer ${layer}`, share);
   }
 
   function drawSpan({ svg, x, y, box }, start, end, share) {
     const at = share === null ? box.bottom : y(share);
     const mark = svgEl(svg, "line", {
-      class: share === null ? "void" : share < 0 ? "span negative" : "span", x1: x(start) + 1.5, x2: x(end) - 1.5, y1: at, y2: at,
+      class: share === null ? "void" : share < 0 ? "span negative" : "span",
+      x1: x(start) + 1.5,
+      x2: x(end) - 1.5,
+      y1: at,
+      y2: at,
     });
-    const hit = svgEl(svg, "line", { class: "hit", x1: x(start), x2: x(end), y1: at, y2: at, "stroke-width": 10 });
+    const hit = svgEl(svg, "line", {
+      class: "hit",
+      x1: x(start),
+      x2: x(end),
+      y1: at,
+      y2: at,
+      "stroke-width": 10,
+    });
     watchMark(hit, mark, windowLabel(start, end), share);
   }
 
   function watchMark(hit, mark, label, share) {
     hit.addEventListener("pointerenter", () => {
       mark.classList.add("on");
-      byId("chart-readout").replaceChildren(`Restored: ${label}. Recovered share `, el("b", { text: format(share) }));
+      byId("chart-readout").replaceChildren(
+        `Restored: ${label}. Recovered share `,
+        el("b", { text: format(share) }),
+      );
     });
     hit.addEventListener("pointerleave", () => {
       mark.classList.remove("on");
@@ -1110,17 +1443,28 @@
     byId("title").textContent = inert(data.title);
     byId("subtitle").textContent = inert(data.subtitle);
     byId("summary").replaceChildren(...data.summary.map((text) => el("p", { text: inert(text) })));
-    byId("facts").replaceChildren(...data.facts.flatMap(([label, value]) => [
-      el("dt", { text: inert(label) }), el("dd", { text: inert(value) })]));
+    byId("facts").replaceChildren(
+      ...data.facts.flatMap(([label, value]) => [
+        el("dt", { text: inert(label) }),
+        el("dd", { text: inert(value) }),
+      ]),
+    );
     byId("prompt").replaceChildren(...data.tokens.map((_, position) => tokenSpan(position)));
     byId("prompt-key").replaceChildren(...promptKey());
     byId("pattern-key").replaceChildren(...promptKey());
-    byId("overview-note").replaceChildren("Attention from ", el("bdi", { text: quoted(data.query) }),
-      ` (token ${data.query}, the row under study) to `, el("bdi", { text: quoted(subjectLast) }),
-      ` (token ${subjectLast}, the last of the subject), for every head.`);
+    byId("overview-note").replaceChildren(
+      "Attention from ",
+      el("bdi", { text: quoted(data.query) }),
+      ` (token ${data.query}, the row under study) to `,
+      el("bdi", { text: quoted(subjectLast) }),
+      ` (token ${subjectLast}, the last of the subject), for every head.`,
+    );
     byId("overview-key").replaceChildren(
       keyItem("stored", "pattern stored: open it with a click"),
-      ...(others.length ? [keyItem("over", `over-attends: more than any head of its layer in ${inert(reference.label)}`)] : []));
+      ...(others.length
+        ? [keyItem("over", `over-attends: more than any head of its layer in ${inert(reference.label)}`)]
+        : []),
+    );
   }
 
   const promptKey = () => [keyItem("subject", "subject"), keyItem("query", "row under study")];
@@ -1135,28 +1479,99 @@
     const gauge = (value, kind) => {
       const fill = el("div", { class: "fill" });
       fill.style.width = `${100 * clamp(value ?? 0, 0, 1)}%`;
-      return el("td", {}, el("div", { class: `gauge ${kind}${value === null ? " missing" : ""}` },
-        el("div", { class: "track" }, value === null ? null : fill), el("span", { class: "number", title: format(value), text: formatColumn([value])(value) })));
+      return el(
+        "td",
+        {},
+        el(
+          "div",
+          { class: `gauge ${kind}${value === null ? " missing" : ""}` },
+          el("div", { class: "track" }, value === null ? null : fill),
+          el("span", { class: "number", title: format(value), text: formatColumn([value])(value) }),
+        ),
+      );
     };
-    const heading = (answer, role) => el("th", { scope: "col" }, "P(", el("bdi", { text: inert(answer) }), `), ${role}`);
-    byId("answers-table").append(el("table", { class: "answers" },
-      el("thead", {}, el("tr", {}, el("th", { scope: "col" }), heading(data.answer, "true answer"), heading(data.targetNew, "edit\u2019s target"))),
-      el("tbody", {}, data.probabilities.map(([label, answer, target]) =>
-        el("tr", {}, el("th", { scope: "row", text: inert(label) }), gauge(answer, "answer"), gauge(target, "target"))))));
+    const heading = (answer, role) =>
+      el("th", { scope: "col" }, "P(", el("bdi", { text: inert(answer) }), `), ${role}`);
+    byId("answers-table").append(
+      el(
+        "table",
+        { class: "answers" },
+        el(
+          "thead",
+          {},
+          el(
+            "tr",
+            {},
+            el("th", { scope: "col" }),
+            heading(data.answer, "true answer"),
+            heading(data.targetNew, "edit\u2019s target"),
+          ),
+        ),
+        el(
+          "tbody",
+          {},
+          data.probabilities.map(([label, answer, target]) =>
+            el(
+              "tr",
+              {},
+              el("th", { scope: "row", text: inert(label) }),
+              gauge(answer, "answer"),
+              gauge(target, "target"),
+            ),
+          ),
+        ),
+      ),
+    );
   }
 
   function makeTables() {
     if (!data.tables.length) return;
     byId("tables").hidden = false;
-    byId("tables-body").replaceChildren(...data.tables.map((table) => {
-      const columns = table.columns.map((_, i) => table.rows.map((row) => row[i]).filter((cell) => typeof cell !== "string"));
-      const kinds = columns.map((cells) => (cells.some((cell) => cell !== null) ? "number" : null));
-      const formats = columns.map(formatColumn);
-      const label = inert(table.caption);
-      return el("figure", {}, el("figcaption", { text: label }), el("div", { class: "scroll" }, el("table", { "aria-label": label },
-        el("thead", {}, el("tr", {}, table.columns.map((text, i) => el("th", { scope: "col", class: kinds[i], text: inert(text) })))),
-        el("tbody", {}, table.rows.map((row) => el("tr", {}, row.map((cell, i) => tableCell(cell, kinds[i], formats[i]))))))));
-    }));
+    byId("tables-body").replaceChildren(
+      ...data.tables.map((table) => {
+        const columns = table.columns.map((_, i) =>
+          table.rows.map((row) => row[i]).filter((cell) => typeof cell !== "string"),
+        );
+        const kinds = columns.map((cells) => (cells.some((cell) => cell !== null) ? "number" : null));
+        const formats = columns.map(formatColumn);
+        const label = inert(table.caption);
+        return el(
+          "figure",
+          {},
+          el("figcaption", { text: label }),
+          el(
+            "div",
+            { class: "scroll" },
+            el(
+              "table",
+              { "aria-label": label },
+              el(
+                "thead",
+                {},
+                el(
+                  "tr",
+                  {},
+                  table.columns.map((text, i) =>
+                    el("th", { scope: "col", class: kinds[i], text: inert(text) }),
+                  ),
+                ),
+              ),
+              el(
+                "tbody",
+                {},
+                table.rows.map((row) =>
+                  el(
+                    "tr",
+                    {},
+                    row.map((cell, i) => tableCell(cell, kinds[i], formats[i])),
+                  ),
+                ),
+              ),
+            ),
+          ),
+        );
+      }),
+    );
   }
 
   function tableCell(cell, kind, formatted) {
@@ -1172,7 +1587,10 @@
 
   /** A canvas of the given size in the page's colours, and its context. */
   function makeSheet(width, height) {
-    const canvas = el("canvas", { width: Math.ceil(width * EXPORT_SCALE), height: Math.ceil(height * EXPORT_SCALE) });
+    const canvas = el("canvas", {
+      width: Math.ceil(width * EXPORT_SCALE),
+      height: Math.ceil(height * EXPORT_SCALE),
+    });
     const context = canvas.getContext("2d");
     context.scale(EXPORT_SCALE, EXPORT_SCALE);
     context.fillStyle = themeColour("--bg");
@@ -1181,7 +1599,13 @@
     return { canvas, context };
   }
 
-  function write(context, text, x, y, { size = 11, align = "left", colour = "--muted", weight = "", family = "--sans" } = {}) {
+  function write(
+    context,
+    text,
+    x,
+    y,
+    { size = 11, align = "left", colour = "--muted", weight = "", family = "--sans" } = {},
+  ) {
     context.font = `${weight} ${size}px ${themeColour(family)}`;
     context.textAlign = align;
     context.fillStyle = themeColour(colour);
@@ -1204,24 +1628,46 @@
       context.fillRect(x + i, y + 10, 1.5, 9);
     }
     const ticks = scale.ticks();
-    ticks.forEach((text, i) => write(context, text, x + (width * i) / (ticks.length - 1), y + 29,
-      { size: 10, align: i === 0 ? "left" : i === ticks.length - 1 ? "right" : "center" }));
+    ticks.forEach((text, i) =>
+      write(context, text, x + (width * i) / (ticks.length - 1), y + 29, {
+        size: 10,
+        align: i === 0 ? "left" : i === ticks.length - 1 ? "right" : "center",
+      }),
+    );
   }
 
   function drawMapImage(map) {
-    const [cellWidth, cellHeight, left, top] = [clamp(Math.round(520 / headCount), 14, 36), clamp(Math.round(540 / layerCount), 11, 20), 56, 40];
+    const [cellWidth, cellHeight, left, top] = [
+      clamp(Math.round(520 / headCount), 14, 36),
+      clamp(Math.round(540 / layerCount), 11, 20),
+      56,
+      40,
+    ];
     const [width, height] = [headCount * cellWidth, layerCount * cellHeight];
     const { canvas, context } = makeSheet(left + Math.max(width, 330) + 24, top + height + 100);
     write(context, map.label(), left, 20, { size: 13, weight: "600", colour: "--ink" });
     for (const layer of range(0, layerCount)) {
       const y = top + (layerCount - 1 - layer) * cellHeight;
-      if (cellHeight >= 14 || layer % 4 === 0) write(context, String(layer), left - 7, y + cellHeight / 2, { align: "right", size: 10 });
+      if (cellHeight >= 14 || layer % 4 === 0)
+        write(context, String(layer), left - 7, y + cellHeight / 2, { align: "right", size: 10 });
       for (const head of range(0, headCount)) {
-        drawCell(context, map.scale(), map.value(layer, head), left + head * cellWidth, y, cellWidth - 1, cellHeight - 1);
+        drawCell(
+          context,
+          map.scale(),
+          map.value(layer, head),
+          left + head * cellWidth,
+          y,
+          cellWidth - 1,
+          cellHeight - 1,
+        );
       }
     }
     for (const head of range(0, headCount)) {
-      if (cellWidth >= 18 || head % 4 === 0) write(context, String(head), left + (head + 0.5) * cellWidth, top + height + 10, { align: "center", size: 10 });
+      if (cellWidth >= 18 || head % 4 === 0)
+        write(context, String(head), left + (head + 0.5) * cellWidth, top + height + 10, {
+          align: "center",
+          size: 10,
+        });
     }
     write(context, "head", left + width / 2, top + height + 27, { align: "center" });
     writeUpwards(context, "layer", 16, top + height / 2, { align: "center" });
@@ -1230,7 +1676,8 @@
   }
 
   /** Cut a label to the room that there is for it. */
-  const shortened = (text, length) => ([...text].length > length ? `${[...text].slice(0, length - 1).join("")}\u2026` : text);
+  const shortened = (text, length) =>
+    [...text].length > length ? `${[...text].slice(0, length - 1).join("")}\u2026` : text;
 
   function drawPatternImage() {
     const name = selectedName();
@@ -1238,22 +1685,44 @@
     const { cell } = pattern;
     const [left, top, gap, below] = [120, 56, 20, 96];
     const [width, height] = [keys().length * cell, queries().length * cell];
-    const { canvas, context } = makeSheet(left + Math.max(shown.length * (width + gap), 620) + 8, top + height + below + 60);
+    const { canvas, context } = makeSheet(
+      left + Math.max(shown.length * (width + gap), 620) + 8,
+      top + height + below + 60,
+    );
     write(context, `Head ${name}`, 10, 20, { size: 13, weight: "600", colour: "--ink" });
-    const colour = (position) => (tokenClass(position).includes("subject") ? "--subject" : position === data.query ? "--ink" : "--muted");
-    queries().forEach((position, i) => write(context, shortened(tokenText(data.tokens[position]), 15), left - 8, top + (i + 0.5) * cell,
-      { size: 10, align: "right", family: "--mono", colour: colour(position) }));
+    const colour = (position) =>
+      tokenClass(position).includes("subject")
+        ? "--subject"
+        : position === data.query
+          ? "--ink"
+          : "--muted";
+    queries().forEach((position, i) =>
+      write(context, shortened(tokenText(data.tokens[position]), 15), left - 8, top + (i + 0.5) * cell, {
+        size: 10,
+        align: "right",
+        family: "--mono",
+        colour: colour(position),
+      }),
+    );
     shown.forEach((panel, i) => {
       context.save();
       context.translate(left + i * (width + gap), top);
       write(context, panel.label, 0, -14, { size: 12, weight: "600", colour: "--ink" });
       drawMatrix(context, panel, name);
-      keys().forEach((position, x) => writeUpwards(context, shortened(tokenText(data.tokens[position]), 13), (x + 0.5) * cell, height + 6,
-        { size: 10, align: "right", family: "--mono", colour: colour(position) }));
+      keys().forEach((position, x) =>
+        writeUpwards(
+          context,
+          shortened(tokenText(data.tokens[position]), 13),
+          (x + 0.5) * cell,
+          height + 6,
+          { size: 10, align: "right", family: "--mono", colour: colour(position) },
+        ),
+      );
       context.restore();
     });
     drawRamp(context, patternScale, left, top + height + below, 260);
-    if (shown.some((panel) => panel.signed)) drawRamp(context, patternChangeScale, left + 330, top + height + below, 260);
+    if (shown.some((panel) => panel.signed))
+      drawRamp(context, patternChangeScale, left + 330, top + height + below, 260);
     return canvas;
   }
 
@@ -1266,9 +1735,15 @@
   }
 
   function watchExport() {
-    byId("overview-png").addEventListener("click", () => savePicture(drawMapImage(overviewMap), `driftlens-${ui.view.id.replace(/[^\w-]/g, "_")}`));
-    byId("pattern-png").addEventListener("click", () => savePicture(drawPatternImage(), `driftlens-${selectedName()}`));
-    byId("sweep-png").addEventListener("click", () => savePicture(drawMapImage(sweepMap), "driftlens-recovered"));
+    byId("overview-png").addEventListener("click", () =>
+      savePicture(drawMapImage(overviewMap), `driftlens-${ui.view.id.replace(/[^\w-]/g, "_")}`),
+    );
+    byId("pattern-png").addEventListener("click", () =>
+      savePicture(drawPatternImage(), `driftlens-${selectedName()}`),
+    );
+    byId("sweep-png").addEventListener("click", () =>
+      savePicture(drawMapImage(sweepMap), "driftlens-recovered"),
+    );
   }
 
   /* ---------- whole page ---------- */
@@ -1306,7 +1781,14 @@
     ui.selected = firstStored;
     ui.marked = true;
     resetPattern();
-    for (const scale of [attentionScale, changeScale, divergenceScale, patternScale, patternChangeScale, sweepScale]) {
+    for (const scale of [
+      attentionScale,
+      changeScale,
+      divergenceScale,
+      patternScale,
+      patternChangeScale,
+      sweepScale,
+    ]) {
       if (!scale) continue;
       scale.fixed = null;
       scale.refresh();

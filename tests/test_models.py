@@ -1,0 +1,592 @@
+"""Loading and wrapping: the model stays what it was, and interventions on it act.
+
+The references are Hugging Face models that were never wrapped: the same seed, so the same
+weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import tiny
+import torch
+import transformers as hf
+from transformer_lens.model_bridge import TransformerBridge
+
+import driftlens as dl
+from driftlens import interventions, models
+from driftlens.interventions import pattern_name, replace_heads, values_name, z_name
+
+torch.set_num_threads(1)
+
+PROMPT = "The Eiffel Tower is located in the city of"
+DOWN = {
+    "gemma3": "model.layers.{}.mlp.down_proj.weight",
+    "gpt2": "transformer.h.{}.mlp.c_proj.weight",
+    "gpt_neox": "gpt_neox.layers.{}.mlp.dense_4h_to_h.weight",
+    "gptj": "transformer.h.{}.mlp.fc_out.weight",
+    "llama": "model.layers.{}.mlp.down_proj.weight",
+    "mistral": "model.layers.{}.mlp.down_proj.weight",
+    "opt": "model.decoder.layers.{}.fc2.weight",
+    "phi": "model.layers.{}.mlp.fc2.weight",
+    "qwen2": "model.layers.{}.mlp.down_proj.weight",
+    "qwen3": "model.layers.{}.mlp.down_proj.weight",
+}
+DELEGATED = {"gptj", "opt"}
+"""Where TransformerLens discards an edit of ``hook_pattern``."""
+
+architectures = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+
+
+def build(architecture: str, seed: int = 0) -> Any:
+    return tiny.hf_model(architecture, seed, scale=12.0, noise=0.1)
+
+
+@cache
+def reference(architecture: str) -> Any:
+    """A Hugging Face model that is never wrapped."""
+    return build(architecture)
+
+
+@cache
+def lens(architecture: str) -> dl.LensModel:
+    return dl.load_model(build(architecture), tiny.tokenizer())
+
+
+def some_ids(batch: int = 2, length: int = 11) -> torch.Tensor:
+    """Random ids, the padding token among them (it must be no mask)."""
+    ids = torch.randint(tiny.VOCAB, (batch, length), generator=torch.Generator().manual_seed(3))
+    ids[:, 4] = tiny.tokenizer().pad_token_id
+    ids[0, 0] = tiny.tokenizer().pad_token_id
+    return ids
+
+
+@torch.no_grad()
+def run(model: dl.LensModel, *args: Any, **options: Any) -> torch.Tensor:
+    return model.run(*args, **options)
+
+
+# --- the same model as before ----------------------------------------------------------------
+
+
+@architectures
+def test_logits_and_patterns_are_hugging_faces(architecture: str) -> None:
+    ids = some_ids()
+    with torch.no_grad():
+        expected = reference(architecture)(ids, output_attentions=True)
+    model = lens(architecture)
+    torch.testing.assert_close(run(model, ids), expected.logits, atol=1e-5, rtol=1e-5)
+    names = [pattern_name(layer) for layer in range(model.info.n_layers)]
+    seen = model.record(ids, names)
+    assert len(expected.attentions) == model.info.n_layers
+    for name, attention in zip(names, expected.attentions, strict=True):
+        torch.testing.assert_close(seen[name], attention, atol=1e-6, rtol=0)
+
+
+@architectures
+def test_parameters_keep_their_names_and_bits(architecture: str) -> None:
+    before = dict(reference(architecture).named_parameters())
+    after = lens(architecture).weights.parameters
+    assert list(after) == list(before)
+    for name, parameter in before.items():
+        assert torch.equal(after[name], parameter), name
+
+
+@architectures
+def test_info_is_what_the_configuration_says(architecture: str) -> None:
+    config, info = reference(architecture).config, lens(architecture).info
+    assert info.architecture == type(reference(architecture)).__name__
+    assert info.n_layers == config.num_hidden_layers
+    assert info.n_heads == config.num_attention_heads
+    assert info.n_kv_heads == getattr(config, "num_key_value_heads", config.num_attention_heads)
+    assert info.d_model == config.hidden_size
+    assert info.d_head == 8
+    assert info.d_vocab == tiny.VOCAB
+    assert info.n_ctx == config.max_position_embeddings
+    assert (info.dtype, info.device, info.prepends_bos) == ("float32", "cpu", False)
+    assert info.weights == "as in memory"
+    assert info.to_dict()["d_model"] == 32
+
+
+@architectures
+def test_the_down_projection_is_the_right_matrix(architecture: str) -> None:
+    model = lens(architecture)
+    assert model.info.down_projection == DOWN[architecture].format("{layer}")
+    assert model.info.uneditable == ""
+    ids = some_ids()
+    for layer in range(model.info.n_layers):
+        down = model.down_projection(layer)
+        assert down.name == DOWN[architecture].format(layer)
+        assert down.weight is dict(model.weights.parameters)[down.name]
+        assert down.input_first is (architecture == "gpt2")
+        assert down.d_mlp == (128 if architecture in ("gpt2", "gptj") else 64)
+        key, value = interventions.down_in_name(layer), interventions.down_out_name(layer)
+        seen = model.record(ids, [key, value])
+        matrix = down.weight if down.input_first else down.weight.T
+        # What is left is the bias: the same at every position.
+        bias = seen[value] - seen[key] @ matrix.detach()
+        assert seen[key].std() > 1e-3
+        spread = (bias - bias.mean((0, 1), keepdim=True)).abs().max()
+        assert spread < 1e-4 * seen[value].abs().max()
+
+
+@architectures
+def test_logits_at_chosen_positions_are_those_of_the_full_pass(architecture: str) -> None:
+    model, ids = lens(architecture), some_ids()
+    at = torch.tensor([[10, 0, 3, 3], [5, 10, 1, 0]])
+    full = run(model, ids)
+    chosen = run(model, ids, at=at)
+    assert chosen.shape == (2, 4, tiny.VOCAB)
+    for row in range(2):
+        torch.testing.assert_close(chosen[row], full[row, at[row]], atol=1e-5, rtol=1e-5)
+
+
+def test_positions_are_gathered_also_where_the_unembedding_cannot_be_spared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids = lens("llama"), some_ids()
+    at = torch.tensor([[10, 2], [0, 7]])
+    expected = run(model, ids, at=at)
+    monkeypatch.setattr(model, "gathers_before_unembed", False)
+    torch.testing.assert_close(run(model, ids, at=at), expected, atol=1e-5, rtol=1e-5)
+
+
+@architectures
+def test_padding_on_the_right_changes_nothing_on_the_left(architecture: str) -> None:
+    model, ids = lens(architecture), some_ids(1, 7)
+    padded = model.tokens.pad([ids[0].tolist(), list(range(13))])
+    assert padded.shape == (2, 13)
+    names = [pattern_name(layer) for layer in range(model.info.n_layers)]
+    torch.testing.assert_close(run(model, padded)[0, :7], run(model, ids)[0], atol=1e-5, rtol=1e-5)
+    alone, beside = model.record(ids, names), model.record(padded, names)
+    for name in names:
+        torch.testing.assert_close(beside[name][0, :, :7, :7], alone[name][0], atol=1e-6, rtol=0)
+        assert not beside[name][0, :, :7, 7:].any()
+
+
+def test_recording_may_stop_early() -> None:
+    model, ids = lens("llama"), some_ids()
+    for layer in range(model.info.n_layers):
+        names = [pattern_name(layer), values_name(layer)]
+        early, late = model.record(ids, names, stop_after=layer), model.record(ids, names)
+        for name in names:
+            assert torch.equal(early[name], late[name])
+    above: dict[str, torch.Tensor] = {}
+    hooks = models.recording(above, [pattern_name(2)])
+    run(model, ids, hooks, stop_after=1)
+    assert not above
+
+
+def test_what_is_recorded_is_what_the_hooks_leave() -> None:
+    model, ids = lens("llama"), some_ids()
+    name = "blocks.1.hook_mlp_out"
+    seen = model.record(ids, [name], [(name, lambda tensor, hook: torch.zeros_like(tensor))])
+    assert not seen[name].any()
+
+
+def test_a_hook_that_raises_leaves_no_hook_behind() -> None:
+    model, ids = lens("gptj"), some_ids()
+    before = run(model, ids)
+
+    def disturb(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+        return tensor + 1
+
+    def fail(tensor: torch.Tensor, hook: Any) -> None:
+        raise ArithmeticError("on purpose")
+
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        run(model, ids, [("blocks.0.hook_mlp_out", disturb), (z_name(1), fail)])
+    assert torch.equal(run(model, ids), before)
+
+
+def test_frozen_parameters_get_their_flags_back() -> None:
+    model = lens("llama")
+    parameters = list(model.weights.parameters.values())
+    parameters[0].requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in parameters]
+    try:
+        with pytest.raises(ArithmeticError), model.frozen():
+            assert not any(parameter.requires_grad for parameter in parameters)
+            raise ArithmeticError
+        assert [parameter.requires_grad for parameter in parameters] == flags
+    finally:
+        parameters[0].requires_grad_(True)
+
+
+def test_the_fingerprint_is_that_of_the_unedited_weights() -> None:
+    model = lens("llama")
+    assert model.fingerprint() == dl.load_model(build("llama"), tiny.tokenizer()).fingerprint()
+    other = dl.load_model(build("llama", seed=1), tiny.tokenizer())
+    assert model.fingerprint() != other.fingerprint()
+    down = model.down_projection(1)
+    edit = dl.Edit.from_deltas(model, {down.name: torch.ones_like(down.weight)})
+    before = model.fingerprint()
+    with edit.applied(model):
+        assert not torch.equal(down.weight, dict(reference("llama").named_parameters())[down.name])
+        assert model.fingerprint() == before
+
+
+# --- where a model comes from ----------------------------------------------------------------
+
+
+def test_the_tokenizer_is_the_one_that_was_given() -> None:
+    assert lens("llama").tokenizer is tiny.tokenizer()
+    model = dl.load_model(build("llama"), tiny.bos_tokenizer())
+    assert model.tokenizer is tiny.bos_tokenizer()
+    assert model.info.prepends_bos
+    assert model.tokens.encode(PROMPT).ids[0] == tiny.bos_tokenizer().bos_token_id
+    without = dl.load_model(build("llama"), tiny.bos_tokenizer(), prepend_bos=False)
+    assert not without.info.prepends_bos
+    assert without.tokens.encode(PROMPT).ids == lens("llama").tokens.encode(PROMPT).ids
+
+
+def test_a_model_may_be_loaded_twice() -> None:
+    inner = build("llama")
+    first = dl.load_model(inner, tiny.tokenizer())
+    second = dl.load_model(inner, tiny.tokenizer(), name="again")
+    assert second.bridge is first.bridge
+    assert second.info.name == "again"
+    ids = some_ids()
+    assert torch.equal(run(first, ids), run(second, ids))
+    torch.testing.assert_close(run(first, ids), reference("llama")(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_edits_through_two_handles_of_one_model_leave_its_weights_alone() -> None:
+    # FAILS at the time of writing: each handle keeps a stack of originals of its own, so that
+    # the second takes the first one's edited weights for the original.
+    inner = build("llama")
+    first, second = (dl.load_model(inner, tiny.tokenizer()) for _ in range(2))
+    down = first.down_projection(1)
+    before = down.weight.detach().clone()
+    deltas = {down.name: dl.DenseDelta(torch.ones_like(before))}
+    ticket = first.weights.push(deltas)
+    other = second.weights.push(deltas)
+    first.weights.pop(ticket)
+    second.weights.pop(other)
+    assert torch.equal(down.weight, before)
+
+
+def test_a_model_is_released_with_its_last_handle() -> None:
+    # FAILS at the time of writing: the registry of bridges is weak in its keys, but each of
+    # its values (the bridge) holds its key (the model).
+    inner = build("llama")
+    watch = weakref.ref(inner)
+    model = dl.load_model(inner, tiny.tokenizer(), probe=False)
+    del inner, model
+    gc.collect()
+    assert watch() is None
+
+
+def boot(inner: Any) -> TransformerBridge:
+    """A bridge as a user of TransformerLens makes one; without network it needs some tokenizer."""
+    words = models._placeholder_tokenizer()
+    return TransformerBridge.boot_transformers(
+        "mine", hf_model=inner, tokenizer=words, device="cpu", dtype=torch.float32
+    )
+
+
+def test_a_bridge_can_be_loaded_as_it_is() -> None:
+    bridge = boot(build("gpt2"))
+    model = dl.load_model(bridge, tiny.tokenizer())
+    assert model.bridge is bridge
+    assert model.info.name == "mine"
+    assert model.tokenizer is tiny.tokenizer()
+    ids = some_ids()
+    torch.testing.assert_close(run(model, ids), reference("gpt2")(ids).logits, atol=1e-5, rtol=0)
+    assert list(model.weights.parameters) == [n for n, _ in reference("gpt2").named_parameters()]
+    assert dl.load_model(bridge).tokenizer is bridge.tokenizer
+
+
+def test_the_inside_of_a_foreign_bridge_is_refused() -> None:
+    bridge = boot(build("llama"))
+    with pytest.raises(dl.ModelError, match="wrapped by a TransformerBridge already.*Pass that"):
+        dl.load_model(bridge.original_model, tiny.tokenizer())
+
+
+def test_a_bridge_with_processed_weights_is_refused() -> None:
+    bridge = boot(build("llama"))
+    bridge.enable_compatibility_mode(disable_warnings=True)
+    with pytest.raises(dl.ModelError, match="compatibility mode.*Boot it anew"):
+        dl.load_model(bridge, tiny.tokenizer())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptj"])
+def test_a_folder_with_safetensors(architecture: str, tmp_path: Path) -> None:
+    reference(architecture).save_pretrained(tmp_path)
+    tiny.bos_tokenizer().save_pretrained(tmp_path)
+    assert list(tmp_path.glob("*.safetensors"))
+    model = dl.load_model(tmp_path)
+    assert model.info.weights == f"folder {tmp_path}"
+    assert model.info.name == str(tmp_path)
+    assert model.info.prepends_bos
+    ids = some_ids()
+    expected = reference(architecture)(ids, output_attentions=True)
+    torch.testing.assert_close(run(model, ids), expected.logits, atol=1e-5, rtol=1e-5)
+    seen = model.record(ids, [pattern_name(0)])[pattern_name(0)]
+    torch.testing.assert_close(seen, expected.attentions[0], atol=1e-6, rtol=0)
+    assert model.fingerprint() == lens(architecture).fingerprint()
+    again = dl.load_model(str(tmp_path), tiny.tokenizer(), name="mine", dtype=torch.bfloat16)
+    assert (again.info.name, again.info.dtype) == ("mine", "bfloat16")
+    assert again.tokenizer is tiny.tokenizer()
+
+
+def test_attention_is_switched_to_eager() -> None:
+    inner = hf.AutoModelForCausalLM.from_config(
+        tiny.CONFIGS["llama"](), attn_implementation="sdpa"
+    ).eval()
+    inner.load_state_dict(reference("llama").state_dict())
+    model, ids = dl.load_model(inner, tiny.tokenizer()), some_ids()
+    expected = reference("llama")(ids, output_attentions=True)
+    torch.testing.assert_close(run(model, ids), expected.logits, atol=1e-5, rtol=1e-5)
+    seen = model.record(ids, [pattern_name(2)])[pattern_name(2)]
+    torch.testing.assert_close(seen, expected.attentions[2], atol=1e-6, rtol=0)
+
+
+def test_a_model_in_training_mode_is_put_into_evaluation_mode() -> None:
+    inner = build("gpt2").train()
+    model, ids = dl.load_model(inner, tiny.tokenizer()), some_ids()
+    assert not inner.training
+    torch.testing.assert_close(run(model, ids), reference("gpt2")(ids).logits, atol=1e-5, rtol=0)
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(dl.ModelError, match="'no/such-model' cannot be loaded.*smollm2-135m"):
+        dl.load_model("no/such-model")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(dl.ModelError, match="neither config.json nor a .gguf file"):
+        dl.load_model(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    reference("llama").save_pretrained(tmp_path)
+    with pytest.raises(dl.DriftLensError, match="tokenizer|cannot be loaded"):
+        dl.load_model(tmp_path)
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"x")
+    with pytest.raises(dl.ModelError, match="no .gguf file.*Give the folder"):
+        dl.load_model(path)
+
+
+def test_a_damaged_gguf_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF but not really")
+    with pytest.raises(dl.ModelError, match="cannot be loaded.*complete"):
+        dl.load_model(path)
+
+
+def test_a_folder_with_several_ggufs_is_refused(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(dl.ModelError, match="holds 2 .gguf files.*Give one"):
+        dl.load_model(tmp_path)
+
+
+def test_a_model_in_memory_needs_a_tokenizer() -> None:
+    with pytest.raises(dl.ModelError, match="needs its tokenizer"):
+        dl.load_model(build("llama"))
+
+
+def test_a_tokenizer_without_offsets_is_refused() -> None:
+    class SlowTokenizer:
+        is_fast = False
+
+    inner = build("llama")
+    with pytest.raises(dl.TokenError, match="SlowTokenizer gives no character offsets.*fast"):
+        dl.load_model(inner, SlowTokenizer())
+    # A refused model is not half wrapped.
+    assert not any("_original_component" in name for name, _ in inner.named_modules())
+
+
+def test_bos_cannot_be_prepended_where_there_is_none() -> None:
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.bos_token = None
+    with pytest.raises(dl.TokenError, match="no BOS token"):
+        dl.load_model(build("llama"), tokenizer, prepend_bos=True)
+
+
+def test_something_that_is_no_language_model_is_refused() -> None:
+    # FAILS at the time of writing with AttributeError: the name is taken from source.config
+    # before the check for it.
+    with pytest.raises(dl.ModelError, match="no Hugging Face model"):
+        dl.load_model(torch.nn.Linear(2, 2), tiny.tokenizer())
+
+
+@pytest.mark.parametrize("layer", [-1, 3, 99, 1.0, "1", None])
+def test_layers_out_of_range_are_refused(layer: Any) -> None:
+    model = lens("llama")
+    with pytest.raises(dl.ModelError, match="There is no layer.*Choose one of 0 to 2"):
+        model.check_layer(layer)
+    with pytest.raises(dl.ModelError, match="There is no layer"):
+        model.down_projection(layer)
+
+
+def test_a_mixture_of_experts_can_be_studied_but_not_edited() -> None:
+    config = hf.MixtralConfig(**tiny._SHARED, num_key_value_heads=2, num_local_experts=4)
+    torch.manual_seed(0)
+    inner = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ids = some_ids()
+    with torch.no_grad():
+        expected = inner(ids, output_attentions=True)
+    model = dl.load_model(inner, tiny.tokenizer())
+    torch.testing.assert_close(run(model, ids), expected.logits, atol=1e-5, rtol=1e-5)
+    seen = model.record(ids, [pattern_name(1)])[pattern_name(1)]
+    torch.testing.assert_close(seen, expected.attentions[1], atol=1e-6, rtol=0)
+    assert model.info.down_projection == ""
+    assert "mixture of experts" in model.info.uneditable
+    assert "mixture of experts" in repr(model)
+    with pytest.raises(dl.ModelError, match="no editable down-projection in layer 1.*experts"):
+        model.down_projection(1)
+    request = dl.EditRequest("{} is located in the city of", "The Eiffel Tower", "Rome")
+    with pytest.raises(dl.ModelError, match="no editable down-projection"):
+        dl.edit(model, request, layer=1, context_prompts=["{}"], covariance="identity")
+
+
+# --- the probe -------------------------------------------------------------------------------
+
+
+def discarding(*args: Any, **options: Any) -> list[Any]:
+    """``replace_heads``, but what it returns from the last hook is dropped."""
+    *others, (name, write) = replace_heads(*args, **options)
+
+    def forget(tensor: torch.Tensor, hook: Any) -> None:
+        write(tensor, hook)
+
+    return [*others, (name, forget)]
+
+
+def through_the_pattern(
+    layer: int, where: torch.Tensor, pattern: Any, values: Any = None, own_pattern: Any = None
+) -> list[Any]:
+    """``replace_heads`` as one would write it first: by editing ``hook_pattern``."""
+
+    def write(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+        return torch.where(where.unsqueeze(-1), pattern, tensor)
+
+    return [(pattern_name(layer), write)]
+
+
+@architectures
+def test_the_probe_refuses_interventions_that_are_discarded(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "replace_heads", discarding)
+    with pytest.raises(dl.ModelError, match=r"layer 0: replacing its attention pattern does not "
+                       r"move the logits.*silently do nothing"):  # fmt: skip
+        dl.load_model(build(architecture), tiny.tokenizer())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", ["gptj", "opt", "llama", "gpt2"])
+def test_the_probe_finds_where_editing_the_pattern_hook_does_nothing(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "replace_heads", through_the_pattern)
+    if architecture in DELEGATED:
+        with pytest.raises(dl.ModelError, match="does not move the logits"):
+            dl.load_model(build(architecture), tiny.tokenizer())
+    else:
+        dl.load_model(build(architecture), tiny.tokenizer())
+
+
+def blunting(store: dict[str, torch.Tensor], names: Any) -> list[Any]:
+    """``recording``, but of one layer's patterns that are a tenth too uniform."""
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook_fn(tensor: torch.Tensor, hook: Any) -> None:
+            if name == pattern_name(2):
+                causal = torch.ones_like(tensor).tril()
+                tensor = 0.9 * tensor + 0.1 * causal / causal.sum(-1, keepdim=True)
+            store[name] = tensor
+
+        return hook_fn
+
+    return [(name, keep(name)) for name in names]
+
+
+@architectures
+def test_the_probe_refuses_patterns_that_are_not_the_models(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "recording", blunting)
+    with pytest.raises(dl.ModelError, match="layer 2: replacing the attention pattern by itself "
+                       "moves the logits"):  # fmt: skip
+        dl.load_model(build(architecture), tiny.tokenizer())
+    monkeypatch.undo()
+    monkeypatch.setattr(models, "recording", blunting)
+    dl.load_model(build(architecture), tiny.tokenizer(), probe=False)
+
+
+def test_the_probe_refuses_a_down_projection_that_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A hook whose edits TransformerLens discards on this architecture stands in for it.
+    monkeypatch.setattr(models, "down_out_name", pattern_name)
+    with pytest.raises(dl.ModelError, match="down-projection's output does not move the logits"):
+        dl.load_model(build("gptj"), tiny.tokenizer())
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    config = hf.MambaConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2)
+    with pytest.raises(dl.ModelError, match="cannot be intervened on|cannot be wrapped"):
+        dl.load_model(hf.MambaForCausalLM(config), tiny.tokenizer())
+
+
+def test_the_probe_knows_which_architectures_deliver_the_pattern_late() -> None:
+    late = {a for a in tiny.ARCHITECTURES if not lens(a).pattern_comes_first}
+    assert late == DELEGATED
+    assert all(lens(a).gathers_before_unembed for a in tiny.ARCHITECTURES)
+
+
+def uniform(pattern: torch.Tensor) -> torch.Tensor:
+    causal = torch.ones_like(pattern).tril()
+    return causal / causal.sum(-1, keepdim=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@architectures
+def test_why_heads_are_replaced_by_their_output_and_not_by_their_pattern(
+    architecture: str,
+) -> None:
+    """An edit of ``hook_pattern`` is discarded on some architectures; ours acts on all."""
+    model, ids = lens(architecture), some_ids()
+    base = run(model, ids)
+    name = pattern_name(1)
+    seen = model.record(ids, [name])[name]
+    everywhere = torch.ones(seen.shape[:3], dtype=torch.bool)
+    by_pattern = run(model, ids, [(name, lambda tensor, hook: uniform(tensor))])
+    by_output = run(model, ids, replace_heads(1, everywhere, uniform(seen)))
+    assert (by_output - base).abs().max() > 0.05
+    if architecture in DELEGATED:
+        assert torch.equal(by_pattern, base)
+    else:
+        torch.testing.assert_close(by_pattern, by_output, atol=1e-4, rtol=1e-4)
+
+
+@architectures
+def test_replacing_heads_leaves_other_heads_and_positions_alone(architecture: str) -> None:
+    model, ids = lens(architecture), some_ids()
+    names = [pattern_name(1), z_name(1)]
+    seen = model.record(ids, names)
+    where = torch.zeros(seen[names[0]].shape[:3], dtype=torch.bool)
+    where[0, 2, 6] = where[1, 0, 3] = True
+    hooks = replace_heads(1, where, uniform(seen[names[0]]))
+    left = model.record(ids, [z_name(1)], hooks)[z_name(1)]
+    changed = (left != seen[names[1]]).any(-1).nonzero().tolist()
+    assert changed == [[0, 6, 2], [1, 3, 0]]
