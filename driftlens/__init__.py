@@ -7,36 +7,81 @@ The whole path in one place::
     drift  = measure_drift(model, edit, prompt)            # drift.py
     sweep  = sweep_attention(model, edit, prompt, ...)     # patching.py
     cured  = edit(model, request, penalty=SADR(gamma=...)) # editing/penalties.py
+
+Public names are imported at first use, so that ``import driftlens`` and the command line's
+``--help`` do not wait for torch.
 """
 
-from driftlens.drift import Drift, load_drift, measure_drift
-from driftlens.editing.methods import RomeConfig, edit
-from driftlens.editing.penalties import SADR
-from driftlens.editing.statistics import KeyCovariance, key_covariance, load_covariance
-from driftlens.edits import Edit, load_edit
-from driftlens.errors import (
-    DataError,
-    DownloadError,
-    DriftLensError,
-    EditError,
-    ModelError,
-    RequestError,
-    TokenError,
-)
-from driftlens.facts import EditRequest
-from driftlens.models import LensModel, ModelInfo, load_model
-from driftlens.patching import (
-    AttentionSweep,
-    PatchResult,
-    Readout,
-    patch_activation,
-    patch_attention,
-    sweep_attention,
-)
-from driftlens.scoring import ContinuationScore, score, score_details
-from driftlens.weights import DenseDelta, LowRankDelta
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from driftlens.drift import Drift, load_drift, measure_drift
+    from driftlens.editing.methods import RomeConfig, edit
+    from driftlens.editing.penalties import SADR
+    from driftlens.editing.statistics import KeyCovariance, key_covariance, load_covariance
+    from driftlens.edits import Edit, load_edit
+    from driftlens.errors import (
+        DataError,
+        DownloadError,
+        DriftLensError,
+        EditError,
+        ModelError,
+        RequestError,
+        TokenError,
+    )
+    from driftlens.facts import EditRequest
+    from driftlens.models import LensModel, ModelInfo, load_model
+    from driftlens.patching import (
+        AttentionSweep,
+        PatchExperiment,
+        PatchResult,
+        Readout,
+        patch_activation,
+        patch_attention,
+        sweep_attention,
+    )
+    from driftlens.scoring import ContinuationScore, score, score_details
+    from driftlens.weights import DenseDelta, LowRankDelta
+
+_HOME = {
+    "Drift": "drift",
+    "load_drift": "drift",
+    "measure_drift": "drift",
+    "RomeConfig": "editing.methods",
+    "edit": "editing.methods",
+    "SADR": "editing.penalties",
+    "KeyCovariance": "editing.statistics",
+    "key_covariance": "editing.statistics",
+    "load_covariance": "editing.statistics",
+    "Edit": "edits",
+    "load_edit": "edits",
+    "DataError": "errors",
+    "DownloadError": "errors",
+    "DriftLensError": "errors",
+    "EditError": "errors",
+    "ModelError": "errors",
+    "RequestError": "errors",
+    "TokenError": "errors",
+    "EditRequest": "facts",
+    "LensModel": "models",
+    "ModelInfo": "models",
+    "load_model": "models",
+    "AttentionSweep": "patching",
+    "PatchExperiment": "patching",
+    "PatchResult": "patching",
+    "Readout": "patching",
+    "patch_activation": "patching",
+    "patch_attention": "patching",
+    "sweep_attention": "patching",
+    "ContinuationScore": "scoring",
+    "score": "scoring",
+    "score_details": "scoring",
+    "DenseDelta": "weights",
+    "LowRankDelta": "weights",
+}
 
 __all__ = [
     "SADR",
@@ -55,6 +100,7 @@ __all__ = [
     "LowRankDelta",
     "ModelError",
     "ModelInfo",
+    "PatchExperiment",
     "PatchResult",
     "Readout",
     "RequestError",
@@ -73,3 +119,15 @@ __all__ = [
     "score_details",
     "sweep_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'driftlens' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"driftlens.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

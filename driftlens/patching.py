@@ -27,8 +27,8 @@ An answer of several tokens is read by teacher forcing; each of its tokens is pr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -50,8 +50,8 @@ from driftlens.interventions import (
     replace_heads,
     values_name,
 )
-from driftlens.models import LensModel
-from driftlens.scoring import ContinuationScore, Question, ask, batch_ids, read_scores
+from driftlens.models import LensModel, recording
+from driftlens.scoring import ContinuationScore, Question, QuestionBatch, ask
 from driftlens.tokens import Span
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ Direction = Literal["restore", "contaminate"]
 Exchange = Literal["pattern", "values", "both"]
 Component = Literal["attn_out", "mlp_out", "resid"]
 Measure = Literal["prob", "logprob"]
+Queries = Literal["last", "all"] | int | Iterable[int]
+Columns = Literal["subject_last", "subject"] | int | Iterable[int] | None
 SWEEP_TOKENS_PER_BATCH = 2048
 """Positions per pass of a sweep; bounds memory, does not change results."""
 
@@ -319,6 +321,251 @@ class AttentionSweep:
 # --- experiments ---------------------------------------------------------------------------
 
 
+class PatchExperiment:
+    """Any number of patches on one prompt; the two unpatched runs are made once.
+
+    Args:
+        model: Without the edit applied.
+        edit: Which edit.
+        prompt: A prompt that the answer is to follow.
+        subject: The edited subject, which must be in the prompt; by default that of the edit
+            (which then is looked for only if key columns need it).
+        answer: The answer whose probability is read, of one token or several.
+        direction: ``"restore"`` or ``"contaminate"``.
+        compare: Further texts to read; by default the edit's new target.
+        occurrence: Which occurrence of the subject, 0 the first.
+
+    Raises:
+        RequestError: If an option does not exist.
+        TokenError: If the subject is absent or the answer empty.
+        EditError: If the edit is not one of this model.
+    """
+
+    def __init__(
+        self,
+        model: LensModel,
+        edit: Edit,
+        prompt: str,
+        subject: str | None = None,
+        answer: str = "",
+        *,
+        direction: Direction = "restore",
+        compare: Sequence[str] | None = None,
+        occurrence: int = 0,
+    ) -> None:
+        _check_choice("direction", direction, Direction)
+        self.model = model
+        self.edit = edit
+        self.prompt = prompt
+        self.direction: Direction = direction
+        self.batch = QuestionBatch.of(_questions(model, edit, prompt, answer, compare))
+        self._subject = None if subject is None else subjects_of(edit, subject, 1)[0]
+        self._occurrence = occurrence
+        if self._subject is not None:
+            self._span()
+        self._ids = self.batch.ids(model)
+        self._recorded: dict[str, torch.Tensor] = {}
+        attention = [f(y) for y in range(model.info.n_layers) for f in (pattern_name, values_name)]
+        self.original = self._baseline(edited=False, names=attention)
+        self.edited = self._baseline(edited=True, names=attention)
+
+    # --- patches ---
+
+    def attention(
+        self,
+        *,
+        layers: Iterable[int] | None = None,
+        heads: Iterable[int | str | tuple[int, int]] | None = None,
+        queries: Queries = "last",
+        columns: Columns = None,
+        exchange: Exchange = "pattern",
+    ) -> PatchResult:
+        """Exchange attention; the arguments are those of :func:`patch_attention`."""
+        places = resolve_heads(self.model, layers, heads)
+        patched = self._attention([places], queries, columns, exchange)[0]
+        what = _describe(self.model, places, queries, columns, exchange)
+        return self._result(patched, what)
+
+    def activation(
+        self,
+        component: Component,
+        *,
+        layers: Iterable[int] | None = None,
+        queries: Queries = "last",
+    ) -> PatchResult:
+        """Exchange what layers write; the arguments are those of :func:`patch_activation`."""
+        _check_choice("component", component, Component)
+        chosen = sorted({layer for layer, _ in resolve_heads(self.model, layers, None)})
+        names = [f"blocks.{layer}.{_HOOK_OF[component]}" for layer in chosen]
+        missing = [name for name in names if name not in self._recorded]
+        if missing:
+            with self._source():
+                self._recorded.update(self.model.record(self._ids, missing))
+        where = torch.stack(
+            [_where(self.model, self.batch.row_question(row), self._ids.shape[1], [0], queries)[0]
+             for row in range(len(self.batch.rows))]
+        )  # fmt: skip
+        hooks = [replace_activation(name, where, self._recorded[name]) for name in names]
+        with self._target(), torch.no_grad():
+            logits = self.model.run(self._ids, hooks, at=self.batch.at())
+        what = f"{component} of {_layers_in_words(self.model, chosen)}, {_in_words(queries)}"
+        return self._result(self._readout(self.batch.read(logits)), what)
+
+    def sweep(
+        self,
+        *,
+        window: int | None = None,
+        queries: Queries = "last",
+        columns: Columns = None,
+        exchange: Exchange = "pattern",
+        progress: bool = True,
+    ) -> AttentionSweep:
+        """Every head, layer and window; the arguments are those of :func:`sweep_attention`."""
+        n_layers, n_heads = self.model.info.n_layers, self.model.info.n_heads
+        width = max(1, n_layers // 5) if window is None else window
+        if not 1 <= width <= n_layers:
+            raise RequestError(f"A window of {width} layers does not fit.", f"Use 1 to {n_layers}.")
+        windows = [(first, first + width - 1) for first in range(n_layers - width + 1)]
+        places = _sweep_places(n_layers, n_heads, windows)
+        size = max(1, SWEEP_TOKENS_PER_BATCH // self._ids.numel())
+        readouts: list[Readout] = []
+        with tqdm(total=len(places), desc="patching", unit="patch", disable=not progress) as bar:
+            for start in range(0, len(places), size):
+                chunk = places[start : start + size]
+                readouts += self._attention(chunk, queries, columns, exchange)
+                bar.update(len(chunk))
+        n = n_layers * n_heads
+        return AttentionSweep(
+            original=self.original,
+            edited=self.edited,
+            heads=[readouts[y * n_heads : (y + 1) * n_heads] for y in range(n_layers)],
+            layers=readouts[n : n + n_layers],
+            windows=dict(zip(windows, readouts[n + n_layers : -1], strict=True)),
+            everything=readouts[-1],
+            direction=self.direction,
+            exchange=exchange,
+            prompt=self.prompt,
+        )
+
+    # --- how they are run ---
+
+    def _attention(
+        self,
+        patches: Sequence[Sequence[tuple[int, int]]],
+        queries: Queries,
+        columns: Columns,
+        exchange: Exchange,
+    ) -> list[Readout]:
+        """Several patches in one pass: each patch is a copy of the batch."""
+        _check_choice("exchange", exchange, Exchange)
+        if columns is not None and exchange != "pattern":
+            raise RequestError(
+                "Key columns can be chosen for exchange='pattern' only.", "Leave columns out."
+            )
+        model, rows, width = self.model, len(self.batch.rows), self._ids.shape[1]
+        where: dict[int, torch.Tensor] = {}
+        for copy, places in enumerate(patches):
+            for layer in sorted({y for y, _ in places}):
+                heads = [x for y, x in places if y == layer]
+                if layer not in where:
+                    shape = (len(patches) * rows, model.info.n_heads, width)
+                    where[layer] = torch.zeros(shape, dtype=torch.bool)
+                for row in range(rows):
+                    question = self.batch.row_question(row)
+                    chosen = _where(model, question, width, heads, queries)
+                    where[layer][copy * rows + row] = chosen
+        mask = self._column_mask(columns, width)
+        ids = self._ids.repeat(len(patches), 1)
+        with self._target(), torch.no_grad():
+            hooks = self._hooks(ids, where, exchange, mask)
+            logits = model.run(ids, hooks, at=self.batch.at().repeat(len(patches), 1))
+        return [
+            self._readout(self.batch.read(logits[copy * rows : (copy + 1) * rows]))
+            for copy in range(len(patches))
+        ]
+
+    def _hooks(
+        self,
+        ids: torch.Tensor,
+        where: dict[int, Bool[torch.Tensor, "batch head query"]],
+        exchange: Exchange,
+        columns: Bool[torch.Tensor, " key"] | None,
+    ) -> list[Hook]:
+        """Hooks of a whole patch, in ascending order of layers.
+
+        Where a patch needs the running model's own attention (values only, key columns) and
+        the architecture delivers it too late, it is recorded beforehand, layer by layer, each
+        time with the patches of the layers below in place.
+        """
+        copies = ids.shape[0] // self._ids.shape[0]
+        needs_own = exchange == "values" or columns is not None
+        hooks: list[Hook] = []
+        for layer in sorted(where):
+            own = None
+            if needs_own and not self.model.pattern_comes_first:
+                name = pattern_name(layer)
+                own = self.model.record(ids, [name], hooks, stop_after=layer)[name]
+            values = None
+            if exchange != "pattern":
+                values = self._recorded[values_name(layer)].repeat(copies, 1, 1, 1)
+            rows = self._recorded[pattern_name(layer)].repeat(copies, 1, 1, 1)
+            hooks += replace_heads(
+                layer, where[layer], _rows_to_use(rows, exchange, columns), values, own
+            )
+        return hooks
+
+    def _baseline(self, edited: bool, names: Sequence[str]) -> Readout:
+        """The answers of one model, unpatched; the source's attention is recorded on the way."""
+        is_source = edited == (self.direction == "contaminate")
+        hooks = recording(self._recorded, names) if is_source else []
+        with self._applied(edited), torch.no_grad():
+            logits = self.model.run(self._ids, hooks, at=self.batch.at())
+        return self._readout(self.batch.read(logits))
+
+    def _applied(self, edited: bool) -> AbstractContextManager[Any]:
+        return self.edit.applied(self.model) if edited else nullcontext()
+
+    def _source(self) -> AbstractContextManager[Any]:
+        """Inside, the model is the one that activations are taken from."""
+        return self._applied(self.direction == "contaminate")
+
+    def _target(self) -> AbstractContextManager[Any]:
+        """Inside, the model is the one that is patched."""
+        return self._applied(self.direction == "restore")
+
+    def _span(self) -> Span:
+        (name,) = subjects_of(self.edit, self._subject, 1)
+        encoded = self.model.tokens.encode(self.prompt)
+        return self.model.tokens.find_subject(encoded, name, self._occurrence)
+
+    def _column_mask(self, columns: Columns, width: int) -> Bool[torch.Tensor, " key"] | None:
+        if columns is None:
+            return None
+        mask = torch.zeros(width, dtype=torch.bool)
+        if isinstance(columns, str):
+            _check_choice("columns", columns, Literal["subject_last", "subject"])
+            span = self._span()
+            mask[span.last if columns == "subject_last" else span.start : span.end] = True
+            return mask
+        length = len(self.batch.questions[0].prompt)
+        for column in [columns] if isinstance(columns, int) else columns:
+            if not -length <= column < length:
+                raise RequestError(
+                    f"There is no key column {column} in a prompt of {length} tokens."
+                )
+            mask[column % length] = True
+        return mask
+
+    def _readout(self, scores: Sequence[ContinuationScore]) -> Readout:
+        texts = [question.text for question in self.batch.questions]
+        return Readout(texts[0], dict(zip(texts, scores, strict=True)))
+
+    def _result(self, patched: Readout, what: str) -> PatchResult:
+        return PatchResult(
+            self.original, self.edited, patched, self.direction, self.prompt, what
+        )
+
+
 def patch_attention(
     model: LensModel,
     edit: Edit,
@@ -328,8 +575,8 @@ def patch_attention(
     *,
     layers: Iterable[int] | None = None,
     heads: Iterable[int | str | tuple[int, int]] | None = None,
-    queries: Literal["last", "all"] | Iterable[int] = "last",
-    columns: Literal["subject_last", "subject"] | Iterable[int] | None = None,
+    queries: Queries = "last",
+    columns: Columns = None,
     exchange: Exchange = "pattern",
     direction: Direction = "restore",
     compare: Sequence[str] | None = None,
@@ -362,32 +609,19 @@ def patch_attention(
         TokenError: If the subject is absent or the answer empty.
         EditError: If the edit is not one of this model.
     """
-    _check_choice("exchange", exchange, Exchange)
-    _check_choice("direction", direction, Direction)
-    if columns is not None and exchange != "pattern":
-        raise RequestError(
-            "Key columns can be chosen for exchange='pattern' only.", "Leave columns out."
-        )
-    questions = _questions(model, edit, prompt, answer, compare)
-    places = resolve_heads(model, layers, heads)
-    span = _subject_span(model, edit, prompt, subject, occurrence, columns)
-    with _two_models(model, edit, direction) as runs:
-        trio = _baselines(runs, questions)
-        ids, at = batch_ids(model, questions)
-        source = runs.source(ids, sorted({layer for layer, _ in places}), exchange)
-        where = {
-            layer: _where(model, questions, ids.shape[1], [h for y, h in places if y == layer],
-                          queries)
-            for layer in source.layers
-        }  # fmt: skip
-        column_mask = _column_mask(columns, span, questions[0], ids.shape[1])
-        with runs.target():
-            hooks = _exchange_hooks(model, ids, source, where, exchange, column_mask)
-            with torch.no_grad():
-                logits = model.run(ids, hooks, at=at)
-    patched = _readout(questions, read_scores(logits, questions))
-    what = _describe(model, places, queries, columns, exchange)
-    return PatchResult(*trio, patched, direction, prompt, what)
+    experiment = PatchExperiment(
+        model,
+        edit,
+        prompt,
+        subject,
+        answer,
+        direction=direction,
+        compare=compare,
+        occurrence=occurrence,
+    )
+    return experiment.attention(
+        layers=layers, heads=heads, queries=queries, columns=columns, exchange=exchange
+    )
 
 
 def patch_activation(
@@ -398,7 +632,7 @@ def patch_activation(
     component: Component,
     *,
     layers: Iterable[int] | None = None,
-    queries: Literal["last", "all"] | Iterable[int] = "last",
+    queries: Queries = "last",
     direction: Direction = "contaminate",
     compare: Sequence[str] | None = None,
 ) -> PatchResult:
@@ -412,23 +646,10 @@ def patch_activation(
 
     The other arguments, and errors, are those of :func:`patch_attention`.
     """
-    _check_choice("component", component, Component)
-    _check_choice("direction", direction, Direction)
-    questions = _questions(model, edit, prompt, answer, compare)
-    chosen = sorted({layer for layer, _ in resolve_heads(model, layers, None)})
-    names = {layer: f"blocks.{layer}.{_HOOK_OF[component]}" for layer in chosen}
-    with _two_models(model, edit, direction) as runs:
-        trio = _baselines(runs, questions)
-        ids, at = batch_ids(model, questions)
-        with runs.origin():
-            recorded = model.record(ids, list(names.values()))
-        where = _where(model, questions, ids.shape[1], [0], queries)[:, 0]
-        hooks = [replace_activation(n, where, recorded[n]) for n in names.values()]
-        with runs.target(), torch.no_grad():
-            logits = model.run(ids, hooks, at=at)
-    patched = _readout(questions, read_scores(logits, questions))
-    what = f"{component} of {_layers_in_words(model, chosen)}, {_queries_in_words(queries)}"
-    return PatchResult(*trio, patched, direction, prompt, what)
+    experiment = PatchExperiment(
+        model, edit, prompt, answer=answer, direction=direction, compare=compare
+    )
+    return experiment.activation(component, layers=layers, queries=queries)
 
 
 _HOOK_OF = {"attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out", "resid": "hook_resid_post"}
@@ -442,8 +663,8 @@ def sweep_attention(
     answer: str = "",
     *,
     window: int | None = None,
-    queries: Literal["last", "all"] | Iterable[int] = "last",
-    columns: Literal["subject_last", "subject"] | Iterable[int] | None = None,
+    queries: Queries = "last",
+    columns: Columns = None,
     exchange: Exchange = "pattern",
     direction: Direction = "restore",
     compare: Sequence[str] | None = None,
@@ -459,43 +680,18 @@ def sweep_attention(
 
     The other arguments, and errors, are those of :func:`patch_attention`.
     """
-    _check_choice("exchange", exchange, Exchange)
-    _check_choice("direction", direction, Direction)
-    if columns is not None and exchange != "pattern":
-        raise RequestError(
-            "Key columns can be chosen for exchange='pattern' only.", "Leave columns out."
-        )
-    n_layers, n_heads = model.info.n_layers, model.info.n_heads
-    width = max(1, n_layers // 5) if window is None else window
-    if not 1 <= width <= n_layers:
-        raise RequestError(f"A window of {width} layers does not fit.", f"Use 1 to {n_layers}.")
-    questions = _questions(model, edit, prompt, answer, compare)
-    span = _subject_span(model, edit, prompt, subject, occurrence, columns)
-    windows = [(first, first + width - 1) for first in range(n_layers - width + 1)]
-    places = _sweep_places(n_layers, n_heads, windows)
-    found: list[dict[str, ContinuationScore]] = [{} for _ in places]
-    with _two_models(model, edit, direction) as runs:
-        trio = _baselines(runs, questions)
-        with tqdm(
-            total=len(places) * len(questions), desc="patching", unit="patch", disable=not progress
-        ) as bar:
-            for question in questions:
-                for index, score in _sweep_one(
-                    model, runs, question, places, span, queries, columns, exchange, bar
-                ):
-                    found[index][question.text] = score
-    readouts = [Readout(questions[0].text, scores) for scores in found]
-    n = n_layers * n_heads
-    return AttentionSweep(
-        original=trio[0],
-        edited=trio[1],
-        heads=[readouts[y * n_heads : (y + 1) * n_heads] for y in range(n_layers)],
-        layers=readouts[n : n + n_layers],
-        windows=dict(zip(windows, readouts[n + n_layers : -1], strict=True)),
-        everything=readouts[-1],
+    experiment = PatchExperiment(
+        model,
+        edit,
+        prompt,
+        subject,
+        answer,
         direction=direction,
-        exchange=exchange,
-        prompt=prompt,
+        compare=compare,
+        occurrence=occurrence,
+    )
+    return experiment.sweep(
+        window=window, queries=queries, columns=columns, exchange=exchange, progress=progress
     )
 
 
@@ -509,147 +705,12 @@ def _sweep_places(
     return [*one_head, *whole, *several, [p for row in whole for p in row]]
 
 
-def _sweep_one(
-    model: LensModel,
-    runs: _Runs,
-    question: Question,
-    places: Sequence[Sequence[tuple[int, int]]],
-    span: Span | None,
-    queries: Any,
-    columns: Any,
-    exchange: Exchange,
-    bar: Any,
-) -> Iterator[tuple[int, ContinuationScore]]:
-    """All patches of one question: each is one row of a batch of equal sequences."""
-    ids, _ = batch_ids(model, [question])
-    source = runs.source(ids, list(range(model.info.n_layers)), exchange)
-    mask = _column_mask(columns, span, question, ids.shape[1])
-    size = max(1, SWEEP_TOKENS_PER_BATCH // ids.shape[1])
-    for start in range(0, len(places), size):
-        batch = places[start : start + size]
-        rows = len(batch)
-        repeated = [question] * rows
-        where: dict[int, torch.Tensor] = {}
-        for row, chosen in enumerate(batch):
-            for layer in sorted({y for y, _ in chosen}):
-                heads = [x for y, x in chosen if y == layer]
-                if layer not in where:
-                    shape = (rows, model.info.n_heads, ids.shape[1])
-                    where[layer] = torch.zeros(shape, dtype=torch.bool)
-                where[layer][row] = _where(model, [question], ids.shape[1], heads, queries)[0]
-        batch_of_ids = ids.expand(rows, -1)
-        at = torch.tensor([question.predicting] * rows)
-        with runs.target():
-            hooks = _exchange_hooks(
-                model, batch_of_ids, source.expand(rows), where, exchange, mask
-            )
-            with torch.no_grad():
-                logits = model.run(batch_of_ids, hooks, at=at)
-        for row, score in enumerate(read_scores(logits, repeated)):
-            yield start + row, score
-        bar.update(rows)
-
-
-# --- the two models ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What is exchanged: the source's patterns and values by layer."""
-
-    patterns: dict[int, torch.Tensor]
-    values: dict[int, torch.Tensor]
-
-    @property
-    def layers(self) -> list[int]:
-        return sorted(self.patterns)
-
-    def expand(self, rows: int) -> _Source:
-        return _Source(
-            {y: t.expand(rows, -1, -1, -1) for y, t in self.patterns.items()},
-            {y: t.expand(rows, -1, -1, -1) for y, t in self.values.items()},
-        )
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """Which model is the source of activations and which is the target of the patch."""
-
-    model: LensModel
-    original: Callable[[], Any]
-    edited: Callable[[], Any]
-    direction: Direction
-
-    def origin(self) -> Any:
-        """Context in which the model is the one that activations are taken from."""
-        return self.original() if self.direction == "restore" else self.edited()
-
-    def target(self) -> Any:
-        """Context in which the model is the one that is patched."""
-        return self.edited() if self.direction == "restore" else self.original()
-
-    def source(self, ids: torch.Tensor, layers: Sequence[int], exchange: Exchange) -> _Source:
-        names = [pattern_name(y) for y in layers]
-        if exchange != "pattern":
-            names += [values_name(y) for y in layers]
-        with self.origin():
-            seen = self.model.record(ids, names)
-        return _Source(
-            {y: seen[pattern_name(y)] for y in layers},
-            {y: seen[values_name(y)] for y in layers if values_name(y) in seen},
-        )
-
-
-@contextmanager
-def _two_models(model: LensModel, edit: Edit, direction: Direction) -> Iterator[_Runs]:
-    yield _Runs(model, nullcontext, lambda: edit.applied(model), direction)
-
-
-def _baselines(runs: _Runs, questions: Sequence[Question]) -> tuple[Readout, Readout]:
-    """The original's and the edited model's own answers."""
-    found = []
-    ids, at = batch_ids(runs.model, questions)
-    for context in (runs.original, runs.edited):
-        with context(), torch.no_grad():
-            logits = runs.model.run(ids, at=at)
-        found.append(_readout(questions, read_scores(logits, questions)))
-    return found[0], found[1]
-
-
-def _exchange_hooks(
-    model: LensModel,
-    ids: torch.Tensor,
-    source: _Source,
-    where: dict[int, Bool[torch.Tensor, "batch head query"]],
-    exchange: Exchange,
-    columns: Bool[torch.Tensor, " key"] | None,
-) -> list[Hook]:
-    """Hooks of a whole patch, in ascending order of layers.
-
-    Where a patch needs the running model's own attention (values only, key columns) and the
-    architecture delivers it too late, it is recorded beforehand, layer by layer, each time
-    with the patches of the layers below in place.
-    """
-    needs_own = exchange == "values" or columns is not None
-    hooks: list[Hook] = []
-    for layer in sorted(where):
-        own = None
-        if needs_own and not model.pattern_comes_first:
-            name = pattern_name(layer)
-            own = model.record(ids, [name], hooks, stop_after=layer)[name]
-        values = None if exchange == "pattern" else source.values[layer]
-        hooks += replace_heads(
-            layer, where[layer], _rows_to_use(source, layer, exchange, columns), values, own
-        )
-    return hooks
-
-
 def _rows_to_use(
-    source: _Source, layer: int, exchange: Exchange, columns: torch.Tensor | None
+    rows: torch.Tensor, exchange: Exchange, columns: torch.Tensor | None
 ) -> Rows:
+    """The attention to use: the source's, the running model's own, or a mixture by column."""
     if exchange == "values":
         return lambda own: own
-    rows = source.patterns[layer]
     if columns is None:
         return rows
     return lambda own: restore_columns(own, rows.to(own), columns.to(own.device))
@@ -714,37 +775,17 @@ def _questions(
     return [ask(model, prompt, text) for text in dict.fromkeys([answer, *compare])]
 
 
-def _subject_span(
-    model: LensModel,
-    edit: Edit,
-    prompt: str,
-    subject: str | None,
-    occurrence: int,
-    columns: Any,
-) -> Span | None:
-    if subject is None and not isinstance(columns, str):
-        return None
-    (name,) = subjects_of(edit, subject, 1)
-    return model.tokens.find_subject(model.tokens.encode(prompt), name, occurrence)
-
-
 def _where(
-    model: LensModel,
-    questions: Sequence[Question],
-    width: int,
-    heads: Sequence[int],
-    queries: Any,
-) -> Bool[torch.Tensor, "batch head query"]:
-    """The (head, query) pairs to patch in one layer, for each question."""
-    where = torch.zeros(len(questions), model.info.n_heads, width, dtype=torch.bool)
-    for row, question in enumerate(questions):
-        positions = _positions(question, queries)
-        for head in heads:
-            where[row, head, positions] = True
+    model: LensModel, question: Question, width: int, heads: Sequence[int], queries: Queries
+) -> Bool[torch.Tensor, "head query"]:
+    """The (head, query) pairs to patch in one layer of one sequence."""
+    where = torch.zeros(model.info.n_heads, width, dtype=torch.bool)
+    positions = torch.tensor(_positions(question, queries))
+    where[torch.tensor(heads)[:, None], positions] = True
     return where
 
 
-def _positions(question: Question, queries: Any) -> list[int]:
+def _positions(question: Question, queries: Queries) -> list[int]:
     length = len(question.prompt)
     if isinstance(queries, str):
         _check_choice("queries", queries, Literal["last", "all"])
@@ -761,38 +802,14 @@ def _positions(question: Question, queries: Any) -> list[int]:
     return positions
 
 
-def _column_mask(
-    columns: Any, span: Span | None, question: Question, width: int
-) -> Bool[torch.Tensor, " key"] | None:
-    if columns is None:
-        return None
-    mask = torch.zeros(width, dtype=torch.bool)
-    if isinstance(columns, str):
-        _check_choice("columns", columns, Literal["subject_last", "subject"])
-        assert span is not None
-        first = span.last if columns == "subject_last" else span.start
-        mask[first : span.end] = True
-        return mask
-    length = len(question.prompt)
-    for column in [columns] if isinstance(columns, int) else columns:
-        if not -length <= column < length:
-            raise RequestError(f"There is no key column {column} in a prompt of {length} tokens.")
-        mask[column % length] = True
-    return mask
-
-
-def _readout(questions: Sequence[Question], scores: Sequence[ContinuationScore]) -> Readout:
-    return Readout(questions[0].text, {q.text: s for q, s in zip(questions, scores, strict=True)})
-
-
 # --- in words ------------------------------------------------------------------------------
 
 
 def _describe(
     model: LensModel,
     places: Sequence[tuple[int, int]],
-    queries: Any,
-    columns: Any,
+    queries: Queries,
+    columns: Columns,
     exchange: Exchange,
 ) -> str:
     layers = sorted({y for y, _ in places})
@@ -800,9 +817,9 @@ def _describe(
         where = f"all heads of {_layers_in_words(model, layers)}"
     else:
         where = ", ".join(head_name(y, x) for y, x in places)
-    words = f"attention {exchange} of {where}, {_queries_in_words(queries)}"
+    words = f"attention {exchange} of {where}, {_in_words(queries)}"
     if columns is not None:
-        named = columns if isinstance(columns, str) else list(columns)
+        named = columns if isinstance(columns, (str, int)) else list(columns)
         words += f", key columns {named} (rows renormalised)"
     return words
 
@@ -815,7 +832,7 @@ def _layers_in_words(model: LensModel, layers: Sequence[int]) -> str:
     return f"layer {layers[0]}" if len(layers) == 1 else f"layers {list(layers)}"
 
 
-def _queries_in_words(queries: Any) -> str:
+def _in_words(queries: Queries) -> str:
     if isinstance(queries, str):
         return {"last": "rows of the last token", "all": "rows of all tokens"}[queries]
     return f"rows of the positions {queries if isinstance(queries, int) else list(queries)}"

@@ -94,31 +94,58 @@ def ask(model: LensModel, prompt: str, continuation: str) -> Question:
     return Question(continuation, tuple(encoded.ids), tuple(target))
 
 
-def batch_ids(
-    model: LensModel, questions: Sequence[Question]
-) -> tuple[Int[torch.Tensor, "batch pos"], Int[torch.Tensor, "batch target"]]:
-    """Padded inputs, and the predicting positions (the last one repeated as padding)."""
-    ids = model.tokens.pad([q.ids for q in questions], model.device)
-    width = max(len(q.target) for q in questions)
-    at = [q.predicting + [q.predicting[-1]] * (width - len(q.target)) for q in questions]
-    return ids, torch.tensor(at)
+@dataclass(frozen=True)
+class QuestionBatch:
+    """Questions as one batch, in which equal inputs stand only once.
+
+    Args:
+        questions: The questions.
+        rows: The different inputs.
+        row_of: For each question, which row is its input.
+    """
+
+    questions: tuple[Question, ...]
+    rows: tuple[tuple[int, ...], ...]
+    row_of: tuple[int, ...]
+
+    @classmethod
+    def of(cls, questions: Sequence[Question]) -> QuestionBatch:
+        """Questions that differ only in a one-token target share a row."""
+        inputs = [tuple(q.ids) for q in questions]
+        rows = tuple(dict.fromkeys(inputs))
+        return cls(tuple(questions), rows, tuple(rows.index(i) for i in inputs))
+
+    def row_question(self, row: int) -> Question:
+        """The first question of a row; all of them predict at the same positions."""
+        return self.questions[self.row_of.index(row)]
+
+    def ids(self, model: LensModel) -> Int[torch.Tensor, "row pos"]:
+        """Inputs, padded on the right."""
+        return model.tokens.pad(self.rows, model.device)
+
+    def at(self) -> Int[torch.Tensor, "row target"]:
+        """Predicting positions of each row, the last one repeated as padding."""
+        positions = [self.row_question(row).predicting for row in range(len(self.rows))]
+        width = max(map(len, positions))
+        return torch.tensor([p + [p[-1]] * (width - len(p)) for p in positions])
+
+    def read(self, logits: Float[torch.Tensor, "row target d_vocab"]) -> list[ContinuationScore]:
+        """Scores of the questions from the logits at the predicting positions."""
+        return [
+            read_score(logits[row], question)
+            for row, question in zip(self.row_of, self.questions, strict=True)
+        ]
 
 
-def read_scores(
-    logits: Float[torch.Tensor, "batch target d_vocab"], questions: Sequence[Question]
-) -> list[ContinuationScore]:
-    """Scores from the logits at the predicting positions."""
-    scores = []
-    for row, question in zip(logits, questions, strict=True):
-        n = len(question.target)
-        logprobs = row[:n].float().log_softmax(-1)
-        target = torch.tensor(question.target, device=row.device)
-        own = logprobs.gather(-1, target[:, None])
-        ranks = (logprobs > own).sum(-1)
-        scores.append(
-            ContinuationScore(question.text, tuple(own[:, 0].tolist()), tuple(ranks.tolist()))
-        )
-    return scores
+def read_score(
+    logits: Float[torch.Tensor, "target d_vocab"], question: Question
+) -> ContinuationScore:
+    """One question's score from the logits at its predicting positions."""
+    logprobs = logits[: len(question.target)].float().log_softmax(-1)
+    target = torch.tensor(question.target, device=logits.device)
+    own = logprobs.gather(-1, target[:, None])
+    ranks = (logprobs > own).sum(-1)
+    return ContinuationScore(question.text, tuple(own[:, 0].tolist()), tuple(ranks.tolist()))
 
 
 def score_questions(model: LensModel, questions: Sequence[Question]) -> list[ContinuationScore]:
@@ -129,11 +156,10 @@ def score_questions(model: LensModel, questions: Sequence[Question]) -> list[Con
         longest = len(questions[order[-1]].ids)
         size = max(1, MAX_TOKENS_PER_BATCH // longest)
         chosen, order = order[-size:], order[:-size]
-        batch = [questions[i] for i in chosen]
-        ids, at = batch_ids(model, batch)
+        batch = QuestionBatch.of([questions[i] for i in chosen])
         with torch.no_grad():
-            logits = model.run(ids, at=at)
-        found.update(zip(chosen, read_scores(logits, batch), strict=True))
+            logits = model.run(batch.ids(model), at=batch.at())
+        found.update(zip(chosen, batch.read(logits), strict=True))
     return [found[i] for i in range(len(questions))]
 
 

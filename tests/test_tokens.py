@@ -12,8 +12,15 @@ import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers import trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from driftlens.editing.contexts import Context
 from driftlens.editing.target import build_problem
@@ -478,12 +485,16 @@ def shown_text(kind: str, text: str) -> str:
     return "".join(labels).replace("\ufffd", "")
 
 
+# BUG in Tokens.labels, "bytes, trimmed": a token that is nothing but a space has empty
+# offsets there, as with Llama 3's tokenizer; it is labelled "Ġ", though its space is shown
+# by the next token's label. Only special tokens should show their name.
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", LABELLED)
 def test_labels_lose_no_text(kind: str, text: str) -> None:
     assert shown_text(kind, text) == text
 
 
+# BUG, "bytes, trimmed": as above.
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=characters)
 def test_labels_lose_no_random_text(kind: str, text: str) -> None:

@@ -1,0 +1,282 @@
+"""What an edit does to other knowledge, and what brings it back, over many facts.
+
+For each fact: edit it with ROME, and with ROME + SADR at equal steps. Then ask
+
+- *relation* prompts: other facts about the edited subject,
+- *distractor* prompts: the subject is mentioned, then another subject is asked about,
+- *distract neighbourhood* prompts: the edited sentence, then another subject is asked about,
+
+of the original model, the edited one, the edited one with parts of the original restored, and
+the one edited with SADR. Only prompts whose answer the original model gives by greedy decoding
+are counted, so that there is something to lose; how many those are is reported.
+
+Run it: ``python -m driftlens.experiments.survey --model smollm2-135m``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+import driftlens as dl
+from driftlens.assets import asset
+from driftlens.edits import write_atomically
+from driftlens.errors import DataError, DriftLensError
+from driftlens.scoring import score_details
+
+GAMMA = 0.05
+RESTORATIONS: dict[str, dict[str, Any]] = {
+    "pattern": {"exchange": "pattern"},
+    "pattern, all rows": {"exchange": "pattern", "queries": "all"},
+    "values": {"exchange": "values"},
+    "pattern and values": {"exchange": "both"},
+}
+"""What of the original's attention is put back, in all layers and heads."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt whose answer the edit must not change."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
+def read_facts(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Facts from a JSONL file in the shipped format.
+
+    Raises:
+        DataError: Naming the line and the field that is wrong.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"The facts {path} cannot be read: {error.strerror or error}.") from error
+    facts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            fact = json.loads(line)
+            for name in ("id", "prompt", "subject", "target_true", "target_new"):
+                if not isinstance(fact[name], str):
+                    raise TypeError(f"{name} is no text")
+            for name in ("relations", "neighbors", "distractors"):
+                for item in fact[name]:
+                    if not isinstance(item["prompt"], str) or not isinstance(item["answer"], str):
+                        raise TypeError(f"{name} lacks a prompt or an answer")
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {number}: {type(error).__name__}: {error}.") from error
+        facts.append(fact)
+    return facts
+
+
+def request_of(fact: dict[str, Any]) -> dl.EditRequest:
+    """The edit of a fact."""
+    return dl.EditRequest(
+        fact["prompt"], fact["subject"], fact["target_new"], fact["target_true"]
+    )
+
+
+def probes_of(fact: dict[str, Any]) -> list[Probe]:
+    """All prompts of a fact that the edit must not change."""
+    edited = f"{request_of(fact).text} {fact['target_new']}."
+    return [
+        *(Probe("relation", p["prompt"], p["answer"]) for p in fact["relations"]),
+        *(Probe("distractor", p["prompt"], p["answer"]) for p in fact["distractors"]),
+        *(
+            Probe("distract neighbourhood", f"{edited} {p['prompt']}", p["answer"])
+            for p in fact["neighbors"]
+        ),
+    ]
+
+
+def survey_fact(model: dl.LensModel, fact: dict[str, Any], gamma: float) -> dict[str, Any]:
+    """Everything measured for one fact."""
+    request = request_of(fact)
+    known = [p for p in probes_of(fact) if _is_known(model, p)]
+    edit = dl.edit(model, request, progress=False)
+    cured = dl.edit(model, request, penalty=dl.SADR(gamma=gamma), progress=False)
+    record: dict[str, Any] = {
+        "id": fact["id"],
+        "edit_success": {
+            "original": _prob(model, request.text, request.target_new),
+            "edited": _prob(model, request.text, request.target_new, edit),
+            "sadr": _prob(model, request.text, request.target_new, cured),
+        },
+        "asked": len(probes_of(fact)),
+        "probes": [],
+    }
+    for probe in known:
+        record["probes"].append(
+            {
+                "kind": probe.kind,
+                "prompt": probe.prompt,
+                "answer": probe.answer,
+                "states": dict(_states(model, edit, cured, probe, request.target_new)),
+            }
+        )
+    return record
+
+
+def _states(
+    model: dl.LensModel, edit: dl.Edit, cured: dl.Edit, probe: Probe, new: str
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """P(answer) and P(new target) of one prompt in every state."""
+    experiment = dl.PatchExperiment(model, edit, probe.prompt, answer=probe.answer, compare=[new])
+    yield "original", _pair(experiment.original, new)
+    yield "edited", _pair(experiment.edited, new)
+    for name, options in RESTORATIONS.items():
+        yield f"restored: {name}", _pair(experiment.attention(**options).patched, new)
+    mlp = experiment.activation("mlp_out")
+    yield "restored: MLP output", _pair(mlp.patched, new)
+    with cured.applied(model):
+        scores = score_details(model, probe.prompt, [probe.answer, new])
+    yield "sadr", {"answer": scores[probe.answer].prob, "target_new": scores[new].prob}
+
+
+def _pair(readout: dl.Readout, new: str) -> dict[str, float]:
+    return {"answer": readout.prob, "target_new": readout[new].prob}
+
+
+def _is_known(model: dl.LensModel, probe: Probe) -> bool:
+    return score_details(model, probe.prompt, [probe.answer])[probe.answer].rank == 0
+
+
+def _prob(model: dl.LensModel, prompt: str, text: str, edit: dl.Edit | None = None) -> float:
+    if edit is None:
+        return score_details(model, prompt, [text])[text].prob
+    with edit.applied(model):
+        return _prob(model, prompt, text)
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Averages by kind of prompt and state, with 95 % intervals by bootstrap over facts.
+
+    ``answer`` and ``target_new`` are mean probabilities, ``beats_target_new`` the share of
+    prompts on which the answer is likelier than the new target.
+    """
+    kinds = list(dict.fromkeys(p["kind"] for r in records for p in r["probes"]))
+    summary: dict[str, Any] = {"facts": len(records), "kinds": {}}
+    summary["edit_success"] = {
+        state: float(np.mean([r["edit_success"][state] for r in records]))
+        for state in ("original", "edited", "sadr")
+    }
+    for kind in kinds:
+        groups = [[p for p in r["probes"] if p["kind"] == kind] for r in records]
+        groups = [g for g in groups if g]
+        states = list(groups[0][0]["states"])
+        summary["kinds"][kind] = {
+            "prompts": sum(map(len, groups)),
+            "facts": len(groups),
+            "states": {
+                state: {
+                    **_mean_and_interval(groups, state, "answer"),
+                    **_mean_and_interval(groups, state, "target_new"),
+                    **_mean_and_interval(groups, state, "beats_target_new"),
+                }
+                for state in states
+            },
+        }
+    return summary
+
+
+def _mean_and_interval(
+    groups: Sequence[Sequence[dict[str, Any]]], state: str, measure: str
+) -> dict[str, Any]:
+    def value(probe: dict[str, Any]) -> float:
+        pair = probe["states"][state]
+        if measure == "beats_target_new":
+            return float(pair["answer"] > pair["target_new"])
+        return float(pair[measure])
+
+    sums = np.array([sum(value(p) for p in g) for g in groups])
+    counts = np.array([len(g) for g in groups])
+    rng = np.random.default_rng(0)
+    draws = rng.integers(0, len(groups), size=(2000, len(groups)))
+    means = sums[draws].sum(1) / counts[draws].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        measure: float(sums.sum() / counts.sum()),
+        f"{measure}_interval": [float(low), float(high)],
+    }
+
+
+def run(model_name: str, facts: Sequence[dict[str, Any]], out: Path, gamma: float) -> None:
+    """Survey the facts; each one is written at once, so a stopped run goes on where it was."""
+    model = dl.load_model(model_name)
+    raw = out / f"survey-{model_name}.facts.jsonl"
+    key = {"model": model_name, "fingerprint": model.fingerprint(), "gamma": gamma}
+    done = _done(raw, key)
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with raw.open("a", encoding="utf-8") as file:
+        for fact in tqdm([f for f in facts if f["id"] not in done], desc="facts"):
+            record = {**key, **survey_fact(model, fact, gamma)}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+    wanted = {fact["id"] for fact in facts}
+    records = [r for r in _done(raw, key).values() if r["id"] in wanted]
+    result = {
+        **key,
+        "weights": model.info.weights,
+        "method": "rome",
+        "command": f"python -m driftlens.experiments.survey --model {model_name} "
+        f"--facts {len(facts)} --gamma {gamma}",
+        "seconds_of_last_run": round(time.monotonic() - started),
+        "versions": {
+            "driftlens": dl.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        **summarise(records),
+    }
+    target = out / f"survey-{model_name}.json"
+    write_atomically(target, json.dumps(result, indent=1).encode())
+
+
+def _done(path: Path, key: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Records of this model and setting; a half-written last line is dropped."""
+    found: dict[str, dict[str, Any]] = {}
+    if not path.is_file():
+        return found
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if all(record.get(name) == value for name, value in key.items()):
+            found[record["id"]] = record
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--facts", type=int, default=90, help="how many of the shipped facts")
+    parser.add_argument("--gamma", type=float, default=GAMMA)
+    parser.add_argument("--out", type=Path, default=Path("assets/results"))
+    options = parser.parse_args()
+    try:
+        facts = read_facts(asset("facts.jsonl"))[: options.facts]
+        run(options.model, facts, options.out, options.gamma)
+    except DriftLensError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    main()

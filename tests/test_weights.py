@@ -1,0 +1,835 @@
+"""Weights are changed in place and come back to the bit, whatever happens in between."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import driftlens as dl
+from driftlens.edits import RECORD_FILE, WEIGHTS_FILE
+from driftlens.errors import DataError, DriftLensError, EditError
+from driftlens.weights import DenseDelta, LowRankDelta, WeightStack, fingerprint, tensor_digest
+
+torch.set_num_threads(1)
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes as integers, so that -0.0 is not 0.0 and a NaN equals itself."""
+    return tensor.detach().clone().contiguous().view(INTEGERS[tensor.element_size()])
+
+
+def snapshot(parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {name: bits(parameter) for name, parameter in parameters.items()}
+
+
+def assert_same_bits(
+    parameters: dict[str, torch.nn.Parameter], before: dict[str, torch.Tensor]
+) -> None:
+    assert parameters.keys() == before.keys()
+    changed = [name for name, p in parameters.items() if not torch.equal(bits(p), before[name])]
+    assert not changed
+
+
+@cache
+def lens(architecture: str = "gpt2", seed: int = 0) -> dl.LensModel:
+    """Shared; every test must leave it as it was."""
+    return fresh(architecture, seed)
+
+
+def fresh(architecture: str = "gpt2", seed: int = 0) -> dl.LensModel:
+    return dl.load_model(
+        tiny.hf_model(architecture, seed), tiny.tokenizer(), name=f"tiny {architecture}"
+    )
+
+
+def down(layer: int) -> str:
+    return f"transformer.h.{layer}.mlp.c_proj.weight"
+
+
+TIED = "transformer.wte.weight"
+IDS = torch.tensor([[5, 70, 33, 8, 121]])
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.run(IDS) if isinstance(model, dl.LensModel) else model(IDS).logits
+
+
+# --- the stack ------------------------------------------------------------------------------
+
+
+def odd_parameters(dtype: torch.dtype) -> dict[str, torch.nn.Parameter]:
+    """Weights with every kind of number in them: -0.0, subnormal, huge, infinite, NaN."""
+    generator = torch.Generator().manual_seed(3)
+    found: dict[str, torch.nn.Parameter] = {}
+    for name, shape in {"a": (4, 6), "b": (5, 3), "bias": (7,), "scale": ()}.items():
+        tensor = torch.randn(shape, generator=generator).to(dtype)
+        if tensor.ndim == 2:
+            tiny_number = torch.finfo(dtype).smallest_normal / 4
+            odd = [-0.0, 0.0, tiny_number, -tiny_number, torch.finfo(dtype).max]
+            tensor[0, :3] = torch.tensor(odd[:3], dtype=dtype)
+            tensor[1, :2] = torch.tensor(odd[3:], dtype=dtype)
+            tensor[2, :2] = torch.tensor([float("inf"), float("-inf")], dtype=dtype)
+            integers = INTEGERS[tensor.element_size()]
+            nan = torch.tensor(float("nan"), dtype=dtype).view(integers)
+            tensor[3, :2] = torch.stack([nan | 1, nan]).view(dtype)
+        found[name] = torch.nn.Parameter(tensor)
+    # Two layouts in memory that are not contiguous.
+    found["transposed"] = torch.nn.Parameter(torch.randn(3, 8, generator=generator).to(dtype).T)
+    return found
+
+
+def random_delta(shape: torch.Size, generator: random.Random, dtype: torch.dtype) -> Any:
+    seeded = torch.Generator().manual_seed(generator.getrandbits(32))
+    if len(shape) == 2 and generator.random() < 0.6:
+        rank = generator.choice([1, 1, 2, 3])
+        left = torch.randn(shape[0], rank, generator=seeded).to(dtype)
+        return LowRankDelta(left, torch.randn(shape[1], rank, generator=seeded).to(dtype))
+    return DenseDelta(torch.randn(shape, generator=seeded).to(dtype))
+
+
+def random_deltas(
+    parameters: dict[str, torch.nn.Parameter], generator: random.Random
+) -> dict[str, Any]:
+    names = generator.sample(sorted(parameters), k=generator.randint(1, min(3, len(parameters))))
+    return {
+        name: random_delta(parameters[name].shape, generator, generator.choice(DTYPES))
+        for name in names
+    }
+
+
+def expected_bits(original: torch.Tensor, active: list[Any]) -> torch.Tensor:
+    """Original plus deltas in the order in which they were switched on, rounded once."""
+    if not active:
+        return bits(original)
+    total = original.float()
+    for delta in active:
+        total = total + delta.dense().float()
+    return bits(total.to(original.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**32))
+def test_any_order_of_switching_restores_every_bit(dtype: torch.dtype, seed: int) -> None:
+    parameters = odd_parameters(dtype)
+    places = {name: (id(p), p.data_ptr()) for name, p in parameters.items()}
+    originals = {name: p.detach().clone() for name, p in parameters.items()}
+    before = snapshot(parameters)
+    stack = WeightStack(parameters)
+    generator = random.Random(seed)
+    active: dict[int, dict[str, Any]] = {}
+    for _ in range(generator.randint(1, 12)):
+        if active and generator.random() < 0.45:
+            ticket = generator.choice(sorted(active))
+            stack.pop(ticket)
+            del active[ticket]
+        else:
+            deltas = random_deltas(parameters, generator)
+            active[stack.push(deltas)] = deltas
+        assert stack.is_edited is bool(active)
+        for name, parameter in parameters.items():
+            now = [deltas[name] for deltas in active.values() if name in deltas]
+            assert torch.equal(bits(parameter), expected_bits(originals[name], now))
+            assert torch.equal(bits(stack.original(name)), before[name])
+    for ticket in generator.sample(sorted(active), k=len(active)):
+        stack.pop(ticket)
+    assert_same_bits(parameters, before)
+    assert not stack.is_edited
+    assert places == {name: (id(p), p.data_ptr()) for name, p in parameters.items()}
+    assert all(p.grad is None and p.requires_grad for p in parameters.values())
+
+
+def test_delta_is_added_in_float32_and_rounded_once() -> None:
+    # In bfloat16 1 + 2^-9 is 1; two such deltas together are a step of 2^-8... and 2^-7 shows.
+    weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    stack = WeightStack({"w": weight})
+    small = DenseDelta(torch.full((2, 2), 2.0**-8))
+    tickets = [stack.push({"w": small}) for _ in range(2)]
+    assert torch.equal(weight, torch.full((2, 2), 1 + 2.0**-7, dtype=torch.bfloat16))
+    for ticket in tickets:
+        stack.pop(ticket)
+    assert torch.equal(weight, torch.ones(2, 2, dtype=torch.bfloat16))
+
+
+def test_double_precision_is_kept() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    stack = WeightStack({"w": weight})
+    ticket = stack.push({"w": DenseDelta(torch.full((2, 2), 1e-12, dtype=torch.float64))})
+    assert float(weight[0, 0]) == 1 + 1e-12
+    stack.pop(ticket)
+
+
+def test_ticket_that_is_off_already_is_ignored() -> None:
+    parameters = odd_parameters(torch.float32)
+    before = snapshot(parameters)
+    stack = WeightStack(parameters)
+    ticket = stack.push({"bias": DenseDelta(torch.ones(7))})
+    for _ in range(3):
+        stack.pop(ticket)
+        assert_same_bits(parameters, before)
+    stack.pop(12345)
+    assert_same_bits(parameters, before)
+
+
+@pytest.mark.parametrize(
+    ("deltas", "message"),
+    [
+        ({"bias": DenseDelta(torch.ones(7)), "c": DenseDelta(torch.ones(7))}, "no parameter 'c'"),
+        ({"bias": DenseDelta(torch.ones(7)), "a": DenseDelta(torch.ones(6, 4))}, "has shape"),
+        ({"a": LowRankDelta(torch.ones(6, 1), torch.ones(4, 1))}, "has shape"),
+        ({"bias": DenseDelta(torch.ones(1))}, "has shape"),
+        ({"scale": DenseDelta(torch.ones(1))}, "has shape"),
+    ],
+)
+def test_delta_that_does_not_fit_changes_nothing(deltas: dict[str, Any], message: str) -> None:
+    parameters = odd_parameters(torch.float32)
+    before = snapshot(parameters)
+    stack = WeightStack(parameters)
+    with pytest.raises(EditError, match=message):
+        stack.push(deltas)
+    assert_same_bits(parameters, before)
+    assert not stack.is_edited
+
+
+class Failing(DenseDelta):
+    """A delta that cannot be formed, as when memory runs out."""
+
+    def dense(self) -> torch.Tensor:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_delta_that_cannot_be_formed_leaves_the_others(others: int) -> None:
+    parameters = odd_parameters(torch.float32)
+    before = snapshot(parameters)
+    stack = WeightStack(parameters)
+    tickets = [stack.push({"bias": DenseDelta(torch.ones(7))}) for _ in range(others)]
+    inside = snapshot(parameters)
+    with pytest.raises(MemoryError):
+        stack.push(
+            {
+                "a": LowRankDelta(torch.ones(4, 1), torch.ones(6, 1)),
+                "bias": Failing(torch.ones(7)),
+                "b": DenseDelta(torch.ones(5, 3)),
+            }
+        )
+    assert_same_bits(parameters, inside)
+    for ticket in tickets:
+        stack.pop(ticket)
+    assert_same_bits(parameters, before)
+
+
+# --- digests --------------------------------------------------------------------------------
+
+
+def test_digest_sees_every_bit_the_shape_and_the_dtype() -> None:
+    base = torch.zeros(2, 3)
+    seen = {tensor_digest(base)}
+    for other in (
+        torch.full((2, 3), -0.0),
+        torch.zeros(3, 2),
+        torch.zeros(6),
+        torch.zeros(2, 3, dtype=torch.int32),
+        torch.zeros(2, 3, dtype=torch.bfloat16),
+        torch.zeros(2, 3, dtype=torch.float16),
+    ):
+        assert tensor_digest(other) not in seen
+        seen.add(tensor_digest(other))
+    assert tensor_digest(torch.zeros(3, 2).T) == tensor_digest(base)
+    assert tensor_digest(torch.zeros(2, 3, requires_grad=True)) == tensor_digest(base)
+
+
+def test_fingerprint_sees_names_and_not_their_order() -> None:
+    one, two = torch.ones(2), torch.zeros(2)
+    assert fingerprint({"a": one, "b": two}) == fingerprint({"b": two, "a": one})
+    assert fingerprint({"a": one, "b": two}) != fingerprint({"a": two, "b": one})
+    assert fingerprint({"a": one}) != fingerprint({"b": one})
+
+
+# --- edits on a model -----------------------------------------------------------------------
+
+
+def random_edit(model: dl.LensModel, generator: random.Random) -> dl.Edit:
+    names = [down(1), down(2), "transformer.h.1.attn.c_attn.weight", TIED]
+    names += ["transformer.ln_f.bias", "transformer.wpe.weight"]
+    chosen = generator.sample(names, k=generator.randint(1, 3))
+    parameters = model.weights.parameters
+    return dl.Edit.from_deltas(
+        model,
+        {n: random_delta(parameters[n].shape, generator, torch.float32) for n in chosen},
+    )
+
+
+class Stop(BaseException):
+    """Not an Exception, like KeyboardInterrupt."""
+
+
+def random_nesting(
+    model: dl.LensModel, edits: list[dl.Edit], generator: random.Random, depth: int
+) -> None:
+    """Edits in one another, after one another, with themselves, left by an exception."""
+    for _ in range(generator.randint(1, 2)):
+        edit = generator.choice(edits)
+        failing = generator.random() < 0.3
+        inside = snapshot(model.weights.parameters)
+        try:
+            with edit.applied(model) as same:
+                assert same is model
+                if depth:
+                    random_nesting(model, edits, generator, depth - 1)
+                if failing:
+                    raise generator.choice([ValueError, Stop])
+        except (ValueError, Stop):
+            assert failing
+        assert_same_bits(model.weights.parameters, inside)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_edits_in_any_nesting_restore_every_bit(architecture: str, dtype: torch.dtype) -> None:
+    hf_model = tiny.hf_model(architecture).to(dtype)
+    model = dl.load_model(hf_model, tiny.tokenizer(), probe=False)
+    parameters = model.weights.parameters
+    assert {p.dtype for p in parameters.values()} == {dtype}
+    matrices = [name for name, p in parameters.items() if p.ndim == 2]
+    generator = random.Random(7)
+    edits = []
+    for _ in range(4):
+        chosen = generator.sample(matrices, k=2) + [next(n for n in parameters if "norm" in n or "ln_" in n)]
+        deltas = {n: random_delta(parameters[n].shape, generator, dtype) for n in chosen}
+        edits.append(dl.Edit.from_deltas(model, deltas))
+    objects = {name: (id(p), p.data_ptr()) for name, p in hf_model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in hf_model.named_parameters()}
+    before, buffers = snapshot(parameters), snapshot(dict(hf_model.named_buffers()))
+    for _ in range(8):
+        random_nesting(model, edits, generator, depth=3)
+        assert_same_bits(parameters, before)
+    assert objects == {name: (id(p), p.data_ptr()) for name, p in hf_model.named_parameters()}
+    assert flags == {name: p.requires_grad for name, p in hf_model.named_parameters()}
+    assert_same_bits(dict(hf_model.named_buffers()), buffers)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_edits_left_in_any_order_restore_every_bit(seed: int) -> None:
+    model = lens()
+    generator = random.Random(seed)
+    edits = [random_edit(model, generator) for _ in range(4)]
+    before = snapshot(model.weights.parameters)
+    contexts = [edit.applied(model) for edit in edits]
+    for context in contexts:
+        context.__enter__()
+    assert model.weights.is_edited
+    for context in generator.sample(contexts, k=len(contexts)):
+        context.__exit__(None, None, None)
+    assert not model.weights.is_edited
+    assert_same_bits(model.weights.parameters, before)
+
+
+def test_inside_the_weight_is_the_original_plus_the_deltas() -> None:
+    model = lens()
+    generator = random.Random(1)
+    name = down(1)
+    shape = model.weights.parameters[name].shape
+    deltas = [random_delta(shape, generator, torch.float32) for _ in range(3)]
+    edits = [dl.Edit.from_deltas(model, {name: delta}) for delta in deltas]
+    original = model.weights.parameters[name].detach().clone()
+    with ExitStack() as stack:
+        for count, edit in enumerate(edits, start=1):
+            stack.enter_context(edit.applied(model))
+            now = model.weights.parameters[name].detach()
+            assert torch.equal(bits(now), expected_bits(original, deltas[:count]))
+            total = original.double() + sum(d.dense().double() for d in deltas[:count])
+            torch.testing.assert_close(now.double(), total, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_applied_edit_acts_in_the_parameters_orientation(architecture: str) -> None:
+    # GPT-2's Conv1D has [in, out], nn.Linear [out, in]; both must compute x W' + b.
+    model, plain = fresh(architecture), tiny.hf_model(architecture)
+    site = model.down_projection(1)
+    assert site.input_first is (architecture == "gpt2")
+    generator = random.Random(2)
+    delta = random_delta(site.weight.shape, generator, torch.float32)
+    edit = dl.Edit.from_deltas(model, {site.name: delta})
+    with torch.no_grad():
+        dict(plain.named_parameters())[site.name].add_(delta.dense())
+    before = logits_of(model)
+    with edit.applied(model):
+        inside = logits_of(model)
+    torch.testing.assert_close(inside, logits_of(plain), rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(inside, before, atol=1e-2)
+    assert torch.equal(logits_of(model), before)
+
+
+def test_tied_weights_change_together() -> None:
+    model = lens()
+    head, embedding = model.hf_model.get_output_embeddings(), model.hf_model.get_input_embeddings()
+    assert head.weight is embedding.weight
+    assert [n for n, p in model.weights.parameters.items() if p is head.weight] == [TIED]
+    delta = torch.randn(embedding.weight.shape, generator=torch.Generator().manual_seed(0))
+    edit = dl.Edit.from_deltas(model, {TIED: delta})
+    original = embedding.weight.detach().clone()
+    with edit.applied(model):
+        assert torch.equal(embedding.weight, original + delta)
+        assert head.weight is embedding.weight
+    assert torch.equal(embedding.weight, original)
+
+
+def test_edit_on_top_of_another_needs_it() -> None:
+    model = lens()
+    generator = random.Random(5)
+    name = down(1)
+    shape = model.weights.parameters[name].shape
+    first, second = (
+        {name: random_delta(shape, generator, torch.float32)} for _ in range(2)
+    )
+    lower = dl.Edit.from_deltas(model, first)
+    with lower.applied(model):
+        upper = dl.Edit.from_deltas(model, second)
+    assert upper.fingerprint == lower.fingerprint == model.fingerprint()
+    before = snapshot(model.weights.parameters)
+    with pytest.raises(EditError, match="other weights"), upper.applied(model):
+        pass
+    assert_same_bits(model.weights.parameters, before)
+    with lower.applied(model), upper.applied(model):
+        both = bits(model.weights.parameters[name])
+    original = model.weights.parameters[name].detach()
+    assert torch.equal(both, expected_bits(original, [first[name], second[name]]))
+    assert_same_bits(model.weights.parameters, before)
+
+
+# --- from outside ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("deltas", "message"),
+    [
+        (lambda w: {}, "no weight delta"),
+        (lambda w: {"nothing.weight": torch.ones(2)}, "no parameter"),
+        (lambda w: {down(1): torch.ones(2, 2)}, "has shape"),
+        (lambda w: {down(1): torch.ones_like(w).T}, "has shape"),
+        (lambda w: {down(1): torch.full_like(w, float("nan"))}, "not finite"),
+        (lambda w: {down(1): torch.full_like(w, float("inf"))}, "not finite"),
+        (
+            lambda w: {
+                down(1): LowRankDelta(
+                    torch.full((w.shape[0], 1), 1e30), torch.full((w.shape[1], 1), 1e30)
+                )
+            },
+            "not finite",
+        ),
+    ],
+)
+def test_deltas_that_make_no_edit_are_refused(
+    deltas: Callable[[torch.Tensor], dict[str, Any]], message: str
+) -> None:
+    model = lens()
+    before = snapshot(model.weights.parameters)
+    with pytest.raises(EditError, match=message):
+        dl.Edit.from_deltas(model, deltas(model.weights.parameters[down(1)].detach()))
+    assert_same_bits(model.weights.parameters, before)
+    assert not model.weights.is_edited
+
+
+def test_deltas_are_described() -> None:
+    model = lens()
+    left, right = torch.randn(64, 2), torch.randn(32, 2)
+    request = dl.EditRequest("{} is in", "Rome", "France")
+    edit = dl.Edit.from_deltas(
+        model, {down(1): LowRankDelta(left, right)}, request=request, method="mine"
+    )
+    assert (edit.method, edit.request, edit.rank) == ("mine", request, 2)
+    assert "Rome is in" in repr(edit) and down(1) in repr(edit)
+    dense = dl.Edit.from_deltas(model, {down(1): left @ right.T}, request=[request, request])
+    assert (dense.rank, dense.request, len(dense.requests)) == (2, None, 2)
+
+
+def second_checkpoint(model_class: str = "gpt2") -> tuple[Any, set[str]]:
+    """A plain model with some weights of the tiny model changed."""
+    other = tiny.hf_model(model_class)
+    names = {down(1), "transformer.h.2.attn.c_proj.bias", TIED}
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name in names:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return other, names
+
+
+@pytest.mark.parametrize("form", ["model", "state dict", "wrapped model", "folder", "path text"])
+def test_edit_from_checkpoint_gives_its_logits(form: str, tmp_path: Path) -> None:
+    model = lens()
+    other, names = second_checkpoint()
+    expected = logits_of(other)
+    given_as: Any = other
+    if form == "state dict":
+        given_as = other.state_dict()
+    elif form == "wrapped model":
+        given_as = dl.load_model(other, tiny.tokenizer(), probe=False).hf_model
+    elif form in ("folder", "path text"):
+        other.save_pretrained(tmp_path / "other")
+        given_as = tmp_path / "other" if form == "folder" else str(tmp_path / "other")
+    edit = dl.Edit.from_checkpoint(model, given_as)
+    assert set(edit.deltas) == names
+    assert edit.method == "checkpoint"
+    before = logits_of(model)
+    with edit.applied(model):
+        found = logits_of(model)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * max(scale, 1.0))
+    assert torch.equal(logits_of(model), before)
+
+
+def test_checkpoint_without_a_difference_is_refused() -> None:
+    with pytest.raises(EditError, match="same weights"):
+        dl.Edit.from_checkpoint(lens(), tiny.hf_model("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop(down(1)), "has no parameter"),
+        (lambda state: state.update({down(1): torch.zeros(3, 3)}), "another shape"),
+        (lambda state: state.update({down(1): state[down(1)] * float("nan")}), "not finite"),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused(
+    change: Callable[[dict[str, torch.Tensor]], Any], message: str
+) -> None:
+    state = dict(tiny.hf_model("gpt2").state_dict())
+    change(state)
+    with pytest.raises(EditError, match=message):
+        dl.Edit.from_checkpoint(lens(), state)
+
+
+def test_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EditError, match="cannot be loaded"):
+        dl.Edit.from_checkpoint(lens(), tmp_path)
+
+
+def test_checkpoint_with_an_unembedding_of_its_own_is_refused() -> None:
+    # BUG in Edit.from_checkpoint: the model ties its unembedding to the embedding, the
+    # second checkpoint does not and has changed it. The difference is dropped without a
+    # word, so that the applied edit is not the second checkpoint.
+    state = dict(tiny.hf_model("gpt2").state_dict())
+    state["lm_head.weight"] = state["lm_head.weight"] + 1.0
+    state[down(1)] = state[down(1)] + 0.1
+    with pytest.raises(EditError):
+        dl.Edit.from_checkpoint(lens(), state)
+
+
+def test_edit_from_checkpoint_inside_another_edit() -> None:
+    # BUG in Edit.from_checkpoint: the delta is taken from the unedited weights, its base
+    # digest from the edited ones, so the result fits neither.
+    model = lens()
+    other, _ = second_checkpoint()
+    expected = logits_of(other)
+    applied = dl.Edit.from_deltas(
+        model, {down(1): torch.ones_like(model.weights.parameters[down(1)])}
+    )
+    with applied.applied(model):
+        try:
+            edit = dl.Edit.from_checkpoint(model, other)
+        except EditError:
+            return  # to refuse it would be as good
+    with edit.applied(model):
+        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-3)
+
+
+# --- on disk --------------------------------------------------------------------------------
+
+
+def some_edit(model: dl.LensModel, seed: int = 0) -> dl.Edit:
+    generator = random.Random(seed)
+    parameters = model.weights.parameters
+    bias = "transformer.h.1.mlp.c_proj.bias"
+    left, right = torch.randn(64, 1), torch.randn(32, 1)
+    made = dl.Edit.from_deltas(
+        model,
+        {
+            down(1): LowRankDelta(left, right),
+            TIED: random_delta(parameters[TIED].shape, generator, torch.bfloat16),
+            bias: DenseDelta(torch.tensor([-0.0, 1e-45] * 16)),
+        },
+        request=[
+            dl.EditRequest("{} is in", "Tōkyō {0}", "東京", "Paris"),
+            dl.EditRequest("{}", "b", "c"),
+        ],
+    )
+    made.config.update(lr=0.1, layer=1, contexts=[["", ""], ['{0} {} }{ "ü"', ""]])
+    made.trace.extend([{"step": 0, "loss": 1 / 3}, {"step": 1, "loss": 2.5e-11}])
+    made.info.update(seconds=1.25)
+    return made
+
+
+def assert_same_edit(found: dl.Edit, expected: dl.Edit) -> None:
+    for name in ("method", "model_name", "fingerprint", "base_digests", "requests"):
+        assert getattr(found, name) == getattr(expected, name)
+    for name in ("config", "trace", "info"):
+        assert getattr(found, name) == getattr(expected, name)
+    assert list(found.deltas) == list(expected.deltas)
+    for name, delta in expected.deltas.items():
+        other = found.deltas[name]
+        assert type(other) is type(delta)
+        fields = ("left", "right") if isinstance(delta, LowRankDelta) else ("tensor",)
+        for field in fields:
+            one, two = getattr(delta, field), getattr(other, field)
+            assert one.dtype == two.dtype
+            assert torch.equal(bits(one), bits(two))
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_saved_edit_comes_back(with_model: bool, tmp_path: Path) -> None:
+    model = lens()
+    edit = some_edit(model)
+    folder = tmp_path / "new" / "folder"
+    assert edit.save(folder) == folder
+    assert sorted(path.name for path in folder.iterdir()) == [RECORD_FILE, WEIGHTS_FILE]
+    loaded = dl.load_edit(folder, model if with_model else None)
+    assert_same_edit(loaded, edit)
+    with edit.applied(model):
+        inside = snapshot(model.weights.parameters)
+    with loaded.applied(model):
+        assert_same_bits(model.weights.parameters, inside)
+
+
+def test_saving_twice_replaces(tmp_path: Path) -> None:
+    model = lens()
+    some_edit(model, 1).save(tmp_path)
+    second = some_edit(model, 2)
+    second.save(str(tmp_path))
+    assert_same_edit(dl.load_edit(str(tmp_path)), second)
+
+
+def test_loaded_edit_fits_another_copy_of_the_model(tmp_path: Path) -> None:
+    some_edit(lens()).save(tmp_path)
+    copy = fresh()
+    before = snapshot(copy.weights.parameters)
+    with dl.load_edit(tmp_path).applied(copy):
+        assert copy.weights.is_edited
+    assert_same_bits(copy.weights.parameters, before)
+
+
+@pytest.mark.parametrize(("architecture", "seed"), [("gpt2", 1), ("llama", 0)])
+def test_other_model_is_refused(architecture: str, seed: int, tmp_path: Path) -> None:
+    edit = some_edit(lens())
+    other = lens(architecture, seed)
+    before = snapshot(other.weights.parameters)
+    with pytest.raises(EditError, match="made for"), edit.applied(other):
+        pass
+    edit.save(tmp_path)
+    with pytest.raises(EditError, match="made for"):
+        dl.load_edit(tmp_path, other)
+    assert_same_bits(other.weights.parameters, before)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer.wpe.weight", "transformer.h.0.ln_1.bias", "transformer.ln_f.weight", TIED]
+)
+def test_model_with_one_other_number_anywhere_is_refused(name: str, tmp_path: Path) -> None:
+    # Also where the edit itself changes nothing.
+    edit = some_edit(lens())
+    edit.save(tmp_path)
+    hf_model = tiny.hf_model("gpt2")
+    with torch.no_grad():
+        flat = dict(hf_model.named_parameters())[name].reshape(-1)
+        flat[-1] = torch.nextafter(flat[-1], torch.tensor(1e9))
+    other = dl.load_model(hf_model, tiny.tokenizer(), probe=False)
+    for candidate in (edit, dl.load_edit(tmp_path)):
+        with pytest.raises(EditError, match="other weights"), candidate.applied(other):
+            pass
+        assert not other.weights.is_edited
+
+
+def test_sign_of_zero_counts(tmp_path: Path) -> None:
+    edit = some_edit(lens())
+    hf_model = tiny.hf_model("gpt2")
+    with torch.no_grad():
+        hf_model.transformer.h[0].ln_1.bias[3] = -0.0
+    other = dl.load_model(hf_model, tiny.tokenizer(), probe=False)
+    with pytest.raises(EditError, match="other weights"), edit.applied(other):
+        pass
+
+
+@pytest.mark.parametrize("missing", [RECORD_FILE, WEIGHTS_FILE])
+def test_missing_file_is_named(missing: str, tmp_path: Path) -> None:
+    some_edit(lens()).save(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(DataError, match="no edit in"):
+        dl.load_edit(tmp_path)
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no edit in"):
+        dl.load_edit(tmp_path / "absent")
+
+
+def test_every_flipped_byte_of_the_tensors_is_noticed(tmp_path: Path) -> None:
+    some_edit(lens()).save(tmp_path)
+    path = tmp_path / WEIGHTS_FILE
+    data = bytearray(path.read_bytes())
+    for position in [0, 7, 8, 40, len(data) // 2, len(data) - 1]:
+        damaged = bytearray(data)
+        damaged[position] ^= 0x40
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged"):
+            dl.load_edit(tmp_path)
+    path.write_bytes(data[:-1])
+    with pytest.raises(DataError, match="damaged"):
+        dl.load_edit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "null", "[]", "3", '"edit"', "{}", '{"format": 2}', '{"format": 1}', "\x00"],
+)
+def test_record_that_is_no_edit_is_refused(text: str, tmp_path: Path) -> None:
+    some_edit(lens()).save(tmp_path)
+    (tmp_path / RECORD_FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError):
+        dl.load_edit(tmp_path)
+
+
+def test_record_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    some_edit(lens()).save(tmp_path)
+    (tmp_path / RECORD_FILE).write_bytes(b'{"format": 1, "method": "\xff\xfe"}')
+    with pytest.raises(DataError, match="damaged"):
+        dl.load_edit(tmp_path)
+
+
+FIELDS = ["method", "model_name", "fingerprint", "base_digests", "deltas", "requests", "config"]
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "trace", "info"])
+def test_record_without_a_field_is_refused(field: str, tmp_path: Path) -> None:
+    some_edit(lens()).save(tmp_path)
+    path = tmp_path / RECORD_FILE
+    record = json.loads(path.read_text("utf-8"))
+    del record[field]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(DataError, match=field):
+        dl.load_edit(tmp_path)
+
+
+# BUG in load_edit: AttributeError for "deltas", and no error at all for "base_digests", whose
+# absence of type shows only when the edit is applied.
+@pytest.mark.parametrize("field", ["base_digests", "deltas", "requests"])
+@pytest.mark.parametrize("value", [3, "text", None, ["x"]])
+def test_record_with_a_field_of_another_type_is_refused(
+    field: str, value: Any, tmp_path: Path
+) -> None:
+    some_edit(lens()).save(tmp_path)
+    path = tmp_path / RECORD_FILE
+    record = json.loads(path.read_text("utf-8"))
+    record[field] = value
+    path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(DriftLensError), dl.load_edit(tmp_path).applied(lens()):
+        pass
+
+
+def test_flipped_byte_of_the_record_is_an_error_or_harmless(tmp_path: Path) -> None:
+    model = lens()
+    edit = some_edit(model)
+    edit.save(tmp_path)
+    path = tmp_path / RECORD_FILE
+    data = path.read_bytes()
+    with edit.applied(model):
+        inside = snapshot(model.weights.parameters)
+    generator = random.Random(0)
+    for position in generator.sample(range(len(data)), k=60):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            with dl.load_edit(tmp_path).applied(model):
+                assert_same_bits(model.weights.parameters, inside)
+        except DriftLensError:
+            pass
+
+
+FullDisk = Callable[[int], None]
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> FullDisk:
+    """Makes the n-th call from now on, and all after it, fail for lack of space."""
+
+    def fill(after: int) -> None:
+        real, calls = os.replace, iter(range(10**6))
+
+        def replace(*args: Any, **kwargs: Any) -> None:
+            if next(calls) >= after:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(*args, **kwargs)
+
+        monkeypatch.setattr(os, "replace", replace)
+
+    return fill
+
+
+# BUG in Edit.save, "second": when only the second file cannot be written, the first has been
+# replaced already, and the folder holds neither the earlier edit nor the new one.
+@pytest.mark.parametrize("after", [0, 1], ids=["first file", "second file"])
+def test_full_disk_leaves_an_earlier_edit_whole(
+    after: int, full_disk: FullDisk, tmp_path: Path
+) -> None:
+    model = lens()
+    earlier = some_edit(model, 1)
+    earlier.save(tmp_path)
+    full_disk(after)
+    with pytest.raises(EditError, match="cannot be written.*No space left"):
+        some_edit(model, 2).save(tmp_path)
+    assert_same_edit(dl.load_edit(tmp_path), earlier)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD_FILE, WEIGHTS_FILE]
+
+
+def test_disk_that_fills_while_writing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = lens()
+    earlier = some_edit(model, 1)
+    earlier.save(tmp_path)
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(EditError, match="No space left"):
+        some_edit(model, 2).save(tmp_path)
+    assert_same_edit(dl.load_edit(tmp_path), earlier)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD_FILE, WEIGHTS_FILE]
+
+
+def test_record_that_is_no_json_leaves_an_earlier_edit_whole(tmp_path: Path) -> None:
+    # BUG in Edit.save: the tensors are replaced before the record is turned into text.
+    model = lens()
+    earlier = some_edit(model, 1)
+    earlier.save(tmp_path)
+    second = some_edit(model, 2)
+    second.info["tensor"] = torch.ones(2)
+    with pytest.raises((EditError, TypeError)):
+        second.save(tmp_path)
+    assert_same_edit(dl.load_edit(tmp_path), earlier)
+
+
+def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("kept")
+    with pytest.raises(EditError, match="cannot be written"):
+        some_edit(lens()).save(path)
+    assert path.read_text() == "kept"
