@@ -15,6 +15,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,9 +145,7 @@ class Drift:
         original, edited, kl = (a.mean(0) for a in (self.original, self.edited, self.kl))
         flat = np.argsort(-(edited - original), axis=None, kind="stable")[:k]
         return [
-            HeadDrift(
-                int(y), int(x), float(original[y, x]), float(edited[y, x]), float(kl[y, x])
-            )
+            HeadDrift(int(y), int(x), float(original[y, x]), float(edited[y, x]), float(kl[y, x]))
             for y, x in zip(*np.unravel_index(flat, original.shape), strict=True)
         ]
 
@@ -161,7 +160,9 @@ class Drift:
                 "prompt": [self.prompts[i].prompt for i in index[0]],
                 "layer": index[1],
                 "head": index[2],
-                "name": [head_name(int(y), int(x)) for y, x in zip(index[1], index[2], strict=True)],
+                "name": [
+                    head_name(int(y), int(x)) for y, x in zip(index[1], index[2], strict=True)
+                ],
                 "original": self.original.reshape(-1),
                 "edited": self.edited.reshape(-1),
                 "difference": self.difference.reshape(-1),
@@ -214,7 +215,7 @@ class Drift:
             ],
         }
         buffer = io.BytesIO()
-        arrays = {f"original_{i}": p.original for i, p in enumerate(self.prompts)}
+        arrays: dict[str, Any] = {f"original_{i}": p.original for i, p in enumerate(self.prompts)}
         arrays |= {f"edited_{i}": p.edited for i, p in enumerate(self.prompts)}
         np.savez_compressed(buffer, record=np.array(json.dumps(record)), **arrays)
         try:
@@ -288,9 +289,7 @@ def measure_drift(
     spans = [
         model.tokens.find_subject(e, s, occurrence) for e, s in zip(encoded, subjects, strict=True)
     ]
-    queries = [
-        resolve_query(e, query, span) for e, span in zip(encoded, spans, strict=True)
-    ]
+    queries = [resolve_query(e, query, span) for e, span in zip(encoded, spans, strict=True)]
     original = _rows(model, encoded, queries)
     with edit.applied(model):
         edited = _rows(model, encoded, queries)
@@ -304,6 +303,17 @@ def measure_drift(
         model.info.name,
         label or _label(edit),
     )
+
+
+def attention_patterns(
+    model: LensModel, prompt: str, heads: Sequence[tuple[int, int]], edit: Edit | None = None
+) -> dict[str, Float[np.ndarray, "query key"]]:
+    """Token-to-token attention of some heads, by name, of the original or the edited model."""
+    ids = model.tokens.pad([model.tokens.encode(prompt).ids])
+    names = {layer: pattern_name(model.check_layer(layer)) for layer, _ in heads}
+    with edit.applied(model) if edit is not None else nullcontext():
+        seen = model.record(ids, list(names.values()))
+    return {head_name(y, x): seen[names[y]][0, x].float().cpu().numpy() for y, x in heads}
 
 
 def subjects_of(edit: Edit, subject: str | Sequence[str] | None, count: int) -> list[str]:
@@ -345,9 +355,7 @@ def resolve_query(encoded: Encoded, query: int, subject: Span) -> int:
     return position
 
 
-def _rows(
-    model: LensModel, encoded: Sequence[Encoded], queries: Sequence[int]
-) -> list[np.ndarray]:
+def _rows(model: LensModel, encoded: Sequence[Encoded], queries: Sequence[int]) -> list[np.ndarray]:
     """Rows ``[layer, head, key]`` of each prompt at its query, keys cut at its length."""
     names = [pattern_name(layer) for layer in range(model.info.n_layers)]
     rows: list[np.ndarray] = []

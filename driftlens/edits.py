@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from driftlens import figures
 from driftlens.errors import DataError, EditError
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
-from driftlens.weights import DenseDelta, Delta, LowRankDelta, tensor_digest
+from driftlens.weights import Delta, DenseDelta, LowRankDelta, tensor_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -322,15 +322,16 @@ def load_edit(folder: str | os.PathLike[str], model: LensModel | None = None) ->
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
-    descriptor, staging = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not tempfile: its files are readable by their owner alone, and stay so when renamed.
+    staging = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with staging.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(staging, path)
     except BaseException:
-        Path(staging).unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         raise
 
 

@@ -59,9 +59,7 @@ class EditRequest:
             if value is None and name == "target_true":
                 continue
             if not isinstance(value, str):
-                raise RequestError(
-                    f"EditRequest.{name} must be text, not {type(value).__name__}."
-                )
+                raise RequestError(f"EditRequest.{name} must be text, not {type(value).__name__}.")
             if not value.strip():
                 raise RequestError(f"EditRequest.{name} is empty.", "Give it some text.")
         split_template(self.prompt, "prompt")

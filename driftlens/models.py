@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +19,6 @@ from driftlens import bundled
 from driftlens.errors import ModelError
 from driftlens.interventions import (
     Hook,
-    down_in_name,
     down_out_name,
     pattern_name,
     replace_heads,
@@ -409,7 +410,6 @@ def _read_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
 def _gguf_tokenizer(path: Path) -> Any:
     """The tokenizer inside a GGUF file; the slow conversion is kept in the cache."""
     import shutil
-    import tempfile
 
     from transformers import AutoTokenizer
 
@@ -422,8 +422,8 @@ def _gguf_tokenizer(path: Path) -> Any:
         str(path.parent), gguf_file=path.name, local_files_only=True
     )
     try:
-        converted.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=converted.parent))
+        staging = converted.with_name(f".{key}.{os.getpid()}-{secrets.token_hex(4)}")
+        staging.mkdir(parents=True)
         try:
             tokenizer.save_pretrained(str(staging))
             staging.rename(converted)
@@ -632,9 +632,12 @@ def _probe_hooks(
 
         def push(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
             tensor = tensor.clone()
-            tensor[row] = tensor[row] + tensor[row].abs().mean() + 1e-3 * torch.arange(
-                tensor.shape[-1], device=tensor.device
-            ).remainder(7).to(tensor)
+            tensor[row] = (
+                tensor[row]
+                + tensor[row].abs().mean()
+                + 1e-3
+                * torch.arange(tensor.shape[-1], device=tensor.device).remainder(7).to(tensor)
+            )
             return tensor
 
         return [(down_out_name(layer), push)]
@@ -648,9 +651,7 @@ def _probe_hooks(
     return replace_heads(layer, where, pattern.expand(rows, -1, -1, -1))
 
 
-def _judge_probe(
-    model: LensModel, base: torch.Tensor, moved: dict[tuple[int, str], float]
-) -> None:
+def _judge_probe(model: LensModel, base: torch.Tensor, moved: dict[tuple[int, str], float]) -> None:
     scale = float(base.abs().max())
     tolerance = relative_tolerance(base.dtype) * scale
     what = {

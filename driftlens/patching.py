@@ -117,8 +117,9 @@ def recovered_share(original: float, edited: float, patched: float, noise: float
 
 def _share(original: Readout, edited: Readout, patched: Readout, measure: Measure) -> float:
     _check_choice("measure", measure, Measure)
-    values = [float(getattr(run, measure)) for run in (original, edited, patched)]
-    return recovered_share(*values, ROUNDING * (original.prob if measure == "prob" else 1.0))
+    before, after, now = (float(getattr(run, measure)) for run in (original, edited, patched))
+    noise = ROUNDING * (before if measure == "prob" else 1.0)
+    return recovered_share(before, after, now, noise)
 
 
 @dataclass(frozen=True)
@@ -262,9 +263,7 @@ class AttentionSweep:
 
         def add(kind: str, first: Any, last: Any, head: Any, readout: Readout) -> None:
             for text, s in readout.scores.items():
-                share = (
-                    self._share(readout, "prob") if text == readout.answer else float("nan")
-                )
+                share = self._share(readout, "prob") if text == readout.answer else float("nan")
                 rows.append(
                     {
                         "kind": kind,
@@ -561,9 +560,7 @@ class PatchExperiment:
         return Readout(texts[0], dict(zip(texts, scores, strict=True)))
 
     def _result(self, patched: Readout, what: str) -> PatchResult:
-        return PatchResult(
-            self.original, self.edited, patched, self.direction, self.prompt, what
-        )
+        return PatchResult(self.original, self.edited, patched, self.direction, self.prompt, what)
 
 
 def patch_attention(
@@ -705,9 +702,7 @@ def _sweep_places(
     return [*one_head, *whole, *several, [p for row in whole for p in row]]
 
 
-def _rows_to_use(
-    rows: torch.Tensor, exchange: Exchange, columns: torch.Tensor | None
-) -> Rows:
+def _rows_to_use(rows: torch.Tensor, exchange: Exchange, columns: torch.Tensor | None) -> Rows:
     """The attention to use: the source's, the running model's own, or a mixture by column."""
     if exchange == "values":
         return lambda own: own

@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 
@@ -88,9 +87,9 @@ def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def _bytes_of(tensor: torch.Tensor) -> bytes:
     flat = tensor.detach().contiguous().cpu().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy().astype(np.uint8, copy=False))
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 class WeightStack:

@@ -241,8 +241,10 @@ def test_frozen_parameters_get_their_flags_back() -> None:
     parameters[0].requires_grad_(False)
     flags = [parameter.requires_grad for parameter in parameters]
     try:
-        with pytest.raises(ArithmeticError), model.frozen():
+        with model.frozen():
             assert not any(parameter.requires_grad for parameter in parameters)
+        assert [parameter.requires_grad for parameter in parameters] == flags
+        with pytest.raises(ArithmeticError), model.frozen():
             raise ArithmeticError
         assert [parameter.requires_grad for parameter in parameters] == flags
     finally:
@@ -335,14 +337,14 @@ def test_a_bridge_can_be_loaded_as_it_is() -> None:
 
 def test_the_inside_of_a_foreign_bridge_is_refused() -> None:
     bridge = boot(build("llama"))
-    with pytest.raises(dl.ModelError, match="wrapped by a TransformerBridge already.*Pass that"):
+    with pytest.raises(dl.ModelError, match=r"wrapped by a TransformerBridge already.*Pass that"):
         dl.load_model(bridge.original_model, tiny.tokenizer())
 
 
 def test_a_bridge_with_processed_weights_is_refused() -> None:
     bridge = boot(build("llama"))
     bridge.enable_compatibility_mode(disable_warnings=True)
-    with pytest.raises(dl.ModelError, match="compatibility mode.*Boot it anew"):
+    with pytest.raises(dl.ModelError, match=r"compatibility mode.*Boot it anew"):
         dl.load_model(bridge, tiny.tokenizer())
 
 
@@ -390,25 +392,25 @@ def test_a_model_in_training_mode_is_put_into_evaluation_mode() -> None:
 
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(dl.ModelError, match="'no/such-model' cannot be loaded.*smollm2-135m"):
+    with pytest.raises(dl.ModelError, match=r"'no/such-model' cannot be loaded.*smollm2-135m"):
         dl.load_model("no/such-model")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(dl.ModelError, match="neither config.json nor a .gguf file"):
+    with pytest.raises(dl.ModelError, match=r"neither config.json nor a .gguf file"):
         dl.load_model(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     reference("llama").save_pretrained(tmp_path)
-    with pytest.raises(dl.DriftLensError, match="tokenizer|cannot be loaded"):
+    with pytest.raises(dl.DriftLensError, match=r"tokenizer|cannot be loaded"):
         dl.load_model(tmp_path)
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(b"x")
-    with pytest.raises(dl.ModelError, match="no .gguf file.*Give the folder"):
+    with pytest.raises(dl.ModelError, match=r"no .gguf file.*Give the folder"):
         dl.load_model(path)
 
 
@@ -416,14 +418,14 @@ def test_a_damaged_gguf_is_refused(tmp_path: Path) -> None:
     # FAILS at the time of writing with struct.error, which transformers raises on short files.
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF but not really")
-    with pytest.raises(dl.ModelError, match="cannot be loaded.*complete"):
+    with pytest.raises(dl.ModelError, match=r"cannot be loaded.*complete"):
         dl.load_model(path)
 
 
 def test_a_folder_with_several_ggufs_is_refused(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(dl.ModelError, match="holds 2 .gguf files.*Give one"):
+    with pytest.raises(dl.ModelError, match=r"holds 2 .gguf files.*Give one"):
         dl.load_model(tmp_path)
 
 
@@ -437,7 +439,7 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
         is_fast = False
 
     inner = build("llama")
-    with pytest.raises(dl.TokenError, match="SlowTokenizer gives no character offsets.*fast"):
+    with pytest.raises(dl.TokenError, match=r"SlowTokenizer gives no character offsets.*fast"):
         dl.load_model(inner, SlowTokenizer())
     # A refused model is not half wrapped.
     assert not any("_original_component" in name for name, _ in inner.named_modules())
@@ -460,7 +462,7 @@ def test_something_that_is_no_language_model_is_refused() -> None:
 @pytest.mark.parametrize("layer", [-1, 3, 99, 1.0, "1", None])
 def test_layers_out_of_range_are_refused(layer: Any) -> None:
     model = lens("llama")
-    with pytest.raises(dl.ModelError, match="There is no layer.*Choose one of 0 to 2"):
+    with pytest.raises(dl.ModelError, match=r"There is no layer.*Choose one of 0 to 2"):
         model.check_layer(layer)
     with pytest.raises(dl.ModelError, match="There is no layer"):
         model.down_projection(layer)
@@ -480,7 +482,7 @@ def test_a_mixture_of_experts_can_be_studied_but_not_edited() -> None:
     assert model.info.down_projection == ""
     assert "mixture of experts" in model.info.uneditable
     assert "mixture of experts" in repr(model)
-    with pytest.raises(dl.ModelError, match="no editable down-projection in layer 1.*experts"):
+    with pytest.raises(dl.ModelError, match=r"no editable down-projection in layer 1.*experts"):
         model.down_projection(1)
     request = dl.EditRequest("{} is located in the city of", "The Eiffel Tower", "Rome")
     with pytest.raises(dl.ModelError, match="no editable down-projection"):
@@ -573,7 +575,7 @@ def test_the_probe_refuses_a_down_projection_that_cannot_be_reached(
 
 def test_a_model_without_attention_is_refused() -> None:
     config = hf.MambaConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2)
-    with pytest.raises(dl.ModelError, match="cannot be intervened on|cannot be wrapped"):
+    with pytest.raises(dl.ModelError, match=r"cannot be intervened on|cannot be wrapped"):
         dl.load_model(hf.MambaForCausalLM(config), tiny.tokenizer())
 
 

@@ -267,8 +267,7 @@ def test_fingerprint_sees_names_and_not_their_order() -> None:
 
 
 def random_edit(model: dl.LensModel, generator: random.Random) -> dl.Edit:
-    names = [down(1), down(2), "transformer.h.1.attn.c_attn.weight", TIED]
-    names += ["transformer.ln_f.bias", "transformer.wpe.weight"]
+    names = [down(1), down(2), TIED, "transformer.ln_f.bias", "transformer.wpe.weight"]
     chosen = generator.sample(names, k=generator.randint(1, 3))
     parameters = model.weights.parameters
     return dl.Edit.from_deltas(
@@ -312,7 +311,8 @@ def test_edits_in_any_nesting_restore_every_bit(architecture: str, dtype: torch.
     generator = random.Random(7)
     edits = []
     for _ in range(4):
-        chosen = generator.sample(matrices, k=2) + [next(n for n in parameters if "norm" in n or "ln_" in n)]
+        norm = next(name for name in parameters if "norm" in name or "ln_" in name)
+        chosen = [*generator.sample(matrices, k=2), norm]
         deltas = {n: random_delta(parameters[n].shape, generator, dtype) for n in chosen}
         edits.append(dl.Edit.from_deltas(model, deltas))
     objects = {name: (id(p), p.data_ptr()) for name, p in hf_model.named_parameters()}
@@ -450,33 +450,69 @@ def test_deltas_that_make_no_edit_are_refused(
 
 def test_deltas_are_described() -> None:
     model = lens()
-    left, right = torch.randn(64, 2), torch.randn(32, 2)
+    left, right = torch.randn(128, 2), torch.randn(32, 2)
     request = dl.EditRequest("{} is in", "Rome", "France")
     edit = dl.Edit.from_deltas(
         model, {down(1): LowRankDelta(left, right)}, request=request, method="mine"
     )
     assert (edit.method, edit.request, edit.rank) == ("mine", request, 2)
-    assert "Rome is in" in repr(edit) and down(1) in repr(edit)
+    assert "Rome is in" in repr(edit)
+    assert down(1) in repr(edit)
     dense = dl.Edit.from_deltas(model, {down(1): left @ right.T}, request=[request, request])
     assert (dense.rank, dense.request, len(dense.requests)) == (2, None, 2)
 
 
-def second_checkpoint(model_class: str = "gpt2") -> tuple[Any, set[str]]:
+# BUG in models._named_parameters (gpt2, gpt_neox): TransformerLens splits the joint
+# query-key-value matrix. The parameters then have other names than in Hugging Face's model
+# (attn.qkv, attn.o), and there are copies (attn.q, attn.k, attn.v) beside them, so that no
+# second checkpoint fits and deltas by their documented names are refused.
+FUSED = ["gpt2", "gpt_neox"]
+
+
+@pytest.mark.parametrize("architecture", [*FUSED, "gptj", "llama", "gemma3", "opt"])
+def test_parameters_have_their_hugging_face_names(architecture: str) -> None:
+    expected = {n: tuple(p.shape) for n, p in tiny.hf_model(architecture).named_parameters()}
+    found = {n: tuple(p.shape) for n, p in lens(architecture).weights.parameters.items()}
+    assert found == expected
+
+
+# BUG: as above; and a delta on one of the copies may change nothing.
+@pytest.mark.parametrize("architecture", [*FUSED, "gemma3", "llama"])
+def test_delta_of_any_parameter_acts_on_the_model(architecture: str) -> None:
+    model = lens(architecture)
+    before = logits_of(model)
+    silent = []
+    for name, parameter in model.weights.parameters.items():
+        if "wpe" in name or name.endswith((".k.bias", "k_proj.bias")):
+            continue  # a key bias moves all scores of a row alike
+        delta = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        with dl.Edit.from_deltas(model, {name: 3 * delta}).applied(model):
+            if torch.equal(logits_of(model), before):
+                silent.append(name)
+    assert not silent
+
+
+def second_checkpoint(architecture: str) -> tuple[Any, set[str]]:
     """A plain model with some weights of the tiny model changed."""
-    other = tiny.hf_model(model_class)
-    names = {down(1), "transformer.h.2.attn.c_proj.bias", TIED}
+    other = tiny.hf_model(architecture)
+    parameters = dict(other.named_parameters())
+    names = {lens(architecture).down_projection(1).name, next(iter(parameters))}
+    names |= {[name for name, p in parameters.items() if p.ndim == 1][-1]}
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            if name in names:
-                parameter.add_(torch.randn(parameter.shape, generator=generator))
+        for name in sorted(names):
+            parameters[name].add_(torch.randn(parameters[name].shape, generator=generator))
     return other, names
 
 
+# BUG, gpt2: see test_parameters_have_their_hugging_face_names.
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma3", "llama"])
 @pytest.mark.parametrize("form", ["model", "state dict", "wrapped model", "folder", "path text"])
-def test_edit_from_checkpoint_gives_its_logits(form: str, tmp_path: Path) -> None:
-    model = lens()
-    other, names = second_checkpoint()
+def test_edit_from_checkpoint_gives_its_logits(
+    architecture: str, form: str, tmp_path: Path
+) -> None:
+    model = lens(architecture)
+    other, names = second_checkpoint(architecture)
     expected = logits_of(other)
     given_as: Any = other
     if form == "state dict":
@@ -494,63 +530,65 @@ def test_edit_from_checkpoint_gives_its_logits(form: str, tmp_path: Path) -> Non
         found = logits_of(model)
     scale = float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * max(scale, 1.0))
+    assert not torch.allclose(before, expected, atol=1e-2 * scale)
     assert torch.equal(logits_of(model), before)
 
 
 def test_checkpoint_without_a_difference_is_refused() -> None:
     with pytest.raises(EditError, match="same weights"):
-        dl.Edit.from_checkpoint(lens(), tiny.hf_model("gpt2"))
+        dl.Edit.from_checkpoint(lens("gemma3"), tiny.hf_model("gemma3"))
+
+
+GEMMA_DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop(down(1)), "has no parameter"),
-        (lambda state: state.update({down(1): torch.zeros(3, 3)}), "another shape"),
-        (lambda state: state.update({down(1): state[down(1)] * float("nan")}), "not finite"),
+        (lambda state: state.pop(GEMMA_DOWN), "has no parameter"),
+        (lambda state: state.update({GEMMA_DOWN: torch.zeros(3, 3)}), "another shape"),
+        (lambda state: state.update({GEMMA_DOWN: state[GEMMA_DOWN] * float("nan")}), "not finite"),
     ],
 )
 def test_checkpoint_of_another_model_is_refused(
     change: Callable[[dict[str, torch.Tensor]], Any], message: str
 ) -> None:
-    state = dict(tiny.hf_model("gpt2").state_dict())
+    state = dict(tiny.hf_model("gemma3").state_dict())
     change(state)
     with pytest.raises(EditError, match=message):
-        dl.Edit.from_checkpoint(lens(), state)
-
-
-def test_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EditError, match="cannot be loaded"):
-        dl.Edit.from_checkpoint(lens(), tmp_path)
+        dl.Edit.from_checkpoint(lens("gemma3"), state)
 
 
 def test_checkpoint_with_an_unembedding_of_its_own_is_refused() -> None:
     # BUG in Edit.from_checkpoint: the model ties its unembedding to the embedding, the
     # second checkpoint does not and has changed it. The difference is dropped without a
     # word, so that the applied edit is not the second checkpoint.
-    state = dict(tiny.hf_model("gpt2").state_dict())
+    state = dict(tiny.hf_model("gemma3").state_dict())
     state["lm_head.weight"] = state["lm_head.weight"] + 1.0
-    state[down(1)] = state[down(1)] + 0.1
+    state[GEMMA_DOWN] = state[GEMMA_DOWN] + 0.1
     with pytest.raises(EditError):
-        dl.Edit.from_checkpoint(lens(), state)
+        dl.Edit.from_checkpoint(lens("gemma3"), state)
 
 
 def test_edit_from_checkpoint_inside_another_edit() -> None:
     # BUG in Edit.from_checkpoint: the delta is taken from the unedited weights, its base
     # digest from the edited ones, so the result fits neither.
-    model = lens()
-    other, _ = second_checkpoint()
+    model = lens("gemma3")
+    other, _ = second_checkpoint("gemma3")
     expected = logits_of(other)
-    applied = dl.Edit.from_deltas(
-        model, {down(1): torch.ones_like(model.weights.parameters[down(1)])}
-    )
-    with applied.applied(model):
+    ones = torch.ones_like(model.weights.parameters[GEMMA_DOWN])
+    with dl.Edit.from_deltas(model, {GEMMA_DOWN: ones}).applied(model):
         try:
             edit = dl.Edit.from_checkpoint(model, other)
         except EditError:
             return  # to refuse it would be as good
     with edit.applied(model):
         torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-3)
+
+
+def test_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EditError, match="cannot be loaded"):
+        dl.Edit.from_checkpoint(lens("gemma3"), tmp_path)
 
 
 # --- on disk --------------------------------------------------------------------------------
@@ -560,7 +598,7 @@ def some_edit(model: dl.LensModel, seed: int = 0) -> dl.Edit:
     generator = random.Random(seed)
     parameters = model.weights.parameters
     bias = "transformer.h.1.mlp.c_proj.bias"
-    left, right = torch.randn(64, 1), torch.randn(32, 1)
+    left, right = torch.randn(128, 1), torch.randn(32, 1)
     made = dl.Edit.from_deltas(
         model,
         {
@@ -794,7 +832,7 @@ def test_full_disk_leaves_an_earlier_edit_whole(
     earlier = some_edit(model, 1)
     earlier.save(tmp_path)
     full_disk(after)
-    with pytest.raises(EditError, match="cannot be written.*No space left"):
+    with pytest.raises(EditError, match=r"cannot be written.*No space left"):
         some_edit(model, 2).save(tmp_path)
     assert_same_edit(dl.load_edit(tmp_path), earlier)
     assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD_FILE, WEIGHTS_FILE]

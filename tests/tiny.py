@@ -54,8 +54,12 @@ CONFIGS = {
         num_key_value_heads=2,
         head_dim=8,
         sliding_window=5,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"]
-        + ["sliding_attention"],
+        layer_types=[
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+        ],
     ),
 }
 ARCHITECTURES = sorted(CONFIGS)

@@ -75,9 +75,7 @@ def _sample(
     model: LensModel, lengths: Sequence[int], per_word: int, seed: int
 ) -> tuple[Context, ...]:
     generator = torch.Generator().manual_seed(seed)
-    wanted = [
-        (word, length) for length in lengths for word in SEED_WORDS for _ in range(per_word)
-    ]
+    wanted = [(word, length) for length in lengths for word in SEED_WORDS for _ in range(per_word)]
     rows = [model.tokens.encode(word).ids for word, _ in wanted]
     bos = int(model.tokens.prepend_bos)
     open_rows = {i for i, (_, length) in enumerate(wanted) if len(rows[i]) - bos < length}

@@ -166,4 +166,4 @@ def as_penalties(given: Penalty | Sequence[Penalty] | None) -> tuple[Penalty, ..
             raise RequestError(
                 f"{penalty!r} is no penalty.", "Give an object such as driftlens.SADR(gamma=0.05)."
             )
-    return penalties  # type: ignore[return-value]
+    return penalties

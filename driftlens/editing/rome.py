@@ -74,9 +74,7 @@ def rome_update(
 
     # 2. The value.
     problem = build_problem(model, request, contexts)
-    value = optimise_value(
-        model, problem, layer, plain_output, search, penalties, progress, engine
-    )
+    value = optimise_value(model, problem, layer, plain_output, search, penalties, progress, engine)
 
     # 3. The direction.
     solved = covariance.solve(mean_key)

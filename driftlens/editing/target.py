@@ -199,9 +199,9 @@ def _predicting(
     n = len(problem.target)
     rows = [[last + i for i in range(n)] for last in problem.last_prompt]
     rows.append([problem.subject[-1]] * n)
-    return torch.tensor(rows, device=model.device) + torch.tensor(shift, device=model.device)[
-        :, None
-    ]
+    return (
+        torch.tensor(rows, device=model.device) + torch.tensor(shift, device=model.device)[:, None]
+    )
 
 
 def optimise_value(

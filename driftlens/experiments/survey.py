@@ -86,9 +86,7 @@ def read_facts(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def request_of(fact: dict[str, Any]) -> dl.EditRequest:
     """The edit of a fact."""
-    return dl.EditRequest(
-        fact["prompt"], fact["subject"], fact["target_new"], fact["target_true"]
-    )
+    return dl.EditRequest(fact["prompt"], fact["subject"], fact["target_new"], fact["target_true"])
 
 
 def probes_of(fact: dict[str, Any]) -> list[Probe]:

