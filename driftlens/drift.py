@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 
@@ -31,10 +33,6 @@ from driftlens.errors import DataError, RequestError
 from driftlens.interventions import pattern_name
 from driftlens.models import LensModel
 from driftlens.tokens import Encoded, Span
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 PROMPTS_PER_BATCH = 16
 
@@ -151,8 +149,6 @@ class Drift:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per prompt, layer and head."""
-        import pandas as pd
-
         n_prompts, n_layers, n_heads = self.original.shape
         index = np.indices((n_prompts, n_layers, n_heads)).reshape(3, -1)
         return pd.DataFrame(

@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 
 from driftlens import figures
 from driftlens.errors import DataError, EditError
 from driftlens.facts import EditRequest
-from driftlens.models import LensModel
+from driftlens.models import LensModel, named_parameters
 from driftlens.weights import Delta, DenseDelta, LowRankDelta, tensor_digest
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 FORMAT = 1
 WEIGHTS_FILE = "edit.safetensors"
@@ -126,8 +125,6 @@ class Edit:
 
     def to_dataframe(self) -> pd.DataFrame:
         """The optimisation trace, one row per step; losses in nats."""
-        import pandas as pd
-
         return pd.DataFrame(self.trace)
 
     def plot(self) -> go.Figure:
@@ -137,7 +134,7 @@ class Edit:
     # --- on disk ---------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``edit.safetensors`` and ``edit.json`` into a folder, each atomically.
+        """Write ``edit.safetensors`` and ``edit.json`` into a folder.
 
         Raises:
             EditError: If the folder cannot be written; an earlier edit in it stays whole.
@@ -168,11 +165,11 @@ class Edit:
             "trace": self.trace,
             "info": self.info,
         }
+        text = json.dumps(record, indent=1).encode()
         path = Path(folder)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / WEIGHTS_FILE, data)
-            write_atomically(path / RECORD_FILE, json.dumps(record, indent=1).encode())
+            _write_both(path / WEIGHTS_FILE, data, path / RECORD_FILE, text)
         except OSError as error:
             raise EditError(
                 f"The edit cannot be written to {path}: {error.strerror or error}.",
@@ -233,7 +230,13 @@ class Edit:
         Raises:
             EditError: If the checkpoints have other parameters, or do not differ.
         """
+        if model.weights.is_edited:
+            raise EditError(
+                "An edit is applied to the model now.",
+                "Compare the checkpoint with the model outside of `with edit.applied(model)`.",
+            )
         state = _state_of(other)
+        _check_tied(model, state)
         deltas: dict[str, torch.Tensor | Delta] = {}
         for name in model.weights.parameters:
             original = model.weights.original(name)
@@ -295,6 +298,10 @@ def load_edit(folder: str | os.PathLike[str], model: LensModel | None = None) ->
             "Save the edit again.",
         )
     try:
+        if not all(isinstance(record[name], dict) for name in ("base_digests", "deltas")):
+            raise TypeError("base_digests or deltas is no table")
+        if set(record["base_digests"]) != set(record["deltas"]):
+            raise TypeError("base_digests and deltas name different parameters")
         tensors = from_bytes(data)
         deltas: dict[str, Delta] = {
             name: LowRankDelta(tensors[f"{name}|left"], tensors[f"{name}|right"])
@@ -313,7 +320,7 @@ def load_edit(folder: str | os.PathLike[str], model: LensModel | None = None) ->
             trace=record["trace"],
             info=record["info"],
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{path / RECORD_FILE} lacks or misnames a field: {error}.") from error
     if model is not None:
         edit.check_fits(model)
@@ -322,6 +329,40 @@ def load_edit(folder: str | os.PathLike[str], model: LensModel | None = None) ->
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
+    staging = _stage(path, data)
+    try:
+        os.replace(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+
+
+def _write_both(first: Path, first_data: bytes, second: Path, second_data: bytes) -> None:
+    """Write two files that belong together; if that fails, what was there before stays."""
+    staged = [_stage(first, first_data)]
+    kept: Path | None = None
+    try:
+        staged.append(_stage(second, second_data))
+        if first.exists():
+            kept = first.with_name(f".{first.name}.{os.getpid()}-{secrets.token_hex(4)}.kept")
+            shutil.copy2(first, kept)
+        os.replace(staged[0], first)
+        try:
+            os.replace(staged[1], second)
+        except BaseException:
+            if kept is not None:
+                kept.rename(first)
+            else:
+                first.unlink()
+            raise
+    finally:
+        for path in (*staged, kept):
+            if path is not None:
+                path.unlink(missing_ok=True)
+
+
+def _stage(path: Path, data: bytes) -> Path:
+    """The data in a file of its own beside ``path``, safely on the disk."""
     # Not tempfile: its files are readable by their owner alone, and stay so when renamed.
     staging = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -329,10 +370,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(staging, path)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
+    return staging
 
 
 def _sha256(data: bytes) -> str:
@@ -341,10 +382,22 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _check_tied(model: LensModel, state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a checkpoint in which parameters differ that are one and the same in the model."""
+    first_name: dict[int, str] = {}
+    for name, parameter in named_parameters(model.hf_model, aliases=True).items():
+        tied = first_name.setdefault(id(parameter), name)
+        if name in state and tied in state and not torch.equal(state[name], state[tied]):
+            raise EditError(
+                f"{name!r} and {tied!r} are one parameter in {model.info.name}, but differ in the "
+                "second checkpoint.",
+                "Such a change is not one of this model.",
+            )
+
+
 def _state_of(other: Any) -> dict[str, torch.Tensor]:
     if isinstance(other, torch.nn.Module):
-        # Without a bridge, and with the tied weights once, as in LensModel.weights.
-        return {n.replace("_original_component.", ""): p for n, p in other.named_parameters()}
+        return dict(named_parameters(other, aliases=True))
     if isinstance(other, Mapping):
         return dict(other)
     path = Path(other)

@@ -113,7 +113,8 @@ class LensModel:
         self.tokens = tokens
         self.info = info
         self.hf_model = hf_model
-        self.weights = WeightStack(_named_parameters(hf_model))
+        parameters = named_parameters(hf_model)
+        self.weights = WeightStack(parameters, _unused_parameters(bridge, parameters))
         self.pattern_comes_first = True
         self.gathers_before_unembed = True
         self.memo: dict[Any, Any] = {}
@@ -493,12 +494,53 @@ def _placeholder_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
 
 
-def _named_parameters(hf_model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters under the names they have without a bridge around the modules."""
-    return {
-        name.replace("_original_component.", ""): parameter
-        for name, parameter in hf_model.named_parameters()
-    }
+def named_parameters(
+    hf_model: torch.nn.Module, aliases: bool = False
+) -> dict[str, torch.nn.Parameter]:
+    """Parameters under Hugging Face's names, whether or not a bridge is around the modules.
+
+    Args:
+        aliases: Whether a tied parameter is listed under each of its names, or only the first.
+    """
+    found: dict[str, torch.nn.Parameter] = {}
+    seen: set[int] = set()
+
+    def walk(module: torch.nn.Module, prefix: str) -> None:
+        # A bridge holds the module that it wraps, and beside it parts of its own, which may be
+        # copies (the split of a joint query-key-value matrix). Only the former has HF's names.
+        inner = module._modules.get("_original_component")
+        if inner is not None:
+            walk(inner, prefix)
+            return
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (aliases or id(parameter) not in seen):
+                seen.add(id(parameter))
+                found[prefix + name] = parameter
+        for name, child in module._modules.items():
+            if child is not None:
+                walk(child, f"{prefix}{name}.")
+
+    walk(hf_model, "")
+    return found
+
+
+def _unused_parameters(
+    bridge: TransformerBridge, parameters: dict[str, torch.nn.Parameter]
+) -> set[str]:
+    """Joint query-key-value parameters that the bridge has copied apart and no longer reads."""
+    unused: set[str] = set()
+    for block in bridge.blocks:
+        attn = getattr(block, "attn", None)
+        joint, query = (getattr(attn, name, None) for name in ("qkv", "q"))
+        for kind in ("weight", "bias"):
+            whole, part = (
+                getattr(getattr(x, "original_component", None), kind, None) for x in (joint, query)
+            )
+            if whole is None or part is None:
+                continue
+            if whole.untyped_storage().data_ptr() != part.untyped_storage().data_ptr():
+                unused |= {name for name, p in parameters.items() if p is whole}
+    return unused
 
 
 def _down_projection(
@@ -527,7 +569,7 @@ def _inspect(
     if not hasattr(bridge, "blocks"):
         raise ModelError(f"{name} has no stack of transformer blocks that TransformerLens knows.")
     first = next(hf_model.parameters())
-    down = _down_projection(bridge, _named_parameters(hf_model), 0)
+    down = _down_projection(bridge, named_parameters(hf_model), 0)
     return ModelInfo(
         name=name,
         architecture=type(hf_model).__name__,

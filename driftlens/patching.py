@@ -30,9 +30,11 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float
 from tqdm.auto import tqdm
@@ -53,10 +55,6 @@ from driftlens.interventions import (
 from driftlens.models import LensModel, recording
 from driftlens.scoring import ContinuationScore, Question, QuestionBatch, ask
 from driftlens.tokens import Span
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 Direction = Literal["restore", "contaminate"]
 Exchange = Literal["pattern", "values", "both"]
@@ -160,8 +158,6 @@ class PatchResult:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per run and text."""
-        import pandas as pd
-
         return pd.DataFrame(
             [
                 {
@@ -257,8 +253,6 @@ class AttentionSweep:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per patch and text; ``kind`` is head, layer, window, everything or baseline."""
-        import pandas as pd
-
         rows: list[dict[str, Any]] = []
 
         def add(kind: str, first: Any, last: Any, head: Any, readout: Readout) -> None:

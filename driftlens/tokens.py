@@ -196,21 +196,26 @@ class Tokens:
         """What each token shows of the text, leading white space included.
 
         A token that is a part of one character (byte-level vocabularies) shows ``U+FFFD``;
-        BOS and other tokens without text show their name.
+        BOS and other special tokens show their name. Put together, the labels without these
+        are the text.
         """
         labels: list[str] = []
         shown = 0
+        special = set(self.tokenizer.all_special_ids)
         for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
             if end <= start:
-                labels.append(str(self.tokenizer.convert_ids_to_tokens(token)))
+                # Some tokenizers trim a token that is only a space to nothing; the next
+                # token's label then shows the space.
+                name = self.tokenizer.convert_ids_to_tokens(token) if token in special else ""
+                labels.append(str(name))
                 continue
             labels.append(encoded.text[shown:end] if end > shown else "\ufffd")
             shown = max(shown, end)
         return labels
 
-    def target_labels(self, target: str) -> list[str]:
-        """What each token of a target shows."""
-        return [str(self.tokenizer.decode([i])) for i in self.target_ids(target)]
+    def decode(self, ids: Sequence[int]) -> str:
+        """Generated ids as text, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def pad(
         self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"

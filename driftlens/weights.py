@@ -97,10 +97,15 @@ class WeightStack:
 
     Args:
         parameters: Live parameters by name; they are changed in place.
+        unused: Names of parameters that the model does not compute with, so that a change of
+            them would do nothing.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, torch.nn.Parameter], unused: Iterable[str] = ()
+    ) -> None:
         self.parameters = dict(parameters)
+        self.unused = frozenset(unused)
         self._active: dict[int, dict[str, Delta]] = {}
         self._originals: dict[str, torch.Tensor] = {}
         self._tickets = itertools.count()
@@ -125,6 +130,12 @@ class WeightStack:
                 raise EditError(
                     f"The model has no parameter {name!r}.",
                     "Names are those of the Hugging Face model's named_parameters().",
+                )
+            if name in self.unused:
+                raise EditError(
+                    f"TransformerLens computes with copies of parts of {name!r}, so a change of it "
+                    "would do nothing.",
+                    "Deltas of this model's other parameters can be applied.",
                 )
             shape = tuple(self.parameters[name].shape)
             if delta.shape != shape:

@@ -112,7 +112,8 @@ def test_each_layer_has_a_threshold_of_its_own() -> None:
 def test_the_rule_all_holds_every_head() -> None:
     original = torch.tensor([[0.9, 0.8]])
     held = over_attending_heads(torch.zeros(1, 2), original, "all")
-    assert held.dtype == torch.bool and held.all()
+    assert held.dtype == torch.bool
+    assert held.all()
 
 
 # --- restore_columns -----------------------------------------------------------------------

@@ -95,7 +95,7 @@ def _sample(
 
 
 def _sentence(model: LensModel, ids: list[int]) -> str:
-    text = model.tokenizer.decode(ids, skip_special_tokens=True)
+    text = model.tokens.decode(ids)
     text = unicodedata.normalize("NFKD", text).replace("\n\n", " ")
     return f"{text}. "
 

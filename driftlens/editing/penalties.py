@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -49,6 +49,7 @@ class PenaltyTerm:
     notes: dict[str, float]
 
 
+@runtime_checkable
 class Penalty(Protocol):
     """What the optimiser needs of a penalty."""
 

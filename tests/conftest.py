@@ -1,0 +1,26 @@
+"""Shapes of tensors are checked at run time in all tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+install_import_hook("driftlens", "typechecking.check")
+
+import pytest  # noqa: E402
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The small real model, fetched once and cached."""
+    import driftlens as dl
+
+    return dl.load_model("smollm2-135m")

@@ -1,0 +1,99 @@
+"""Data flows one way: no module imports from one that stands below it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "driftlens"
+ORDER = [
+    "errors",
+    "attention",
+    "facts",
+    "tokens",
+    "interventions",
+    "weights",
+    "bundled",
+    "assets",
+    "models",
+    "suffix",
+    "scoring",
+    "figures",
+    "edits",
+    "editing.contexts",
+    "editing.statistics",
+    "editing.penalties",
+    "editing.target",
+    "editing.rome",
+    "editing.defaults",
+    "editing.methods",
+    "drift",
+    "patching",
+    "viewer.page",
+    "viewer",
+    "demo",
+    "experiments.survey",
+    "cli",
+]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            if node.module.startswith("driftlens."):
+                found.add(node.module.removeprefix("driftlens."))
+            elif node.module == "driftlens":
+                found |= {alias.name for alias in node.names if not alias.name.startswith("__")}
+        elif isinstance(node, ast.Import):
+            found |= {
+                alias.name.removeprefix("driftlens.")
+                for alias in node.names
+                if alias.name.startswith("driftlens.")
+            }
+    return found
+
+
+def test_every_module_has_its_place():
+    facades = {"__init__", "editing", "experiments"}
+    assert set(modules()) - facades == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_imports_only_what_stands_above_it(name: str):
+    above = set(ORDER[: ORDER.index(name)])
+    assert imports(modules()[name]) <= above
+
+
+def test_the_check_sees_imports():
+    assert "errors" in imports(modules()["attention"]) or "errors" in imports(modules()["facts"])
+
+
+def test_nobody_but_tokens_calls_the_tokenizer():
+    for name, path in modules().items():
+        if name in ("tokens",):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                text = ast.unparse(node.func)
+                ends = (".tokenizer", "tokenizer.encode", "tokenizer.decode")
+                assert not text.endswith(ends), f"{name}: {text}"
+
+
+def test_public_names_exist_and_have_docstrings():
+    import driftlens
+
+    for name in driftlens.__all__:
+        assert getattr(driftlens, name).__doc__, name
+    assert set(driftlens.__all__) == set(driftlens._HOME)
