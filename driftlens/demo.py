@@ -40,8 +40,15 @@ class Example:
     answer: str
 
 
-EXAMPLES: dict[str, Example] = {}
-DEFAULT_EXAMPLE = "smollm2-135m"
+EIFFEL = Example(
+    EditRequest("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris"),
+    "The Eiffel Tower is located in the city of Rome. "
+    "The cathedral of Notre-Dame is located in the city of",
+    "Paris",
+)
+"""A distract-neighbourhood prompt: the unedited model is not misled by the false sentence."""
+
+EXAMPLES = {"smollm2-135m": EIFFEL, "gemma-3-270m": EIFFEL}
 
 
 @dataclass(frozen=True)

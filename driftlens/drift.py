@@ -245,9 +245,9 @@ def load_drift(path: str | os.PathLike[str]) -> Drift:
                 )
                 for i, p in enumerate(record["prompts"])
             )
+            return Drift(prompts, record["model_name"], record["edit_label"])
     except Exception as error:  # zipfile, json and numpy each raise types of their own
-        raise DataError(f"There is no drift in {path}: {error}.") from error
-    return Drift(prompts, record["model_name"], record["edit_label"])
+        raise DataError(f"There is no drift in {path}: {error!r}.") from error
 
 
 def measure_drift(
@@ -281,7 +281,10 @@ def measure_drift(
     if not texts:
         raise RequestError("There is no prompt.", "Give at least one.")
     subjects = subjects_of(edit, subject, len(texts))
+    edit.check_not_active(model)
     encoded = [model.tokens.encode(text) for text in texts]
+    for e in encoded:
+        model.check_length(len(e), e.text)
     spans = [
         model.tokens.find_subject(e, s, occurrence) for e, s in zip(encoded, subjects, strict=True)
     ]

@@ -88,6 +88,18 @@ class Edit:
         finally:
             model.weights.pop(ticket)
 
+    def check_not_active(self, model: LensModel) -> None:
+        """Refuse a model to which this very edit is applied now.
+
+        Raises:
+            EditError: If it is: "original" would then mean the edited model.
+        """
+        if model.weights.is_active(self.deltas.values()):
+            raise EditError(
+                "This edit is applied to the model now, so that there is no original to compare.",
+                "Measure outside of `with edit.applied(model)`.",
+            )
+
     def check_fits(self, model: LensModel) -> None:
         """Refuse a model other than the one that the edit was made for.
 

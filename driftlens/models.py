@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-import weakref
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from transformer_lens.model_bridge import TransformerBridge
 
 from driftlens import bundled
-from driftlens.errors import ModelError
+from driftlens.errors import ModelError, RequestError
 from driftlens.interventions import (
     Hook,
     down_out_name,
@@ -28,10 +28,10 @@ from driftlens.interventions import (
 from driftlens.tokens import Tokens
 from driftlens.weights import WeightStack, fingerprint
 
-_BRIDGES: weakref.WeakKeyDictionary[torch.nn.Module, TransformerBridge] = (
-    weakref.WeakKeyDictionary()
-)
-"""Wrapping happens in place, so a module must be wrapped only once."""
+_BRIDGE = "_driftlens_bridge"
+_WEIGHTS = "_driftlens_weights"
+"""Attributes of a wrapped module. Wrapping happens in place, so a module is wrapped only once,
+and all handles on it share one account of its active edits."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ class LensModel:
         self.tokens = tokens
         self.info = info
         self.hf_model = hf_model
-        parameters = named_parameters(hf_model)
-        self.weights = WeightStack(parameters, _unused_parameters(bridge, parameters))
+        self.weights: WeightStack = _shared(
+            hf_model, _WEIGHTS, lambda: _make_stack(hf_model, bridge)
+        )
         self.pattern_comes_first = True
         self.gathers_before_unembed = True
         self.memo: dict[Any, Any] = {}
@@ -150,6 +151,19 @@ class LensModel:
                 f"Choose one of 0 to {self.info.n_layers - 1}.",
             )
         return layer
+
+    def check_length(self, length: int, text: str) -> None:
+        """Refuse a text that is longer than the model's context.
+
+        Raises:
+            RequestError: If it is.
+        """
+        if length > self.info.n_ctx:
+            raise RequestError(
+                f"{text[:60]!r} has {length} tokens, more than the {self.info.n_ctx} of "
+                f"{self.info.name}.",
+                "Shorten it.",
+            )
 
     def down_projection(self, layer: int) -> DownProjection:
         """The matrix that a locate-then-edit method writes to.
@@ -308,11 +322,22 @@ def load_model(
                 "The bridge is in compatibility mode, which folds and centres weights.",
                 "Boot it anew and pass it without calling enable_compatibility_mode().",
             )
-        tokenizer = tokenizer if tokenizer is not None else bridge.tokenizer
+        if tokenizer is None:
+            tokenizer = bridge.tokenizer
+            if prepend_bos is None and Tokens(tokenizer).prepend_bos:
+                warnings.warn(
+                    "The bridge's tokenizer prepends BOS, which TransformerLens switches on even "
+                    "for models that were trained without. Pass prepend_bos=True or False.",
+                    stacklevel=2,
+                )
         name = name or str(bridge.cfg.model_name)
     else:
         if isinstance(source, torch.nn.Module):
             hf_model = source
+            if not hasattr(source, "config"):
+                raise ModelError(
+                    f"{type(source).__name__} is no Hugging Face model: it has no config."
+                )
             name = name or str(getattr(source.config, "name_or_path", "") or type(source).__name__)
         else:
             name = name or str(source)
@@ -381,7 +406,7 @@ def _read_hub_or_folder(
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"The model {source!r} cannot be loaded: {first}",
-            f"Bundled names are {', '.join(bundled.bundled_names())}; otherwise give a hub name "
+            f"Bundled names are {', '.join(bundled.BUNDLED_MODELS)}; otherwise give a hub name "
             "(with network) or a local folder with model and tokenizer.",
         ) from error
     return model, tokenizer, f"{'folder' if local else 'hub'} {source}"
@@ -399,7 +424,7 @@ def _read_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
             local_files_only=True,
         )
         tokenizer = _gguf_tokenizer(path)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # a damaged file makes the reader raise errors of many types
         raise ModelError(
             f"The GGUF file {path} cannot be loaded: {error}",
             "Check that it is complete and that transformers reads its architecture.",
@@ -452,11 +477,9 @@ def _gguf_quantisation(path: Path) -> str:
 
 def _wrap(hf_model: Any, tokens: Tokens) -> TransformerBridge:
     """A bridge over a model in memory, without network and without touching its tokenizer."""
-    known = _BRIDGES.get(hf_model)
+    known = vars(hf_model).get(_BRIDGE)
     if known is not None:
         return known
-    if not hasattr(hf_model, "config"):
-        raise ModelError(f"{type(hf_model).__name__} is no Hugging Face model: it has no config.")
     if not hf_model.config.architectures:
         hf_model.config.architectures = [type(hf_model).__name__]
     if any("_original_component" in name for name, _ in hf_model.named_modules()):
@@ -481,8 +504,20 @@ def _wrap(hf_model: Any, tokens: Tokens) -> TransformerBridge:
     bridge._tokenizer = tokens.tokenizer
     bridge.cfg.tokenizer_prepends_bos = tokens.prepend_bos
     bridge.cfg.default_prepend_bos = tokens.prepend_bos
-    _BRIDGES[hf_model] = bridge
-    return bridge
+    return _shared(hf_model, _BRIDGE, lambda: bridge)
+
+
+def _shared(hf_model: torch.nn.Module, name: str, make: Callable[[], Any]) -> Any:
+    """What is kept on a module itself, so that it lives exactly as long as the module does."""
+    # Not setattr: the module would register a bridge as one of its own children.
+    if name not in vars(hf_model):
+        vars(hf_model)[name] = make()
+    return vars(hf_model)[name]
+
+
+def _make_stack(hf_model: torch.nn.Module, bridge: TransformerBridge) -> WeightStack:
+    parameters = named_parameters(hf_model)
+    return WeightStack(parameters, _unused_parameters(bridge, parameters))
 
 
 def _placeholder_tokenizer() -> Any:
@@ -569,7 +604,14 @@ def _inspect(
     if not hasattr(bridge, "blocks"):
         raise ModelError(f"{name} has no stack of transformer blocks that TransformerLens knows.")
     first = next(hf_model.parameters())
-    down = _down_projection(bridge, named_parameters(hf_model), 0)
+    parameters = named_parameters(hf_model)
+    downs = [_down_projection(bridge, parameters, layer) for layer in range(len(bridge.blocks))]
+    editable = [layer for layer, down in enumerate(downs) if not isinstance(down, str)]
+    template = ""
+    if editable:
+        first_down = downs[editable[0]]
+        assert isinstance(first_down, DownProjection)
+        template = first_down.name.replace(f".{editable[0]}.", ".{layer}.", 1)
     return ModelInfo(
         name=name,
         architecture=type(hf_model).__name__,
@@ -584,8 +626,8 @@ def _inspect(
         device=str(first.device),
         weights=weights,
         prepends_bos=tokens.prepend_bos,
-        down_projection="" if isinstance(down, str) else down.name.replace(".0.", ".{layer}.", 1),
-        uneditable=down if isinstance(down, str) else "",
+        down_projection=template,
+        uneditable="" if editable else str(downs[0]),
     )
 
 
@@ -636,8 +678,12 @@ def probe_interventions(model: LensModel) -> None:
     )
     _probe_gathering(model, ids, base)
 
-    kinds = ["self", "uniform"] + (["down"] if model.info.down_projection else [])
-    cases = [(layer, kind) for layer in range(n_layers) for kind in kinds]
+    cases: list[tuple[int, str]] = []
+    for layer in range(n_layers):
+        cases += [(layer, "self"), (layer, "uniform")]
+        down = _down_projection(model.bridge, model.weights.parameters, layer)
+        if isinstance(down, DownProjection):
+            cases.append((layer, "down"))
     moved: dict[tuple[int, str], float] = {}
     for start in range(0, len(cases), PROBE_ROWS):
         batch = cases[start : start + PROBE_ROWS]

@@ -30,6 +30,8 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
+from operator import index
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -347,6 +349,7 @@ class PatchExperiment:
         occurrence: int = 0,
     ) -> None:
         _check_choice("direction", direction, Direction)
+        edit.check_not_active(model)
         self.model = model
         self.edit = edit
         self.prompt = prompt
@@ -367,7 +370,7 @@ class PatchExperiment:
     def attention(
         self,
         *,
-        layers: Iterable[int] | None = None,
+        layers: int | Iterable[int] | None = None,
         heads: Iterable[int | str | tuple[int, int]] | None = None,
         queries: Queries = "last",
         columns: Columns = None,
@@ -383,7 +386,7 @@ class PatchExperiment:
         self,
         component: Component,
         *,
-        layers: Iterable[int] | None = None,
+        layers: int | Iterable[int] | None = None,
         queries: Queries = "last",
     ) -> PatchResult:
         """Exchange what layers write; the arguments are those of :func:`patch_activation`."""
@@ -541,7 +544,7 @@ class PatchExperiment:
             mask[span.last if columns == "subject_last" else span.start : span.end] = True
             return mask
         length = len(self.batch.questions[0].prompt)
-        for column in [columns] if isinstance(columns, int) else columns:
+        for column in _integers(columns, "key column"):
             if not -length <= column < length:
                 raise RequestError(
                     f"There is no key column {column} in a prompt of {length} tokens."
@@ -564,7 +567,7 @@ def patch_attention(
     subject: str | None = None,
     answer: str = "",
     *,
-    layers: Iterable[int] | None = None,
+    layers: int | Iterable[int] | None = None,
     heads: Iterable[int | str | tuple[int, int]] | None = None,
     queries: Queries = "last",
     columns: Columns = None,
@@ -622,7 +625,7 @@ def patch_activation(
     answer: str,
     component: Component,
     *,
-    layers: Iterable[int] | None = None,
+    layers: int | Iterable[int] | None = None,
     queries: Queries = "last",
     direction: Direction = "contaminate",
     compare: Sequence[str] | None = None,
@@ -710,34 +713,40 @@ def _rows_to_use(rows: torch.Tensor, exchange: Exchange, columns: torch.Tensor |
 
 def resolve_heads(
     model: LensModel,
-    layers: Iterable[int] | None,
-    heads: Iterable[int | str | tuple[int, int]] | None,
+    layers: int | Iterable[int] | None,
+    heads: Iterable[int | str | tuple[int, int]] | int | str | None,
 ) -> list[tuple[int, int]]:
     """The (layer, head) pairs that are meant.
 
     Raises:
-        RequestError: If a head does not exist or is written in an unknown way.
+        RequestError: If a head does not exist, lies outside the chosen layers, or is written
+            in an unknown way.
         ModelError: If a layer is out of range.
     """
-    chosen = range(model.info.n_layers) if layers is None else layers
-    wanted = [model.check_layer(int(layer)) for layer in chosen]
-    if not wanted:
-        raise RequestError("No layer is chosen.", "Name at least one, or leave layers out.")
+    chosen = list(range(model.info.n_layers)) if layers is None else _integers(layers, "layer")
+    wanted = [model.check_layer(layer) for layer in chosen]
     if heads is None:
-        return [(y, x) for y in wanted for x in range(model.info.n_heads)]
+        return [(y, x) for y in sorted(set(wanted)) for x in range(model.info.n_heads)]
     found: list[tuple[int, int]] = []
-    for head in [heads] if isinstance(heads, (int, str)) else heads:
+    for head in [heads] if isinstance(heads, (int, Integral, str)) else heads:
         if isinstance(head, str):
             match = re.fullmatch(r"L(\d+)H(\d+)", head)
             if match is None:
                 raise RequestError(f"{head!r} is no head.", 'Write it like "L9H6".')
             found.append((int(match[1]), int(match[2])))
-        elif isinstance(head, int):
-            found += [(y, head) for y in wanted]
+        elif isinstance(head, Integral):
+            found += [(y, int(head)) for y in wanted]
         else:
-            found.append((int(head[0]), int(head[1])))
+            pair = _integers(head, "head")
+            if len(pair) != 2:
+                raise RequestError(f"{head!r} is no head.", "Write it as (layer, head).")
+            found.append((pair[0], pair[1]))
     for y, x in found:
         model.check_layer(y)
+        if y not in wanted:
+            raise RequestError(
+                f"The head {head_name(y, x)} is not in the chosen layers.", "Leave layers out."
+            )
         if not 0 <= x < model.info.n_heads:
             raise RequestError(
                 f"{model.info.name} has no head {head_name(y, x)}.",
@@ -746,6 +755,21 @@ def resolve_heads(
     if not found:
         raise RequestError("No head is chosen.", "Name at least one, or leave heads out.")
     return sorted(set(found))
+
+
+def _integers(values: Any, what: str) -> list[int]:
+    """One integer or several (of any integer type) as a list.
+
+    Raises:
+        RequestError: If there is none, or one is not a whole number.
+    """
+    try:
+        found = [index(value) for value in ([values] if isinstance(values, Integral) else values)]
+    except TypeError as error:
+        raise RequestError(f"{values!r} is not a {what} or a list of them.") from error
+    if not found:
+        raise RequestError(f"No {what} is chosen.", "Name at least one, or leave it out.")
+    return found
 
 
 def _check_choice(name: str, value: str, kind: Any) -> None:
@@ -780,14 +804,12 @@ def _positions(question: Question, queries: Queries) -> list[int]:
         _check_choice("queries", queries, Literal["last", "all"])
         return question.predicting if queries == "last" else list(range(len(question.ids)))
     positions = []
-    for query in [queries] if isinstance(queries, int) else queries:
+    for query in _integers(queries, "query position"):
         if not -length <= query < length:
             raise RequestError(
                 f"There is no query position {query} in a prompt of {length} tokens."
             )
         positions.append(query % length)
-    if not positions:
-        raise RequestError("No query position is chosen.", 'Use "last", "all" or positions.')
     return positions
 
 

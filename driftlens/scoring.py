@@ -85,12 +85,7 @@ def ask(model: LensModel, prompt: str, continuation: str) -> Question:
     """
     encoded = model.tokens.encode_prompt(prompt)
     target = model.tokens.target_ids(continuation)
-    length = len(encoded) + len(target) - 1
-    if length > model.info.n_ctx:
-        raise RequestError(
-            f"A prompt of {length} tokens exceeds the {model.info.n_ctx} of {model.info.name}.",
-            "Shorten it.",
-        )
+    model.check_length(len(encoded) + len(target) - 1, prompt)
     return Question(continuation, tuple(encoded.ids), tuple(target))
 
 

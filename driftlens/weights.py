@@ -115,6 +115,11 @@ class WeightStack:
         """Whether any delta is active now."""
         return bool(self._active)
 
+    def is_active(self, deltas: Iterable[Delta]) -> bool:
+        """Whether any of these very deltas is active now."""
+        active = {id(delta) for group in self._active.values() for delta in group.values()}
+        return any(id(delta) in active for delta in deltas)
+
     def original(self, name: str) -> torch.Tensor:
         """A parameter as it is without any active delta."""
         return self._originals.get(name, self.parameters[name])

@@ -59,8 +59,8 @@ def test_kl_is_torchs_kl_div_of_the_shifted_rows(seed: int) -> None:
 def test_kl_is_not_negative_and_zero_for_equal_rows(seed: int, sharpness: float) -> None:
     p = rows(seed, 5, 9, sharpness=sharpness).double()
     q = rows(seed + 1, 5, 9, sharpness=sharpness).double()
-    # Both shifted rows have the same total, so the inequality of Gibbs holds as it is.
-    assert (row_kl(p, q) >= -1e-12).all()
+    # Gibbs: not negative, up to the rounding of the rows' totals.
+    assert (row_kl(p, q) >= -1e-6).all()
     assert torch.equal(row_kl(p, p), torch.zeros(5).double())
 
 

@@ -268,15 +268,11 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 def test_a_prompt_that_is_too_long_is_refused() -> None:
-    # FAILS at the time of writing with IndexError (and silently exceeds the context where
-    # positions are rotary).
     with pytest.raises(dl.DriftLensError, match="128"):
         dl.measure_drift(lens("gpt2"), an_edit("gpt2"), PROMPT + " in Rome" * 60)
 
 
 def test_an_edit_that_is_applied_already_is_refused() -> None:
-    # FAILS at the time of writing: the "original" rows are then those of the edited model, the
-    # "edited" ones those of the model that is edited twice.
     model, edit = lens("llama"), an_edit("llama")
     with edit.applied(model), pytest.raises(dl.DriftLensError):
         dl.measure_drift(model, edit, PROMPT)
@@ -378,7 +374,6 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lost", ["model_name", "edit_label", "prompts"])
 def test_files_that_lack_a_field_are_refused(lost: str, tmp_path: Path) -> None:
-    # FAILS at the time of writing with KeyError for the names: they are read outside the try.
     drift = dl.measure_drift(lens("llama"), an_edit("llama"), PROMPT)
     path = drift.save(tmp_path / "drift.npz")
     with np.load(path) as file:

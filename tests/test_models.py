@@ -93,9 +93,6 @@ def test_logits_and_patterns_are_hugging_faces(architecture: str) -> None:
 
 @architectures
 def test_parameters_keep_their_names_and_bits(architecture: str) -> None:
-    # FAILS at the time of writing for gpt2 and gpt_neox: there the bridge splits the joint
-    # query-key-value matrix in place (attn.q, attn.k, attn.v beside attn.qkv) and renames the
-    # output projection (attn.o), and LensModel.weights takes these for parameters.
     before = dict(reference(architecture).named_parameters())
     after = lens(architecture).weights.parameters
     assert list(after) == list(before)
@@ -103,24 +100,29 @@ def test_parameters_keep_their_names_and_bits(architecture: str) -> None:
         assert torch.equal(after[name], parameter), name
 
 
-@architectures
-def test_every_parameter_that_an_edit_can_name_acts(architecture: str) -> None:
-    # FAILS at the time of writing for gpt_neox: its joint query-key-value matrix is no longer
-    # computed with after wrapping, so that an edit of it would silently do nothing.
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "gptj", "llama", "phi"])
+def test_every_parameter_that_an_edit_can_name_acts_or_is_refused(architecture: str) -> None:
+    """Where a bridge computes with copies of a parameter, a change of it would do nothing."""
     model, ids = lens(architecture), some_ids()
     base = run(model, ids)
+    refused = []
     for name, parameter in model.weights.parameters.items():
-        ticket = model.weights.push({name: dl.DenseDelta(torch.randn_like(parameter))})
+        try:
+            ticket = model.weights.push({name: dl.DenseDelta(torch.randn_like(parameter))})
+        except dl.EditError:
+            refused.append(name)
+            continue
         try:
             assert not torch.equal(run(model, ids), base), name
         finally:
             model.weights.pop(ticket)
     assert torch.equal(run(model, ids), base)
+    assert all("query_key_value" in name for name in refused)
+    assert architecture == "gpt_neox" or not refused
 
 
 @architectures
 def test_a_second_checkpoint_is_compared_parameter_by_parameter(architecture: str) -> None:
-    # FAILS at the time of writing for gpt2 and gpt_neox: see the names above.
     model, other = lens(architecture), build(architecture)
     name = DOWN[architecture].format(1)
     with torch.no_grad():
@@ -290,8 +292,6 @@ def test_a_model_may_be_loaded_twice() -> None:
 
 
 def test_edits_through_two_handles_of_one_model_leave_its_weights_alone() -> None:
-    # FAILS at the time of writing: each handle keeps a stack of originals of its own, so that
-    # the second takes the first one's edited weights for the original.
     inner = build("llama")
     first, second = (dl.load_model(inner, tiny.tokenizer()) for _ in range(2))
     down = first.down_projection(1)
@@ -305,8 +305,6 @@ def test_edits_through_two_handles_of_one_model_leave_its_weights_alone() -> Non
 
 
 def test_a_model_is_released_with_its_last_handle() -> None:
-    # FAILS at the time of writing: the registry of bridges is weak in its keys, but each of
-    # its values (the bridge) holds its key (the model).
     inner = build("llama")
     watch = weakref.ref(inner)
     model = dl.load_model(inner, tiny.tokenizer(), probe=False)
@@ -415,7 +413,6 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_gguf_is_refused(tmp_path: Path) -> None:
-    # FAILS at the time of writing with struct.error, which transformers raises on short files.
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF but not really")
     with pytest.raises(dl.ModelError, match=r"cannot be loaded.*complete"):
@@ -453,8 +450,6 @@ def test_bos_cannot_be_prepended_where_there_is_none() -> None:
 
 
 def test_something_that_is_no_language_model_is_refused() -> None:
-    # FAILS at the time of writing with AttributeError: the name is taken from source.config
-    # before the check for it.
     with pytest.raises(dl.ModelError, match="no Hugging Face model"):
         dl.load_model(torch.nn.Linear(2, 2), tiny.tokenizer())
 

@@ -1,0 +1,74 @@
+"""The main job end to end: on a tiny model what it writes, on the real one what it shows."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+
+import driftlens as dl
+from driftlens.demo import EIFFEL, Demo, demo_json, demo_page, run_demo
+
+
+@pytest.fixture(scope="module")
+def demo() -> Demo:
+    model = dl.load_model(tiny.hf_model("llama"), tokenizer=tiny.tokenizer(), name="tiny")
+    return run_demo(model, EIFFEL, covariance="identity", progress=False)
+
+
+def test_json_has_what_it_promises(demo: Demo):
+    numbers = json.loads(json.dumps(demo_json(demo), allow_nan=False))
+    assert numbers["request"]["target_new"] == "Rome"
+    assert numbers["distractor"]["answer"] == "Paris"
+    for state in ("original", "edited", "restored", "sadr"):
+        assert set(numbers["probabilities"][state]) == {"answer", "target_new"}
+    assert {"edited", "sadr"} <= set(numbers["edit_success"])
+    assert re.fullmatch(r"L\d+H\d+", numbers["top_heads"][0]["name"])
+    drifts = [head["drift"] for head in numbers["top_heads"]]
+    assert drifts == sorted(drifts, reverse=True)
+    assert numbers["averages"] is None
+    assert numbers["seconds"] > 0
+
+
+def test_numbers_agree_with_the_single_calls(demo: Demo):
+    numbers = demo_json(demo)
+    score = dl.score(demo.model, EIFFEL.prompt, ["Paris"])["Paris"]
+    assert math.log(numbers["probabilities"]["original"]["answer"]) == pytest.approx(score)
+    with demo.edit.applied(demo.model):
+        score = dl.score(demo.model, EIFFEL.prompt, ["Paris"])["Paris"]
+    assert math.log(numbers["probabilities"]["edited"]["answer"]) == pytest.approx(score)
+    patched = dl.patch_attention(demo.model, demo.edit, EIFFEL.prompt, answer="Paris").patched
+    assert numbers["probabilities"]["restored"]["answer"] == pytest.approx(patched.prob)
+    assert demo.edit.config["steps"] == demo.cured.config["steps"]
+
+
+def test_restoring_all_that_the_last_token_reads_restores_it(demo: Demo):
+    result = demo.restored["attention pattern and values"]
+    assert result.patched.logprob == pytest.approx(result.original.logprob, abs=1e-4)
+
+
+def test_page_is_self_contained(demo: Demo):
+    html = demo_page(demo)
+    assert "http://" not in html
+    assert "https://" not in html
+    assert "Notre-Dame" in html
+    assert demo.drift.top_heads(1)[0].name in html
+
+
+@pytest.mark.real
+def test_demo_shows_the_phenomenon(smollm2: dl.LensModel, tmp_path: Path):
+    found = run_demo(smollm2, EIFFEL, progress=False)
+    numbers = demo_json(found)
+    states = numbers["probabilities"]
+    assert states["original"]["answer"] > 0.8
+    assert states["edited"]["answer"] < 0.2
+    assert states["edited"]["target_new"] > 0.5
+    assert states["restored"]["answer"] > 0.6
+    assert numbers["edit_success"]["edited"] > 0.9
+    assert numbers["edit_success"]["sadr"] > 0.9
+    assert numbers["averages"]["facts"] > 0
+    assert "Averages" in demo_page(found)

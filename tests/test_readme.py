@@ -1,0 +1,77 @@
+"""The README's Python runs as it stands, and so does the quickstart that other tools rely on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import driftlens as dl
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+@pytest.mark.real
+def test_readme_quickstart_runs():
+    scope: dict[str, object] = {}
+    for block in python_blocks():
+        exec(compile(block, "README.md", "exec"), scope)
+    drift, sweep = scope["drift"], scope["sweep"]
+    assert isinstance(drift, dl.Drift)
+    assert isinstance(sweep, dl.AttentionSweep)
+    # What the README claims in words: the edit takes the answer away, attention brings it back.
+    assert sweep.original.prob > 0.8
+    assert sweep.edited.prob < 0.2
+    assert sweep.everything_share() > 0.5
+    assert drift.max_head.max() > 0.3
+
+
+@pytest.mark.real
+def test_calls_that_other_tools_rely_on(smollm2: dl.LensModel):
+    request = dl.EditRequest(
+        prompt="{} is located in the city of",
+        subject="The Eiffel Tower",
+        target_new="Rome",
+        target_true="Paris",
+    )
+    prompt = "The Eiffel Tower is famous. The Pyramids are located in"
+    model = dl.load_model(smollm2.hf_model, tokenizer=smollm2.tokenizer)
+    assert model.tokenizer is smollm2.tokenizer
+    edit = dl.edit(
+        model,
+        request,
+        method="rome",
+        layer=8,
+        context_prompts=["{}", "Yes. {}"],
+        covariance="identity",
+    )
+    result = dl.patch_attention(model, edit, prompt, subject="The Eiffel Tower", answer="Egypt")
+    for run in (result.original, result.edited, result.patched):
+        assert 0 < run.prob <= 1
+        assert run.logprob == pytest.approx(np.log(run.prob))
+        assert run.rank >= 0
+    assert result.original.rank == 0
+    assert result.original.prob != result.edited.prob
+    scores = dl.score(model, prompt, ["Egypt", "Rome"])
+    assert scores["Egypt"] == pytest.approx(result.original.logprob, abs=1e-4)
+    assert scores["Egypt"] > scores["Rome"]
+    drift = dl.measure_drift(model, edit, prompt, subject="The Eiffel Tower")
+    assert drift.difference.shape == (1, 30, 9)
+    assert len(drift.plot().data) == 3
+
+
+def test_readme_links_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^":]+)"', README):
+        assert (REPOSITORY / target).exists(), target
+
+
+def test_readme_names_the_tests_and_the_demo():
+    assert "driftlens demo" in README
+    assert "python -m pytest" in README
