@@ -55,6 +55,7 @@ def replace_heads(
     pattern: Rows,
     values: Float[torch.Tensor, "batch key kv_head d_head"] | None = None,
     own_pattern: torch.Tensor | None = None,
+    past_values: torch.Tensor | None = None,
 ) -> list[Hook]:
     """Hooks that recompute the output of chosen heads at chosen query positions.
 
@@ -67,6 +68,8 @@ def replace_heads(
             positions keep reading the model's own values.
         own_pattern: The model's own attention, for models that deliver it too late for a
             function of it (see ``LensModel.pattern_comes_first``).
+        past_values: The model's own values of cached positions, which a pass over the rest
+            does not compute.
     """
     seen: dict[str, torch.Tensor] = {}
     hooks: list[Hook] = []
@@ -74,7 +77,9 @@ def replace_heads(
     if values is None:
 
         def see_values(tensor: torch.Tensor, hook: Any) -> None:
-            seen["values"] = tensor
+            seen["values"] = (
+                tensor if past_values is None else torch.cat([past_values, tensor], dim=1)
+            )
 
         hooks.append((values_name(layer), see_values))
     if callable(pattern) and own_pattern is None:

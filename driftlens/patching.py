@@ -27,6 +27,7 @@ An answer of several tokens is read by teacher forcing; each of its tokens is pr
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -54,8 +55,9 @@ from driftlens.interventions import (
     replace_heads,
     values_name,
 )
-from driftlens.models import LensModel, recording
+from driftlens.models import LensModel, recording, relative_tolerance
 from driftlens.scoring import ContinuationScore, Question, QuestionBatch, ask
+from driftlens.suffix import Engine, SuffixRunner
 from driftlens.tokens import Span
 
 Direction = Literal["restore", "contaminate"]
@@ -208,6 +210,8 @@ class AttentionSweep:
         direction: As in :class:`PatchResult`.
         exchange: What was exchanged.
         prompt: The prompt.
+        engine: ``"suffix"``: each patch was a pass over the last token alone, with cached keys
+            and values; ``"plain"``: over the whole sequence.
     """
 
     original: Readout
@@ -219,6 +223,7 @@ class AttentionSweep:
     direction: Direction
     exchange: Exchange
     prompt: str
+    engine: Engine = "plain"
 
     def _share(self, patched: Readout, measure: Measure) -> float:
         return _share(self.original, self.edited, patched, measure)
@@ -329,6 +334,9 @@ class PatchExperiment:
         direction: ``"restore"`` or ``"contaminate"``.
         compare: Further texts to read; by default the edit's new target.
         occurrence: Which occurrence of the subject, 0 the first.
+        engine: ``"suffix"`` computes what lies left of the last prompt token once and runs each
+            patch of ``queries="last"`` over the rest; ``"plain"`` runs whole sequences;
+            ``None`` takes the former wherever it is exact.
 
     Raises:
         RequestError: If an option does not exist.
@@ -347,6 +355,7 @@ class PatchExperiment:
         direction: Direction = "restore",
         compare: Sequence[str] | None = None,
         occurrence: int = 0,
+        engine: Engine | None = None,
     ) -> None:
         _check_choice("direction", direction, Direction)
         edit.check_not_active(model)
@@ -354,6 +363,7 @@ class PatchExperiment:
         self.edit = edit
         self.prompt = prompt
         self.direction: Direction = direction
+        self.engine = engine
         self.batch = QuestionBatch.of(_questions(model, edit, prompt, answer, compare))
         self._subject = None if subject is None else subjects_of(edit, subject, 1)[0]
         self._occurrence = occurrence
@@ -361,6 +371,7 @@ class PatchExperiment:
             self._span()
         self._ids = self.batch.ids(model)
         self._recorded: dict[str, torch.Tensor] = {}
+        self._runner: SuffixRunner | None = None
         attention = [f(y) for y in range(model.info.n_layers) for f in (pattern_name, values_name)]
         self.original = self._baseline(edited=False, names=attention)
         self.edited = self._baseline(edited=True, names=attention)
@@ -423,7 +434,15 @@ class PatchExperiment:
             raise RequestError(f"A window of {width} layers does not fit.", f"Use 1 to {n_layers}.")
         windows = [(first, first + width - 1) for first in range(n_layers - width + 1)]
         places = _sweep_places(n_layers, n_heads, windows)
-        size = max(1, SWEEP_TOKENS_PER_BATCH // self._ids.numel())
+        last = isinstance(queries, str) and queries == "last"
+        if last and self.engine != "plain" and self._suffix_is_exact():
+            engine: Engine = "suffix"
+            width_of_pass = self._ids.shape[1] - len(self.batch.questions[0].prompt) + 1
+        else:
+            engine, width_of_pass = "plain", self._ids.shape[1]
+        # Keys and values of the copies take memory too, a tenth of a position's worth or less.
+        cost = len(self.batch.rows) * (width_of_pass + self._ids.shape[1] // 10)
+        size = max(1, SWEEP_TOKENS_PER_BATCH // cost)
         readouts: list[Readout] = []
         with tqdm(total=len(places), desc="patching", unit="patch", disable=not progress) as bar:
             for start in range(0, len(places), size):
@@ -441,6 +460,7 @@ class PatchExperiment:
             direction=self.direction,
             exchange=exchange,
             prompt=self.prompt,
+            engine=engine,
         )
 
     # --- how they are run ---
@@ -458,57 +478,138 @@ class PatchExperiment:
             raise RequestError(
                 "Key columns can be chosen for exchange='pattern' only.", "Leave columns out."
             )
-        model, rows, width = self.model, len(self.batch.rows), self._ids.shape[1]
+        last = isinstance(queries, str) and queries == "last"
+        if last and self.engine != "plain" and self._suffix_is_exact():
+            return self._run_patches(patches, queries, columns, exchange, suffix=True)
+        return self._run_patches(patches, queries, columns, exchange, suffix=False)
+
+    def _suffix_is_exact(self) -> bool:
+        """Whether patches over cached keys and values give what whole passes give.
+
+        Shown once for each model, on a patch of all layers.
+        """
+        memo = self.model.memo
+        if "suffix patching" not in memo:
+            places = [_all_places(self.model)]
+            found: list[Readout] = []
+            try:
+                for suffix in (False, True):
+                    found += self._run_patches(places, "last", None, "pattern", suffix)
+                gap = abs(found[0].logprob - found[1].logprob)
+                reason = f"log-probabilities differ by {gap:.2g}"
+                exact = gap <= 100 * relative_tolerance(getattr(torch, self.model.info.dtype))
+            except Exception as error:
+                exact, reason = False, f"{type(error).__name__}: {error}"
+            if not exact:
+                warnings.warn(
+                    f"{self.model.info.name} cannot reuse cached keys and values ({reason}); "
+                    "patches run whole sequences, which is slower and gives the same result.",
+                    stacklevel=5,
+                )
+            memo["suffix patching"] = exact
+        return bool(memo["suffix patching"])
+
+    def _run_patches(
+        self,
+        patches: Sequence[Sequence[tuple[int, int]]],
+        queries: Queries,
+        columns: Columns,
+        exchange: Exchange,
+        suffix: bool,
+    ) -> list[Readout]:
+        """Several patches in one pass, over whole sequences or from the last prompt token on."""
+        rows, width = len(self.batch.rows), self._ids.shape[1]
         where: dict[int, torch.Tensor] = {}
         for copy, places in enumerate(patches):
             for layer in sorted({y for y, _ in places}):
                 heads = [x for y, x in places if y == layer]
                 if layer not in where:
-                    shape = (len(patches) * rows, model.info.n_heads, width)
+                    shape = (len(patches) * rows, self.model.info.n_heads, width)
                     where[layer] = torch.zeros(shape, dtype=torch.bool)
                 for row in range(rows):
                     question = self.batch.row_question(row)
-                    chosen = _where(model, question, width, heads, queries)
+                    chosen = _where(self.model, question, width, heads, queries)
                     where[layer][copy * rows + row] = chosen
         mask = self._column_mask(columns, width)
-        ids = self._ids.repeat(len(patches), 1)
+        at = self.batch.at().repeat(len(patches), 1)
         with self._target(), torch.no_grad():
-            hooks = self._hooks(ids, where, exchange, mask)
-            logits = model.run(ids, hooks, at=self.batch.at().repeat(len(patches), 1))
+            if suffix:
+                start = len(self.batch.questions[0].prompt) - 1
+                runner = self._suffix_runner(start)
+                hooks = self._hooks(where, exchange, mask, len(patches), start, runner)
+                logits = runner.run(hooks, at - start, len(patches))
+            else:
+                hooks = self._hooks(where, exchange, mask, len(patches))
+                logits = self.model.run(self._ids.repeat(len(patches), 1), hooks, at=at)
         return [
             self._readout(self.batch.read(logits[copy * rows : (copy + 1) * rows]))
             for copy in range(len(patches))
         ]
 
+    def _suffix_runner(self, start: int) -> SuffixRunner:
+        """The target's keys and values left of the last prompt token, computed once."""
+        if self._runner is None:
+            starts = [start] * len(self.batch.rows)
+            self._runner = SuffixRunner(self.model, self.batch.rows, starts, first_layer=0)
+        return self._runner
+
     def _hooks(
         self,
-        ids: torch.Tensor,
         where: dict[int, Bool[torch.Tensor, "batch head query"]],
         exchange: Exchange,
         columns: Bool[torch.Tensor, " key"] | None,
+        copies: int,
+        start: int = 0,
+        runner: SuffixRunner | None = None,
     ) -> list[Hook]:
         """Hooks of a whole patch, in ascending order of layers.
 
         Where a patch needs the running model's own attention (values only, key columns) and
         the architecture delivers it too late, it is recorded beforehand, layer by layer, each
         time with the patches of the layers below in place.
+
+        Args:
+            start: First query position of the pass.
+            runner: Of a pass over cached keys and values.
         """
-        copies = ids.shape[0] // self._ids.shape[0]
         needs_own = exchange == "values" or columns is not None
         hooks: list[Hook] = []
         for layer in sorted(where):
+            past = None if runner is None else runner.past_values(layer, copies)
+            # Sliding-window layers keep only the last keys.
+            keys = (
+                self._ids.shape[1] if past is None else past.shape[1] + self._ids.shape[1] - start
+            )
             own = None
             if needs_own and not self.model.pattern_comes_first:
-                name = pattern_name(layer)
-                own = self.model.record(ids, [name], hooks, stop_after=layer)[name]
+                own = self._own_pattern(layer, hooks, copies, runner)
             values = None
             if exchange != "pattern":
-                values = self._recorded[values_name(layer)].repeat(copies, 1, 1, 1)
-            rows = self._recorded[pattern_name(layer)].repeat(copies, 1, 1, 1)
+                values = self._recorded[values_name(layer)][:, -keys:].repeat(copies, 1, 1, 1)
+            rows = self._recorded[pattern_name(layer)][:, :, start:, -keys:]
+            mask = None if columns is None else columns[-keys:]
             hooks += replace_heads(
-                layer, where[layer], _rows_to_use(rows, exchange, columns), values, own
+                layer,
+                where[layer][:, :, start:],
+                _rows_to_use(rows.repeat(copies, 1, 1, 1), exchange, mask),
+                values,
+                own,
+                past,
             )
         return hooks
+
+    def _own_pattern(
+        self, layer: int, hooks: Sequence[Hook], copies: int, runner: SuffixRunner | None
+    ) -> torch.Tensor:
+        """The running model's attention in one layer, with the given patches in place."""
+        name = pattern_name(layer)
+        if runner is None:
+            ids = self._ids.repeat(copies, 1)
+            return self.model.record(ids, [name], hooks, stop_after=layer)[name]
+        store: dict[str, torch.Tensor] = {}
+        nowhere = torch.zeros(copies * len(self.batch.rows), 1, dtype=torch.long)
+        runner.run([*hooks, *recording(store, [name])], nowhere, copies, stop_after=layer)
+        return store[name]
 
     def _baseline(self, edited: bool, names: Sequence[str]) -> Readout:
         """The answers of one model, unpatched; the source's attention is recorded on the way."""
@@ -697,6 +798,10 @@ def _sweep_places(
     whole = [[(y, x) for x in range(n_heads)] for y in range(n_layers)]
     several = [[p for y in range(a, b + 1) for p in whole[y]] for a, b in windows]
     return [*one_head, *whole, *several, [p for row in whole for p in row]]
+
+
+def _all_places(model: LensModel) -> list[tuple[int, int]]:
+    return [(y, x) for y in range(model.info.n_layers) for x in range(model.info.n_heads)]
 
 
 def _rows_to_use(rows: torch.Tensor, exchange: Exchange, columns: torch.Tensor | None) -> Rows:

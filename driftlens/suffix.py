@@ -20,13 +20,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from driftlens.interventions import Hook
 from driftlens.models import LensModel
+
+Engine = Literal["suffix", "plain"]
+"""``suffix`` reuses what an intervention cannot change; ``plain`` runs whole sequences."""
 
 
 class SuffixRunner:
@@ -72,18 +75,36 @@ class SuffixRunner:
         """Where the start positions stand among the keys, counted from the end."""
         return -int(self.ids.shape[1])
 
+    def past_values(self, layer: int, copies: int = 1) -> torch.Tensor | None:
+        """Cached values left of the suffix, ``[copies * batch, key, kv_head, d_head]``."""
+        if self._cache is None:
+            return None
+        values: torch.Tensor = self._cache.layers[layer].values
+        return values.transpose(1, 2).repeat(copies, 1, 1, 1)
+
     def run(
-        self, hooks: Sequence[Hook] = (), at: Int[torch.Tensor, "batch chosen"] | None = None
-    ) -> Float[torch.Tensor, "batch chosen d_vocab"]:
-        """One pass; ``at`` and the query axes that hooks see are counted from the start."""
-        entering = self._entering
+        self,
+        hooks: Sequence[Hook] = (),
+        at: Int[torch.Tensor, "batch chosen"] | None = None,
+        copies: int = 1,
+        stop_after: int | None = None,
+    ) -> torch.Tensor:
+        """One pass; ``at`` and the query axes that hooks see are counted from the start.
+
+        Args:
+            copies: How many times the batch is repeated, e.g. to try as many patches at once.
+
+        Returns:
+            Logits ``[copies * batch, chosen, d_vocab]``.
+        """
+        entering = self._entering.repeat(copies, 1, 1)
 
         def enter(hidden: torch.Tensor, hook: Any) -> torch.Tensor:
             return entering
 
         with self._lower_layers_skipped():
             hooks = [(f"blocks.{self.first_layer}.hook_in", enter), *hooks]
-            return self._forward(hooks, at)
+            return self._forward(hooks, at, stop_after, copies)
 
     def _run_prefix(self, ids: torch.Tensor) -> Any:
         """Keys and values left of the start positions; ``None`` if there is nothing there."""
@@ -122,17 +143,22 @@ class SuffixRunner:
         return seen["entering"], returns_tuple
 
     def _forward(
-        self, hooks: Sequence[Hook], at: torch.Tensor | None, stop_after: int | None = None
+        self,
+        hooks: Sequence[Hook],
+        at: torch.Tensor | None,
+        stop_after: int | None = None,
+        copies: int = 1,
     ) -> torch.Tensor:
         options: dict[str, Any] = {}
         if self._cache is not None:
-            options = {"attention_mask": self._mask, "past_key_values": _copy(self._cache)}
+            options["attention_mask"] = self._mask.repeat(copies, 1)
+            options["past_key_values"] = _copy(self._cache, copies)
         return self.model.run(
-            self.ids,
+            self.ids.repeat(copies, 1),
             hooks,
             at=at,
             stop_after=stop_after,
-            position_ids=self._positions[:, self.prefix_width :],
+            position_ids=self._positions[:, self.prefix_width :].repeat(copies, 1),
             **options,
         )
 
@@ -158,8 +184,12 @@ def _hand_on_tuple(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any
     return hidden, None
 
 
-def _copy(cache: Any) -> Any:
-    """A cache that can be extended without extending the original; tensors are shared."""
+def _copy(cache: Any, copies: int) -> Any:
+    """A cache that can be extended without extending the original."""
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
+    if copies > 1:
+        for layer in new.layers:
+            layer.keys = layer.keys.repeat(copies, 1, 1, 1)
+            layer.values = layer.values.repeat(copies, 1, 1, 1)
     return new

@@ -17,11 +17,12 @@ from driftlens.editing.defaults import DEFAULTS, is_known
 from driftlens.editing.penalties import Penalty, as_penalties
 from driftlens.editing.rome import as_delta, rome_update
 from driftlens.editing.statistics import KeyCovariance, resolve_covariance
-from driftlens.editing.target import Engine, ValueSearch
+from driftlens.editing.target import ValueSearch
 from driftlens.edits import Edit, make_edit
 from driftlens.errors import RequestError
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
+from driftlens.suffix import Engine
 from driftlens.weights import Delta
 
 

@@ -19,7 +19,6 @@ from driftlens.editing.contexts import Context
 from driftlens.editing.penalties import Penalty
 from driftlens.editing.statistics import KeyCovariance
 from driftlens.editing.target import (
-    Engine,
     Value,
     ValueSearch,
     build_problem,
@@ -29,6 +28,7 @@ from driftlens.editing.target import (
 from driftlens.errors import EditError
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
+from driftlens.suffix import Engine
 from driftlens.weights import LowRankDelta
 
 SMALLEST_ALIGNMENT = 1e-6

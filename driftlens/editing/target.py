@@ -20,7 +20,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -32,7 +32,7 @@ from driftlens.errors import EditError
 from driftlens.facts import EditRequest, split_template
 from driftlens.interventions import Hook, down_in_name, down_out_name
 from driftlens.models import LensModel, recording, relative_tolerance
-from driftlens.suffix import SuffixRunner
+from driftlens.suffix import Engine, SuffixRunner
 
 ESSENCE_SUFFIX = " is a"
 """What follows the subject in the prompt of the KL term."""
@@ -58,10 +58,6 @@ class ValueSearch:
     clamp_factor: float = 4.0
     kl_factor: float = 0.0625
     early_stop_loss: float = 0.05
-
-
-Engine = Literal["suffix", "plain"]
-"""``suffix`` reuses what delta cannot change; ``plain`` runs whole sequences each step."""
 
 
 @dataclass(frozen=True)
