@@ -399,6 +399,8 @@ def _check_tied(model: LensModel, state: Mapping[str, torch.Tensor]) -> None:
     first_name: dict[int, str] = {}
     for name, parameter in named_parameters(model.hf_model, aliases=True).items():
         tied = first_name.setdefault(id(parameter), name)
+        if name == tied:
+            continue
         if name in state and tied in state and not torch.equal(state[name], state[tied]):
             raise EditError(
                 f"{name!r} and {tied!r} are one parameter in {model.info.name}, but differ in the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,39 @@ def split_template(template: str, what: str) -> tuple[str, str]:
         )
     before, after = template.split(SLOT)
     return before, after
+
+
+def occurrences(text: str, subject: str) -> list[int]:
+    """Start of each occurrence of a subject, in reading order.
+
+    Where it stands as a word of its own, only such occurrences count (``"Rome"`` is not found
+    in ``"Romeo"``). Scripts without spaces have no such words, so there all count.
+    """
+    if not subject.strip():
+        return []
+    starts: list[int] = []
+    at = text.find(subject)
+    while at >= 0:
+        starts.append(at)
+        at = text.find(subject, at + len(subject))
+    whole = [s for s in starts if _is_whole_word(text, s, s + len(subject))]
+    return whole or starts
+
+
+def _is_whole_word(text: str, start: int, end: int) -> bool:
+    return not (_joined(text, start) or _joined(text, end))
+
+
+def _joined(text: str, boundary: int) -> bool:
+    """Whether the characters on both sides of a boundary belong to one word."""
+    sides = text[max(boundary - 1, 0) : boundary], text[boundary : boundary + 1]
+    return all(side.isalnum() and not _UNSPACED.match(side) for side in sides)
+
+
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+)
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese, which are written without spaces."""
 
 
 @dataclass(frozen=True)
@@ -93,19 +127,20 @@ class EditRequest:
 
         Args:
             text: The prompt with the subject in it.
-            occurrence: Which occurrence of the subject becomes the slot; 0 is the first.
+            occurrence: Which occurrence of the subject becomes the slot; 0 is the first, -1 the
+                last. Occurrences inside a longer word count only if there are no others.
 
         Raises:
             RequestError: If the subject does not occur that often.
         """
-        start = -1
-        for _ in range(occurrence + 1):
-            start = text.find(subject, start + 1) if subject else -1
-            if start < 0:
-                raise RequestError(
-                    f"The subject {subject!r} does not occur {occurrence + 1} time(s) in {text!r}.",
-                    "Check the spelling, or choose another occurrence.",
-                )
+        starts = occurrences(text, subject)
+        if not -len(starts) <= occurrence < len(starts):
+            raise RequestError(
+                f"The subject {subject!r} occurs {len(starts)} time(s) in {text!r}, so there is no "
+                f"occurrence {occurrence}.",
+                "Check the spelling, or choose another occurrence.",
+            )
+        start = starts[occurrence]
         template = text[:start] + SLOT + text[start + len(subject) :]
         return cls(template, subject, target_new, target_true)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -413,53 +415,72 @@ def _read_hub_or_folder(
 
 
 def _read_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
-    from transformers import AutoModelForCausalLM
+    """Model and tokenizer of a GGUF file.
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
-            dtype=dtype or torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-        )
-        tokenizer = _gguf_tokenizer(path)
-    except Exception as error:  # a damaged file makes the reader raise errors of many types
-        raise ModelError(
-            f"The GGUF file {path} cannot be loaded: {error}",
-            "Check that it is complete and that transformers reads its architecture.",
-        ) from error
-    kind = _gguf_quantisation(path)
-    return model, tokenizer, f"GGUF {kind}, dequantised to {str(model.dtype).split('.')[-1]}"
-
-
-def _gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer inside a GGUF file; the slow conversion is kept in the cache."""
-    import shutil
-
-    from transformers import AutoTokenizer
+    Reading a GGUF file takes transformers most of a minute, so what it gives is kept in the
+    cache as a folder with float32 safetensors, which holds the same bits.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stat = path.stat()
     key = f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}"
-    converted = bundled.cache_dir() / "tokenizers" / key
-    if (converted / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(str(converted), local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(path.parent), gguf_file=path.name, local_files_only=True
-    )
+    folder = bundled.cache_dir() / "dequantised" / key
     try:
-        staging = converted.with_name(f".{key}.{os.getpid()}-{secrets.token_hex(4)}")
+        if folder.is_dir():
+            kind = (folder / QUANTISATION_FILE).read_text(encoding="utf-8")
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        else:
+            kind = _gguf_quantisation(path)
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent),
+                gguf_file=path.name,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path.parent), gguf_file=path.name, local_files_only=True
+            )
+            _keep_dequantised(folder, model, tokenizer, kind)
+    except Exception as error:  # a damaged file makes the reader raise errors of many types
+        raise ModelError(
+            f"The GGUF file {path} cannot be loaded: {error}",
+            "Check that it is complete and that transformers reads its architecture; "
+            f"remove {folder} if it exists.",
+        ) from error
+    if dtype is not None:
+        model = model.to(dtype)
+    return model, tokenizer, f"GGUF {kind}, dequantised to {str(model.dtype).split('.')[-1]}"
+
+
+QUANTISATION_FILE = "gguf_quantisation.txt"
+
+
+def _keep_dequantised(folder: Path, model: Any, tokenizer: Any, kind: str) -> None:
+    """Put a folder that transformers can load into the cache, whole or not at all."""
+    from safetensors.torch import save_model
+
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    try:
         staging.mkdir(parents=True)
-        try:
-            tokenizer.save_pretrained(str(staging))
-            staging.rename(converted)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError:
-        # The cache only saves time; a full or read-only disk must not stop the work, and
+        save_model(model, str(staging / "model.safetensors"), metadata={"format": "pt"})
+        config.save_pretrained(str(staging))
+        tokenizer.save_pretrained(str(staging))
+        (staging / QUANTISATION_FILE).write_text(kind, encoding="utf-8")
+        staging.rename(folder)
+    except Exception:
+        # The cache only saves time: a full or read-only disk must not stop the work, and
         # another process may have put the same folder there first.
         pass
-    return tokenizer
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _gguf_quantisation(path: Path) -> str:

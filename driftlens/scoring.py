@@ -106,9 +106,14 @@ class QuestionBatch:
     @classmethod
     def of(cls, questions: Sequence[Question]) -> QuestionBatch:
         """Questions that differ only in a one-token target share a row."""
-        inputs = [tuple(q.ids) for q in questions]
-        rows = tuple(dict.fromkeys(inputs))
-        return cls(tuple(questions), rows, tuple(rows.index(i) for i in inputs))
+        # Equal inputs may still be read at other positions: "of New" + "York", "of" + "New York".
+        inputs = [(tuple(q.ids), len(q.prompt)) for q in questions]
+        distinct = list(dict.fromkeys(inputs))
+        return cls(
+            tuple(questions),
+            tuple(ids for ids, _ in distinct),
+            tuple(distinct.index(i) for i in inputs),
+        )
 
     def row_question(self, row: int) -> Question:
         """The first question of a row; all of them predict at the same positions."""

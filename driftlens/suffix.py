@@ -57,17 +57,16 @@ class SuffixRunner:
         self.prefix_width = max(starts)
         device, pad = model.device, model.tokens.pad_id
         width = max(len(row) - start for row, start in zip(rows, starts, strict=True))
-        prefixes, suffixes, prefix_mask = [], [], []
-        for row, start in zip(rows, starts, strict=True):
-            gap = self.prefix_width - start
-            prefixes.append([pad] * gap + list(row[:start]))
-            prefix_mask.append([0] * gap + [1] * start)
-            suffixes.append(list(row[start:]) + [pad] * (width - len(row) + start))
+        suffixes = [
+            [*row[start:], *[pad] * (width - len(row) + start)]
+            for row, start in zip(rows, starts, strict=True)
+        ]
         self.ids = torch.tensor(suffixes, device=device)
-        mask = torch.tensor(prefix_mask, device=device, dtype=torch.long).reshape(len(rows), -1)
-        self._mask = torch.cat([mask, torch.ones_like(self.ids)], dim=1)
-        self._positions = (self._mask.cumsum(-1) - 1).clamp_min(0)
-        self._cache = self._run_prefix(torch.tensor(prefixes, device=device, dtype=torch.long))
+        start_of = torch.tensor(list(starts), device=device)[:, None]
+        gap = self.prefix_width - start_of
+        self._mask = (torch.arange(self.prefix_width + width, device=device) >= gap).long()
+        self._positions = start_of + torch.arange(width, device=device)
+        self._cache = self._run_prefixes([list(r[:s]) for r, s in zip(rows, starts, strict=True)])
         self._entering, self._tuples = self._run_lower_layers()
 
     @property
@@ -106,17 +105,33 @@ class SuffixRunner:
             hooks = [(f"blocks.{self.first_layer}.hook_in", enter), *hooks]
             return self._forward(hooks, at, stop_after, copies)
 
-    def _run_prefix(self, ids: torch.Tensor) -> Any:
-        """Keys and values left of the start positions; ``None`` if there is nothing there."""
+    def _run_prefixes(self, prefixes: Sequence[list[int]]) -> Any:
+        """Keys and values left of the start positions; ``None`` if there is nothing there.
+
+        Prefixes of one length are run together and without padding, because a padding position
+        would see no key at all. Their keys are then aligned on the right, behind zeros.
+        """
         if self.prefix_width == 0:
             return None
-        with torch.no_grad():
-            _, cache = self.model.run_with_kv_cache(
-                ids,
-                attention_mask=self._mask[:, : self.prefix_width],
-                position_ids=self._positions[:, : self.prefix_width],
-            )
-        return cache
+        caches: list[tuple[list[int], Any]] = []
+        for length in sorted({len(prefix) for prefix in prefixes} - {0}):
+            rows = [i for i, prefix in enumerate(prefixes) if len(prefix) == length]
+            ids = torch.tensor([prefixes[i] for i in rows], device=self.ids.device)
+            with torch.no_grad():
+                _, cache = self.model.run_with_kv_cache(ids)
+            caches.append((rows, cache))
+        # The longest prefix's cache knows how much has been read, also in sliding windows.
+        whole = copy.copy(caches[-1][1])
+        whole.layers = [copy.copy(layer) for layer in whole.layers]
+        for index, layer in enumerate(whole.layers):
+            for name in ("keys", "values"):
+                longest = getattr(layer, name)
+                aligned = longest.new_zeros(len(prefixes), *longest.shape[1:])
+                for rows, cache in caches:
+                    part = getattr(cache.layers[index], name)
+                    aligned[rows, :, longest.shape[2] - part.shape[2] :] = part
+                setattr(layer, name, aligned)
+        return whole
 
     def _run_lower_layers(self) -> tuple[torch.Tensor, list[bool]]:
         """What enters the first layer, and which blocks return tuples."""
@@ -158,7 +173,7 @@ class SuffixRunner:
             hooks,
             at=at,
             stop_after=stop_after,
-            position_ids=self._positions[:, self.prefix_width :].repeat(copies, 1),
+            position_ids=self._positions.repeat(copies, 1),
             **options,
         )
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Int
 
 from driftlens.errors import TokenError
+from driftlens.facts import occurrences
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,15 @@ class Tokens:
         """The tokens of one occurrence of the subject.
 
         Occurrences are counted from 0 in reading order; a negative number counts from the
-        end. If the subject stands somewhere as a word of its own, only such occurrences
-        count (``"Rome"`` is not found in ``"Romeo"``).
+        end. Those inside a longer word count only if there are no others
+        (:func:`driftlens.facts.occurrences`).
 
         Raises:
             TokenError: If the subject is empty, absent, or does not occur that often.
         """
-        starts = _occurrences(encoded.text, subject)
+        if not subject.strip():
+            raise TokenError("The subject is empty.", "Name the entity whose fact is edited.")
+        starts = occurrences(encoded.text, subject)
         if not starts:
             raise TokenError(
                 f"The subject {subject!r} is not in {encoded.text!r}.",
@@ -231,22 +234,3 @@ def _adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer starts a text with BOS when nobody tells it to."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-
-
-def _occurrences(text: str, subject: str) -> list[int]:
-    """Start of each occurrence, whole words only if there are any."""
-    if not subject.strip():
-        raise TokenError("The subject is empty.", "Name the entity whose fact is edited.")
-    starts: list[int] = []
-    at = text.find(subject)
-    while at >= 0:
-        starts.append(at)
-        at = text.find(subject, at + len(subject))
-    whole = [s for s in starts if _is_whole_word(text, s, s + len(subject))]
-    return whole or starts
-
-
-def _is_whole_word(text: str, start: int, end: int) -> bool:
-    joined_left = start > 0 and text[start - 1].isalnum() and text[start].isalnum()
-    joined_right = end < len(text) and text[end].isalnum() and text[end - 1].isalnum()
-    return not (joined_left or joined_right)

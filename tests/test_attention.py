@@ -132,9 +132,7 @@ def test_restored_columns_are_exact_and_the_rest_keeps_its_proportions(
     assert (restored >= 0).all()
     rest = restored[..., ~columns]
     kept = row[..., ~columns]
-    torch.testing.assert_close(
-        rest / rest.sum(-1, keepdim=True), kept / kept.sum(-1, keepdim=True)
-    )
+    torch.testing.assert_close(rest / rest.sum(-1, keepdim=True), kept / kept.sum(-1, keepdim=True))
 
 
 def test_restoring_columns_in_numbers() -> None:

@@ -185,9 +185,7 @@ def test_an_edit_that_changes_nothing_drifts_nowhere() -> None:
 
 def test_top_heads_are_those_that_grew_most_on_average() -> None:
     drift = dl.measure_drift(lens("gptj"), an_edit("gptj"), PROMPTS)
-    everything = [
-        (drift.difference[:, y, x].mean(), y, x) for y in range(3) for x in range(4)
-    ]
+    everything = [(drift.difference[:, y, x].mean(), y, x) for y in range(3) for x in range(4)]
     expected = sorted(everything, key=lambda item: -item[0])[:4]
     found = drift.top_heads(4)
     assert [h.name for h in found] == [f"L{y}H{x}" for _, y, x in expected]
@@ -414,7 +412,5 @@ def test_a_cured_edit_is_shown_beside() -> None:
         for annotation, trace in zip(figure.layout.annotations, figure.data, strict=True)
     }
     np.testing.assert_allclose(maps["half as much"].z, cured.edited[0], atol=1e-7)
-    np.testing.assert_allclose(
-        maps["half as much - original"].z, cured.difference[0], atol=1e-7
-    )
+    np.testing.assert_allclose(maps["half as much - original"].z, cured.difference[0], atol=1e-7)
     assert len(figure.data) == 5

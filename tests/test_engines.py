@@ -23,6 +23,12 @@ def lens(architecture: str) -> dl.LensModel:
 
 
 @cache
+def wide_lens() -> dl.LensModel:
+    inner = tiny.hf_model("mistral", sliding_window=12)
+    return dl.load_model(inner, tokenizer=tiny.tokenizer(), name="mistral")
+
+
+@cache
 def some_edit(architecture: str) -> dl.Edit:
     model = lens(architecture)
     generator = torch.Generator().manual_seed(3)
@@ -45,7 +51,9 @@ def some_edit(architecture: str) -> dl.Edit:
     ],
 )
 def test_edits_are_the_same(architecture: str, subject: str, prompt: str, target: str):
-    model = lens(architecture)
+    # A window of five would hide the subject from where the target is predicted; the gradient
+    # would be rounding noise, which Adam turns into steps as large as any.
+    model = wide_lens() if architecture == "mistral" else lens(architecture)
     request = dl.EditRequest(prompt, subject, target)
     options: dict[str, Any] = {
         "layer": 1,

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from driftlens.errors import RequestError
-from driftlens.facts import EditRequest, split_template
+from driftlens.facts import EditRequest, occurrences, split_template
 
 PROMPT = "{} is located in the city of"
 
@@ -154,8 +154,6 @@ def test_text_with_a_slot_of_its_own_is_refused() -> None:
 
 @pytest.mark.parametrize("occurrence", [-1, -2])
 def test_negative_occurrence_counts_from_the_end_or_is_refused(occurrence: int) -> None:
-    # BUG in facts.py: no loop is run for a negative occurrence, `start` stays -1, and
-    # the slot is put before the text's last character: a request for another prompt.
     try:
         made = EditRequest.from_text(TWICE, "Rome", "France", occurrence=occurrence)
     except RequestError:
@@ -165,8 +163,6 @@ def test_negative_occurrence_counts_from_the_end_or_is_refused(occurrence: int) 
 
 
 def test_first_occurrence_is_a_word_of_its_own() -> None:
-    # BUG in facts.py: "Rome" is found in "Romeo", so the slot's token is not the
-    # subject's; Tokens.find_subject, on the same text, takes the word.
     made = EditRequest.from_text("Romeo lives in Rome, a city of", "Rome", "France")
     assert made.prompt == "Romeo lives in {}, a city of"
 
@@ -181,7 +177,8 @@ def test_filled_in_text_comes_back(before: str, subject: str, after: str, occurr
     try:
         made = EditRequest.from_text(text, subject, "Rome", occurrence=occurrence)
     except RequestError:
-        assert text.count(subject) <= occurrence
+        # Occurrences inside longer words count only where there are no others.
+        assert len(occurrences(text, subject)) <= occurrence
         return
     assert made.text == text
     assert made.subject == subject

@@ -324,8 +324,7 @@ def test_the_cases_above_are_not_all_the_same(architecture: str) -> None:
     start = plain(architecture, ANSWER, edited=True)[0]
     moved = {
         exchange: abs(
-            sum(oracle(architecture, ANSWER, grid(architecture), exchange=exchange)[0])
-            - sum(start)
+            sum(oracle(architecture, ANSWER, grid(architecture), exchange=exchange)[0]) - sum(start)
         )
         for exchange in ("pattern", "values", "both")
     }
@@ -458,15 +457,11 @@ def test_all_that_all_layers_write_is_the_whole_model(architecture: str) -> None
         for y in layers
         for hook in replace_heads(y, where, seen[pattern_name(y)], seen[values_name(y)])
     ]
-    mlps = [
-        (down_out_name(y), lambda tensor, hook, y=y: seen[down_out_name(y)]) for y in layers
-    ]
+    mlps = [(down_out_name(y), lambda tensor, hook, y=y: seen[down_out_name(y)]) for y in layers]
     with torch.no_grad():
         original = model.run(ids)
         with edit.applied(model):
-            edited, half, whole = (
-                model.run(ids, hooks) for hooks in ((), heads, [*heads, *mlps])
-            )
+            edited, half, whole = (model.run(ids, hooks) for hooks in ((), heads, [*heads, *mlps]))
     torch.testing.assert_close(whole, original, atol=1e-4, rtol=1e-4)
     assert (edited - original).abs().max() > 0.1
     assert (half - original).abs().max() > 0.05
@@ -540,9 +535,7 @@ def test_the_cells_of_a_sweep_are_single_patches(
     def same(found: dl.Readout, expected: dl.Readout) -> None:
         assert list(found.scores) == list(expected.scores) == [ANSWER, "Rome"]
         for text, score in expected.scores.items():
-            np.testing.assert_allclose(
-                found[text].token_logprobs, score.token_logprobs, atol=2e-5
-            )
+            np.testing.assert_allclose(found[text].token_logprobs, score.token_logprobs, atol=2e-5)
             assert found[text].token_ranks == score.token_ranks
 
     assert (len(sweep.heads), len(sweep.heads[0]), len(sweep.layers)) == (3, 4, 3)
@@ -826,9 +819,7 @@ def test_an_edit_of_another_model_is_refused() -> None:
 
 def test_a_prompt_that_is_too_long_is_refused() -> None:
     with pytest.raises(dl.RequestError, match="more than the 128"):
-        dl.patch_attention(
-            lens("gpt2"), an_edit("gpt2"), PROMPT + " in Rome" * 60, answer=ANSWER
-        )
+        dl.patch_attention(lens("gpt2"), an_edit("gpt2"), PROMPT + " in Rome" * 60, answer=ANSWER)
 
 
 def test_an_edit_that_is_applied_already_is_refused() -> None:

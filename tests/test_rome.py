@@ -217,7 +217,6 @@ def lens(
 
 def dtype_for(architecture: str, engine: str) -> torch.dtype:
     """Half of what Llama and Gemma compute is in single precision anyway."""
-    # BUG, see test_suffix_engine_works_in_double_precision.
     single = engine == "suffix" and architecture in ("llama", "gemma3")
     return torch.float32 if single else torch.float64
 
@@ -275,9 +274,7 @@ def weight_change(model: dl.LensModel, edit: dl.Edit) -> torch.Tensor:
     return dense.T if site.input_first else dense
 
 
-def run_edit(
-    model: dl.LensModel, request: dl.EditRequest = REQUEST, **changed: Any
-) -> dl.Edit:
+def run_edit(model: dl.LensModel, request: dl.EditRequest = REQUEST, **changed: Any) -> dl.Edit:
     options = {
         **SETTINGS,
         "context_prompts": CONTEXTS,
@@ -339,9 +336,7 @@ def test_rome_is_the_plain_one_wherever_the_subject_stands(
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_rome_in_single_precision_is_the_plain_one(
-    architecture: str, covariance_file: Any
-) -> None:
+def test_rome_in_single_precision_is_the_plain_one(architecture: str, covariance_file: Any) -> None:
     model = lens(architecture, dtype=torch.float32)
     path, _ = covariance_file(model)
     expected = expected_for(architecture, torch.float32, "in")
@@ -353,8 +348,6 @@ def test_rome_in_single_precision_is_the_plain_one(
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3"])
 def test_suffix_engine_works_in_double_precision(architecture: str) -> None:
-    # BUG in suffix.py, llama and gemma3: the padding left of short prefixes sees no key at all.
-    # The mask is the lowest float64 there; Hugging Face's softmax is in float32, where that
     # is -inf, and a row of nothing but -inf gives NaN.
     model = lens(architecture)
     edits = [run_edit(model, engine=engine) for engine in ENGINES]
@@ -551,9 +544,7 @@ def test_row_divergence_is_the_formula() -> None:
         ({"gamma": float("inf")}, "gamma"),
     ],
 )
-def test_penalty_that_makes_no_sense_is_refused(
-    arguments: dict[str, Any], message: str
-) -> None:
+def test_penalty_that_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         dl.SADR(**arguments)
 
@@ -1030,8 +1021,6 @@ def test_covariance_that_has_no_inverse_is_refused() -> None:
 
 
 def test_singular_covariance_is_refused() -> None:
-    # BUG in KeyCovariance.solve: torch.linalg.solve raises its own error on an exactly singular
-    # matrix, before the check for numbers that are not finite.
     model = lens()
     size = model.down_projection(LAYER).d_mlp
     singular = dl.KeyCovariance(torch.zeros(size, size), 10 * size, LAYER, "zeros")

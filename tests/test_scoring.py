@@ -80,9 +80,7 @@ def questions() -> list[Question]:
 
 
 @pytest.mark.parametrize("limit", [1, 30, 64, 4096])
-def test_batches_do_not_change_scores_or_order(
-    limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_do_not_change_scores_or_order(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "MAX_TOKENS_PER_BATCH", limit)
     asked = questions()
     assert len({len(q.ids) for q in asked}) > 8
@@ -187,8 +185,6 @@ def test_keys_are_the_continuations_as_given() -> None:
 
 
 def test_same_ids_with_another_boundary_are_another_question() -> None:
-    # BUG in QuestionBatch: equal inputs share a row, and with it the positions that are read,
-    # though "... of New" -> "York" and "... of" -> "New York" are read at others.
     model = lens()
     new_york = ask(model, PROMPT, "New York")
     boundary = len(model.tokens.target_ids("New"))

@@ -210,7 +210,6 @@ def test_no_text_is_refused(texts: list[str]) -> None:
 
 
 def test_single_text_is_not_taken_for_a_list_of_characters() -> None:
-    # BUG in key_covariance: a text is an iterable of texts, of one character each.
     text = "The mother tongue of Ada Lovelace"
     try:
         found = computed(lens(), text)
@@ -219,8 +218,6 @@ def test_single_text_is_not_taken_for_a_list_of_characters() -> None:
     assert_close(found, brute_force("gpt2", ids_of([text])))
 
 
-# BUG in _documents: 0 gives an error of torch, a negative number is taken for an end
-# of a slice.
 @pytest.mark.parametrize("tokens", [0, -1, -5])
 def test_no_tokens_are_refused(tokens: int) -> None:
     with pytest.raises(dl.DriftLensError):
@@ -348,8 +345,6 @@ def test_remainder_of_another_run_is_not_used(
     assert_close(other, brute_force("gpt2", ids_of(TEXTS[1:])))
 
 
-# BUG in _cache_key, "batch size": how many batches are done is kept, but not how large a
-# batch is; after a change of TOKENS_PER_BATCH tokens are counted twice or never.
 def test_remainder_with_other_batches_is_not_used(
     passes: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,25 +420,24 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_full_disk_is_a_data_error(cache_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot be written.*No space left"):
-        computed(lens())
+def test_full_disk_costs_only_the_cache(cache_folder: Path) -> None:
+    with pytest.warns(UserWarning, match=r"cannot be written.*No space left.*not kept"):
+        assert_close(computed(lens()), brute_force("gpt2", ids_of(TEXTS)))
     assert stored(cache_folder) == []
     assert_close(computed(lens(), cache=False), brute_force("gpt2", ids_of(TEXTS)))
 
 
-def test_cache_folder_that_is_a_file_is_a_data_error(
+def test_cache_folder_that_is_a_file_costs_only_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("kept")
     monkeypatch.setenv("DRIFTLENS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match="cannot be written"):
-        computed(lens())
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert_close(computed(lens()), brute_force("gpt2", ids_of(TEXTS)))
 
 
 @pytest.mark.usefixtures("full_disk")
 def test_full_disk_while_saving_is_a_data_error(tmp_path: Path) -> None:
-    # BUG in KeyCovariance.save: the error of the operating system comes through.
     with pytest.raises(DataError):
         KeyCovariance(torch.eye(3), 10, 1, "test").save(tmp_path / "c.npz")
 
@@ -489,7 +483,6 @@ def test_statistics_of_the_rome_authors_are_sums(tmp_path: Path) -> None:
     assert (found.count, found.layer) == (50, 3)
 
 
-# BUG in load_covariance, "no count" and "layer of text": KeyError and ValueError come through.
 @pytest.mark.parametrize(
     "content",
     [

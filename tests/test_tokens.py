@@ -346,9 +346,7 @@ characters = st.text(
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(before=characters, subject=characters, after=characters)
-def test_span_ends_where_the_subject_does(
-    kind: str, before: str, subject: str, after: str
-) -> None:
+def test_span_ends_where_the_subject_does(kind: str, before: str, subject: str, after: str) -> None:
     subject = f"R{subject.strip()}e"
     text = before + subject + after
     start, end = len(before), len(before) + len(subject)

@@ -104,7 +104,7 @@ def example(
     windows = [(s, s + width, float(by_layer[s : s + width].sum() * 0.7)) for s in starts]
     values: dict[str, Any] = {
         "title": "The Eiffel Tower, moved to Rome",
-        "subtitle": "What one ROME edit did to the attention of SmolLM2-135M, and what SADR spares.",
+        "subtitle": "What one ROME edit did to the attention of SmolLM2-135M, and SADR spares.",
         "summary": [
             (
                 "After the edit, P(Egypt) on the prompt below falls from 0.844 to 0.121 although "

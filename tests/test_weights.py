@@ -397,9 +397,7 @@ def test_edit_on_top_of_another_needs_it() -> None:
     generator = random.Random(5)
     name = down(1)
     shape = model.weights.parameters[name].shape
-    first, second = (
-        {name: random_delta(shape, generator, torch.float32)} for _ in range(2)
-    )
+    first, second = ({name: random_delta(shape, generator, torch.float32)} for _ in range(2))
     lower = dl.Edit.from_deltas(model, first)
     with lower.applied(model):
         upper = dl.Edit.from_deltas(model, second)
@@ -549,8 +547,6 @@ def test_checkpoint_without_a_difference_is_refused() -> None:
 GEMMA_DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
-# BUG in edits._check_tied, "not finite": a NaN differs from itself, so the message is that one
-# parameter differs from itself.
 @pytest.mark.parametrize(
     ("change", "message"),
     [

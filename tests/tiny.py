@@ -65,7 +65,9 @@ CONFIGS = {
 ARCHITECTURES = sorted(CONFIGS)
 
 
-def hf_model(architecture: str, seed: int = 0, scale: float = 5.0, noise: float = 0.0) -> Any:
+def hf_model(
+    architecture: str, seed: int = 0, scale: float = 5.0, noise: float = 0.0, **changes: Any
+) -> Any:
     """A random model, scaled up so that its attention is far from uniform.
 
     Args:
@@ -74,11 +76,13 @@ def hf_model(architecture: str, seed: int = 0, scale: float = 5.0, noise: float 
         scale: Factor of all matrices; 12 makes edits move attention by tenths.
         noise: Standard deviation of what is added to biases and norm weights, which a fresh
             model has at exactly 0 or 1.
+        changes: Other values of the configuration, e.g. ``sliding_window=12``.
     """
     torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(
-        CONFIGS[architecture](), attn_implementation="eager"
-    ).eval()
+    config = CONFIGS[architecture]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from driftlens.editing.contexts import Context, parse_contexts, sample_contexts
@@ -34,7 +34,7 @@ class RomeConfig(ValueSearch):
         layer: Whose down-projection is edited.
     """
 
-    layer: int = 0
+    layer: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def resolve_config(
             f"There is no editor {method!r}.", f"Choose one of {', '.join(sorted(METHODS))}."
         )
     kind = METHODS[method].config
-    known = [field.name for field in fields(kind)]
+    known = [item.name for item in fields(kind)]
     unknown = sorted(set(overrides) - set(known))
     if unknown:
         raise RequestError(
@@ -210,6 +210,8 @@ def _check_config(model: LensModel, config: RomeConfig) -> None:
     for name in ("lr", "clamp_factor"):
         if not 0 < getattr(config, name) < float("inf"):
             raise RequestError(f"{name} is {getattr(config, name)!r}.", "Give a positive number.")
+    if config.early_stop_loss != config.early_stop_loss:
+        raise RequestError("early_stop_loss is NaN.", "Give a number; a negative one never stops.")
     for name in ("weight_decay", "kl_factor"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise RequestError(

@@ -8,12 +8,14 @@ batch and added up in float64.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import random
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +75,12 @@ class KeyCovariance:
                 f"its {size} dimensions, so it cannot be inverted.",
                 'Use more text (ten times as many tokens is a start), or covariance="identity".',
             )
-        solved = torch.linalg.solve(self.matrix.double().cpu(), key.double().cpu())
-        if not torch.isfinite(solved).all():
+        try:
+            solved = torch.linalg.solve(self.matrix.double().cpu(), key.double().cpu())
+            finite = bool(torch.isfinite(solved).all())
+        except RuntimeError:
+            finite = False
+        if not finite:
             raise EditError(
                 f"The covariance ({self.source}) is singular.",
                 'Use more varied text, or covariance="identity".',
@@ -89,7 +95,13 @@ class KeyCovariance:
         """Write an ``.npz`` that :func:`load_covariance` reads."""
         if self.matrix is None:
             raise EditError("The identity needs no file.", 'Pass covariance="identity".')
-        write_atomically(Path(path), _npz(self))
+        try:
+            write_atomically(Path(path), _npz(self))
+        except OSError as error:
+            raise DataError(
+                f"The covariance cannot be written to {path}: {error.strerror or error}.",
+                "Choose a file that can be written.",
+            ) from error
 
 
 IDENTITY = KeyCovariance(None, 0, None, "identity")
@@ -113,19 +125,23 @@ def load_covariance(path: str | os.PathLike[str], layer: int | None = None) -> K
         ) from error
     except Exception as error:  # zipfile and numpy raise types of their own on damaged files
         raise DataError(f"The covariance {path} is damaged: {error}.") from error
-    if "mom2.mom2" in content:
-        count = int(content["mom2.count"])
-        matrix = content["mom2.mom2"] / count
-    elif "cov" in content:
-        count, matrix = int(content.get("count", np.iinfo(np.int64).max)), content["cov"]
-    else:
+    try:
+        if "mom2.mom2" in content:
+            count = int(content["mom2.count"])
+            matrix = content["mom2.mom2"] / count
+        elif "cov" in content:
+            matrix = content["cov"]
+            count = int(content.get("count", np.iinfo(np.int64).max))
+        else:
+            raise KeyError("neither 'cov' nor 'mom2.mom2'")
+        own_layer = int(content["layer"]) if "layer" in content else layer
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
         raise DataError(
-            f"The covariance {path} holds {sorted(content)}, but neither 'cov' nor 'mom2.mom2'.",
+            f"The covariance {path} holds {sorted(content)}, which cannot be used: {error}.",
             "Write it with KeyCovariance.save(), or use the ROME authors' statistics.",
-        )
+        ) from error
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not np.isfinite(matrix).all():
         raise DataError(f"The covariance {path} is not a finite square matrix: {matrix.shape}.")
-    own_layer = int(content["layer"]) if "layer" in content else layer
     if layer is not None and own_layer != layer:
         raise DataError(f"The covariance {path} is of layer {own_layer}, not of layer {layer}.")
     return KeyCovariance(torch.from_numpy(matrix), count, own_layer, f"file {Path(path).name}")
@@ -196,6 +212,10 @@ def key_covariance(
         EditError: If the model carries an edit now, or there is no text.
     """
     width = model.down_projection(layer).d_mlp
+    if isinstance(texts, str):
+        raise EditError("The texts are one text.", "Give a list of documents: [text].")
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise EditError(f"max_tokens is {max_tokens!r}.", "Give a whole number of at least 1.")
     if model.weights.is_edited:
         raise EditError(
             "The key covariance is that of the unedited model, but an edit is applied.",
@@ -208,14 +228,20 @@ def key_covariance(
     folder = bundled.cache_dir() / "covariance"
     finished, partial = folder / f"{key}.npz", folder / f"{key}.partial.npz"
     if cache and finished.is_file():
-        found = load_covariance(finished, layer)
-        return KeyCovariance(found.matrix, found.count, layer, source)
+        try:
+            found = load_covariance(finished, layer)
+            return KeyCovariance(found.matrix, found.count, layer, source)
+        except DataError:  # damaged: compute it again
+            finished.unlink(missing_ok=True)
     total = _accumulate(model, layer, documents, width, partial if cache else None, progress)
     count = sum(len(document) for document in documents)
     result = KeyCovariance((total / count).float(), count, layer, source)
     if cache:
-        _save_cached(finished, _npz(result))
-        partial.unlink(missing_ok=True)
+        try:
+            _save_cached(finished, _npz(result))
+            partial.unlink(missing_ok=True)
+        except DataError as error:
+            warnings.warn(f"{error} The covariance is used, but not kept.", stacklevel=2)
     return result
 
 
@@ -237,7 +263,8 @@ def _documents(model: LensModel, texts: Iterable[str], max_tokens: int) -> list[
 
 def _cache_key(model: LensModel, layer: int, documents: Sequence[Sequence[int]]) -> str:
     """Everything that the result depends on; token ids cover texts, tokenizer, BOS and cuts."""
-    digest = hashlib.sha256(f"{model.fingerprint()}:{layer}:{model.info.dtype}:".encode())
+    head = f"{model.fingerprint()}:{layer}:{model.info.dtype}:{TOKENS_PER_BATCH}:"
+    digest = hashlib.sha256(head.encode())
     for document in documents:
         digest.update(np.asarray([*document, -1], dtype=np.int64).tobytes())
     return digest.hexdigest()[:32]
@@ -287,7 +314,8 @@ def _accumulate(
             total += (flat.T @ flat).double().cpu()
             bar.update(tokens[index])
             if partial is not None and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                _save_cached(partial, _npz_of(total=total.numpy(), done=np.int64(index + 1)))
+                with contextlib.suppress(DataError):  # then an interruption costs more
+                    _save_cached(partial, _npz_of(total=total.numpy(), done=np.int64(index + 1)))
                 saved = time.monotonic()
     return total
 
