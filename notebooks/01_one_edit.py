@@ -88,7 +88,8 @@ result.plot()
 # %% [markdown]
 # How much of the lost probability comes back, by what is restored? Restoring pattern *and* values
 # in all layers gives the last token everything that it reads from other positions, so it must
-# bring everything back; it is the control of the method, not a finding.
+# bring all but everything back (only the edited matrix's effect at the last token itself stays);
+# it is the control of the method, not a finding.
 
 # %%
 import pandas as pd

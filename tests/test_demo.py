@@ -17,7 +17,8 @@ from driftlens.demo import EIFFEL, Demo, demo_json, demo_page, run_demo
 @pytest.fixture(scope="module")
 def demo() -> Demo:
     model = dl.load_model(tiny.hf_model("llama"), tokenizer=tiny.tokenizer(), name="tiny")
-    return run_demo(model, EIFFEL, covariance="identity", progress=False)
+    with pytest.warns(UserWarning, match="No layer is known"):
+        return run_demo(model, EIFFEL, covariance="identity", progress=False)
 
 
 def test_json_has_what_it_promises(demo: Demo):
@@ -46,11 +47,6 @@ def test_numbers_agree_with_the_single_calls(demo: Demo):
     assert demo.edit.config["steps"] == demo.cured.config["steps"]
 
 
-def test_restoring_all_that_the_last_token_reads_restores_it(demo: Demo):
-    result = demo.restored["attention pattern and values"]
-    assert result.patched.logprob == pytest.approx(result.original.logprob, abs=1e-4)
-
-
 def test_page_is_self_contained(demo: Demo):
     html = demo_page(demo)
     assert "http://" not in html
@@ -68,6 +64,8 @@ def test_demo_shows_the_phenomenon(smollm2: dl.LensModel, tmp_path: Path):
     assert states["edited"]["answer"] < 0.2
     assert states["edited"]["target_new"] > 0.5
     assert states["restored"]["answer"] > 0.6
+    # All that the last token reads from elsewhere: only the edited matrix at that token is left.
+    assert found.restored["attention pattern and values"].recovered_share > 0.95
     assert numbers["edit_success"]["edited"] > 0.9
     assert numbers["edit_success"]["sadr"] > 0.9
     assert numbers["averages"]["facts"] > 0

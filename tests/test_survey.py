@@ -1,0 +1,111 @@
+"""The shipped facts, and the survey over them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import driftlens as dl
+from driftlens.assets import asset, survey_result
+from driftlens.demo import survey_tables
+from driftlens.experiments import survey
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[dict[str, Any]]:
+    return survey.read_facts(asset("facts.jsonl"))
+
+
+def test_facts_are_well_formed(facts: list[dict[str, Any]]):
+    assert len(facts) == 180
+    assert len({fact["id"] for fact in facts}) == len(facts)
+    for fact in facts:
+        request = survey.request_of(fact)
+        assert request.target_true != request.target_new
+        assert len(fact["relations"]) >= 3
+        assert len(fact["paraphrases"]) >= 2
+        for item in [*fact["relations"], *fact["distractors"]]:
+            assert fact["subject"] in item["prompt"]
+        for item in [*fact["relations"], *fact["distractors"], *fact["neighbors"]]:
+            assert item["answer"] != request.target_new
+            assert item["prompt"] == item["prompt"].rstrip()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{not json", "line 2"),
+        (json.dumps({"id": "x"}), "line 2.*prompt"),
+        (json.dumps({"id": 3, "prompt": "{}", "subject": "a"}), "line 2.*id"),
+    ],
+)
+def test_a_malformed_fact_is_named(
+    facts: list[dict[str, Any]], tmp_path: Path, line: str, words: str
+):
+    path = tmp_path / "facts.jsonl"
+    path.write_text(json.dumps(facts[0]) + "\n" + line, encoding="utf-8")
+    with pytest.raises(dl.DataError, match=words):
+        survey.read_facts(path)
+
+
+def record(fact: int, pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    return {
+        "id": str(fact),
+        "edit_success": {"original": 0.0, "edited": 1.0, "sadr": 0.5},
+        "probes": [
+            {"kind": "relation", "states": {"edited": {"answer": a, "target_new": b}}}
+            for a, b in pairs
+        ],
+    }
+
+
+def test_averages_are_over_prompts_and_intervals_over_facts():
+    records = [record(0, [(0.1, 0.2), (0.3, 0.0)]), record(1, [(0.8, 0.1)]), record(2, [])]
+    summary = survey.summarise(records)
+    values = summary["kinds"]["relation"]["states"]["edited"]
+    assert summary["facts"] == 3
+    assert summary["kinds"]["relation"]["facts"] == 2
+    assert summary["kinds"]["relation"]["prompts"] == 3
+    assert values["answer"] == pytest.approx(0.4)
+    assert values["beats_target_new"] == pytest.approx(2 / 3)
+    low, high = values["answer_interval"]
+    assert low == pytest.approx(0.2)  # only the first fact drawn
+    assert high == pytest.approx(0.8)  # only the second
+    assert len(survey_tables(summary)) == 1
+
+
+def test_survey_runs_resumes_and_counts_only_what_is_known(
+    facts: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = dl.load_model(tiny.hf_model("llama"), tokenizer=tiny.tokenizer(), name="tiny")
+    monkeypatch.setattr(dl, "load_model", lambda name: model)
+    real = dl.edit
+    made: list[str] = []
+
+    def quick_edit(model: dl.LensModel, request: dl.EditRequest, **options: Any) -> dl.Edit:
+        made.append(request.subject)
+        return real(model, request, covariance="identity", steps=2, layer=1, **options)
+
+    monkeypatch.setattr(dl, "edit", quick_edit)
+    monkeypatch.setattr(survey, "_is_known", lambda model, probe: probe.kind == "relation")
+    survey.run("tiny", facts[:1], tmp_path, 0.05)
+    survey.run("tiny", facts[:2], tmp_path, 0.05)
+    assert made == [facts[0]["subject"]] * 2 + [facts[1]["subject"]] * 2
+    result = json.loads((tmp_path / "survey-tiny.json").read_text())
+    assert result["facts"] == 2
+    assert list(result["kinds"]) == ["relation"]
+    states = result["kinds"]["relation"]["states"]
+    assert {"original", "edited", "sadr", "restored: pattern", "restored: values"} <= set(states)
+    assert "--facts 2" in result["command"]
+
+
+def test_the_survey_of_the_bundled_model_is_shipped():
+    result = survey_result("smollm2-135m")
+    assert result is not None
+    assert result["facts"] >= 20
+    assert result["weights"].startswith("GGUF Q4_1")
+    assert survey_result("no-such-model") is None
