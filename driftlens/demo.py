@@ -1,8 +1,8 @@
 """The main job on one chosen example: edit, see the drift, prove it by patching, cure it.
 
-:func:`run_demo` is the whole path in one function. The example of each bundled model was
-*chosen* from the shipped facts, as one that the model clearly knows and on which the effect is
-plain; the averages over all facts that were looked at stand beside it
+:func:`run_demo` is the whole path in one function. The example was *chosen* for
+SmolLM2-135M, as one that the model clearly knows and on which the effect is plain; the averages
+over all facts that were looked at stand beside it
 (``driftlens.experiments.survey``).
 """
 
@@ -48,7 +48,8 @@ EIFFEL = Example(
 )
 """A distract-neighbourhood prompt: the unedited model is not misled by the false sentence."""
 
-EXAMPLES = {"smollm2-135m": EIFFEL, "gemma-3-270m": EIFFEL}
+EXAMPLES = {"smollm2-135m": EIFFEL}
+"""Examples that were chosen, by model. Other models get the first one, and the page says so."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def demo_json(demo: Demo) -> dict[str, Any]:
         "model": demo.model.info.to_dict(),
         "request": demo.example.request.to_dict(),
         "distractor": {"prompt": demo.example.prompt, "answer": demo.example.answer},
-        "chosen": _CHOSEN,
+        "chosen": _how_chosen(demo.model.info.name),
         "probabilities": {
             "original": pair(pattern.original),
             "edited": pair(pattern.edited),
@@ -209,10 +210,16 @@ def demo_json(demo: Demo) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_CHOSEN = (
-    "This example was chosen, from the shipped facts, as one on which the effect is plain; the "
-    "averages over all facts that were looked at are the evidence."
-)
+def _how_chosen(name: str) -> str:
+    if name in EXAMPLES:
+        return (
+            "This example was chosen as one on which the effect is plain, while looking over the "
+            "shipped facts; the averages over all facts that were looked at are the evidence."
+        )
+    return (
+        f"This example was chosen for {next(iter(EXAMPLES))}, not for this model; here it shows "
+        "what it shows."
+    )
 
 
 def demo_page(demo: Demo) -> str:
@@ -299,7 +306,7 @@ def _summary(demo: Demo) -> list[str]:
         f"Edited with SADR instead, at equal steps, the answer's probability is "
         f"{demo.sadr.prob:.3f}, while the edit itself has {demo.edit_success['sadr']:.3f} "
         f"(without SADR {demo.edit_success['edited']:.3f}).",
-        _CHOSEN,
+        _how_chosen(demo.model.info.name),
     ]
     return lines
 

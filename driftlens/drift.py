@@ -177,10 +177,11 @@ class Drift:
         panels = {"original": self.original.mean(0), "edited": self.edited.mean(0)}
         signed = {"edited - original": self.difference.mean(0)}
         if cured is not None:
-            panels[cured.edit_label] = cured.edited.mean(0)
-            signed[f"{cured.edit_label} - original"] = cured.difference.mean(0)
+            name = cured.edit_label if cured.edit_label not in panels else "second edit"
+            panels[name] = cured.edited.mean(0)
+            signed[f"{name} - original"] = cured.difference.mean(0)
         what = (
-            repr(self.prompts[0].prompt)
+            self.prompts[0].prompt
             if len(self.prompts) == 1
             else f"mean over {len(self.prompts)} prompts"
         )

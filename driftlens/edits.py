@@ -141,7 +141,10 @@ class Edit:
 
     def plot(self) -> go.Figure:
         """Loss terms, target probability and heads held, by step."""
-        return figures.edit_trace(self.trace, title=repr(self))
+        facts = "; ".join(f"{r.text} -> {r.target_new}" for r in self.requests)
+        return figures.edit_trace(
+            self.trace, title=facts or "edit", subtitle=f"{self.method}, {self.model_name}"
+        )
 
     # --- on disk ---------------------------------------------------------------------------
 

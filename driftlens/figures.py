@@ -7,6 +7,8 @@ is symmetric around 0.
 
 from __future__ import annotations
 
+import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,7 +97,7 @@ def head_maps(
                 "len": 0.95,
             },
         }
-    fig.update_layout(title=title, height=520, width=300 * len(names) + 240, **layout)
+    fig.update_layout({**layout, **_header(title, 300 * len(names) + 240)})
     return fig
 
 
@@ -107,6 +109,7 @@ def sweep_chart(
     *,
     everything: float,
     title: str,
+    subtitle: str = "",
     unit: str,
 ) -> go.Figure:
     """A patch sweep: each head as a map, each layer and each window of layers as lines.
@@ -166,14 +169,12 @@ def sweep_chart(
     fig.update_yaxes(title_text="layer", dtick=_tick(n_layers), showgrid=False, row=1, col=1)
     fig.update_xaxes(title_text="layer (centre of the window)", row=1, col=2)
     fig.update_yaxes(title_text=unit, row=1, col=2)
-    fig.update_layout(
-        title=title, height=520, width=1080, legend={"orientation": "h", "y": -0.15, "x": 0.5},
-        **LAYOUT,
-    )  # fmt: skip
+    legend = {"orientation": "h", "y": -0.15, "x": 0.5}
+    fig.update_layout({**LAYOUT, "legend": legend, **_header(title, 1080, subtitle)})
     return fig
 
 
-def edit_trace(trace: Sequence[Mapping[str, Any]], *, title: str) -> go.Figure:
+def edit_trace(trace: Sequence[Mapping[str, Any]], *, title: str, subtitle: str = "") -> go.Figure:
     """Loss terms, probability of the target and heads held, by optimisation step."""
     second = [name for name in ("target_prob", "held_heads") if trace and name in trace[0]]
     fig = make_subplots(
@@ -198,12 +199,16 @@ def edit_trace(trace: Sequence[Mapping[str, Any]], *, title: str) -> go.Figure:
         )  # fmt: skip
         fig.update_yaxes(title_text=titles[name], rangemode="tozero", row=row, col=1)
     fig.update_xaxes(title_text="step", row=1 + len(second), col=1)
-    fig.update_layout(title=title, height=520, width=760, **LAYOUT)
+    fig.update_layout({**LAYOUT, **_header(title, 760, subtitle)})
     return fig
 
 
 def probability_bars(
-    groups: Mapping[str, Mapping[str, float]], *, title: str, unit: str = "probability"
+    groups: Mapping[str, Mapping[str, float]],
+    *,
+    title: str,
+    subtitle: str = "",
+    unit: str = "probability",
 ) -> go.Figure:
     """Grouped bars: for each state (x axis), the probability of each answer."""
     answers = list(dict.fromkeys(answer for bars in groups.values() for answer in bars))
@@ -212,52 +217,32 @@ def probability_bars(
         fig.add_bar(
             x=list(groups),
             y=[bars.get(answer, float("nan")) for bars in groups.values()],
-            name=answer,
+            name=html.escape(answer),
             marker_color=COLOURS[index % len(COLOURS)],
-            hovertemplate="%{x}: P(" + answer.replace("%", "%%") + ") = %{y:.4f}<extra></extra>",
+            hovertemplate="%{x}: %{y:.4f}<extra>%{fullData.name}</extra>",
         )
-    fig.update_layout(
-        title=title, yaxis_title=unit, yaxis_rangemode="tozero", barmode="group", height=420,
-        width=620, **LAYOUT,
-    )  # fmt: skip
+    fig.update_yaxes(title_text=unit, rangemode="tozero")
+    fig.update_layout({**LAYOUT, "barmode": "group", **_header(title, 620, subtitle)})
     return fig
 
 
-def token_attention(
-    patterns: Mapping[str, np.ndarray], labels: Sequence[str], *, title: str
-) -> go.Figure:
-    """Token-to-token attention of one head, ``[query, key]``, in several states side by side.
+def _header(title: str, width: int, subtitle: str = "", room: int = 30) -> dict[str, Any]:
+    """Layout of a title that is wrapped to the figure's width, shown as text and not as markup.
 
-    Axes go by position, so repeated tokens stay apart.
+    Args:
+        room: Pixels between the title and the plot, e.g. for titles of panels.
     """
-    names = list(patterns)
-    positions = list(range(len(labels)))
-    ticks = {"tickvals": positions, "ticktext": [repr(x)[1:-1] for x in labels]}
-    fig = make_subplots(
-        cols=len(names), subplot_titles=names, shared_yaxes=True, horizontal_spacing=0.03
-    )
-    for column, name in enumerate(names, start=1):
-        fig.add_heatmap(
-            z=patterns[name],
-            x=positions,
-            y=positions,
-            coloraxis="coloraxis",
-            hovertemplate="%{y} looks at %{x}: %{z:.4f}<extra>" + name + "</extra>",
-            row=1,
-            col=column,
-        )
-        fig.update_xaxes(title_text="key", tickangle=-60, **ticks, row=1, col=column)
-        fig.update_yaxes(autorange="reversed", **ticks, row=1, col=column)
-    fig.update_yaxes(title_text="query", row=1, col=1)
-    fig.update_layout(
-        title=title, height=520, width=420 * len(names) + 160,
-        coloraxis={
-            "colorscale": SEQUENTIAL, "cmin": 0.0, "cmax": 1.0,
-            "colorbar": {"title": {"text": "attention probability", "side": "right"}},
-        },
-        **LAYOUT,
-    )  # fmt: skip
-    return fig
+    lines = textwrap.wrap(title, max(20, width // 9)) or [""]
+    small = textwrap.wrap(subtitle, max(20, width // 7))
+    text = "<br>".join(html.escape(line) for line in lines)
+    text += "".join(f"<br><sub>{html.escape(line)}</sub>" for line in small)
+    top = 24 * len(lines) + 20 * len(small) + room
+    return {
+        "title": {"text": text, "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 12}},
+        "margin": {**LAYOUT["margin"], "t": top + 16},
+        "width": width,
+        "height": 440 + top,
+    }
 
 
 def _largest(arrays: Sequence[np.ndarray]) -> float:

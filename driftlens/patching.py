@@ -183,7 +183,8 @@ class PatchResult:
                 run: {text: s.prob for text, s in getattr(self, run).scores.items()}
                 for run in ("original", "edited", "patched")
             },
-            title=f"{self.prompt!r}<br><sub>{self.direction}: {self.what}</sub>",
+            title=self.prompt,
+            subtitle=f"{self.direction}: {self.what}",
         )
 
     def __repr__(self) -> str:
@@ -301,11 +302,9 @@ class AttentionSweep:
             list(self.windows),
             np.array([r.prob - start for r in self.windows.values()]),
             everything=self.everything.prob - start,
-            title=(
-                f"{self.direction.capitalize()} attention ({self.exchange}): {self.prompt!r}"
-                f"<br><sub>P({answer!r}): original {self.original.prob:.4f}, edited "
-                f"{self.edited.prob:.4f}, all layers patched {self.everything.prob:.4f}</sub>"
-            ),
+            title=f"{self.direction.capitalize()} attention ({self.exchange}): {self.prompt}",
+            subtitle=f"P({answer}): original {self.original.prob:.4f}, edited "
+            f"{self.edited.prob:.4f}, all layers patched {self.everything.prob:.4f}",
             unit=f"change of P({answer})",
         )
 

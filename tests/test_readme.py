@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import driftlens as dl
+from driftlens.assets import survey_result
+from driftlens.experiments.survey import markdown
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -70,6 +72,13 @@ def test_calls_that_other_tools_rely_on(smollm2: dl.LensModel):
 def test_readme_links_exist():
     for target in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^":]+)"', README):
         assert (REPOSITORY / target).exists(), target
+
+
+def test_readme_shows_the_measured_averages():
+    result = survey_result("smollm2-135m")
+    assert result is not None
+    assert markdown(result) in README
+    assert result["command"] in README
 
 
 def test_readme_names_the_tests_and_the_demo():

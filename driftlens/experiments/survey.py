@@ -192,6 +192,21 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The mean probability of the answer by state and kind of prompt, as a Markdown table."""
+    kinds = result["kinds"]
+    heads = [f"{kind} ({content['prompts']} prompts)" for kind, content in kinds.items()]
+    lines = [f"| P(answer) | {' | '.join(heads)} |", "|---" * (1 + len(kinds)) + "|"]
+    for state in next(iter(kinds.values()))["states"]:
+        cells = []
+        for content in kinds.values():
+            values = content["states"][state]
+            low, high = values["answer_interval"]
+            cells.append(f"{values['answer']:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"| {state} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _mean_and_interval(
     groups: Sequence[Sequence[dict[str, Any]]], state: str, measure: str
 ) -> dict[str, Any]:
@@ -272,6 +287,8 @@ def main() -> None:
     try:
         facts = read_facts(asset("facts.jsonl"))[: options.facts]
         run(options.model, facts, options.out, options.gamma)
+        result = json.loads((options.out / f"survey-{options.model}.json").read_text("utf-8"))
+        sys.stdout.write(markdown(result) + "\n")
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
 
