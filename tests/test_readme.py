@@ -67,6 +67,9 @@ def test_calls_that_other_tools_rely_on(smollm2: dl.LensModel):
     drift = dl.measure_drift(model, edit, prompt, subject="The Eiffel Tower")
     assert drift.difference.shape == (1, 30, 9)
     assert len(drift.plot().data) == 3
+    sweep = dl.sweep_attention(model, edit, prompt, subject="The Eiffel Tower", answer="Egypt")
+    assert sweep.everything.prob == pytest.approx(result.patched.prob, rel=1e-3)
+    assert len(sweep.plot().data) >= 3
 
 
 def test_readme_links_exist():
