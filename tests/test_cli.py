@@ -138,7 +138,7 @@ def test_models_lists_and_inspects(monkeypatch, folder, capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["models", "no-such/model-xyz"], "cannot be loaded"),
+        (["models", "no such model"], "cannot be loaded"),
         (["drift", "--edit", "nowhere", "--prompt", "x"], "no edit in nowhere"),
         (["edit", "-p", "no slot", "-s", "a", "-t", "b", "-o", "{tmp}/o"], "0 slots"),
         (["edit", "-p", "{} is", "-s", "a", "-t", " ", "-o", "{tmp}/o"], "target_new is empty"),
