@@ -14,8 +14,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 install_import_hook("driftlens", "typechecking.check")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
-REPOSITORY = Path(__file__).parent.parent
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest):
+    """Tiny models run faster on one thread than on several; real ones do not."""
+    torch.set_num_threads(THREADS if request.node.get_closest_marker("real") else 1)
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,6 @@ from driftlens import drift as drift_module
 from driftlens.drift import resolve_query, subjects_of
 from driftlens.tokens import Span
 
-torch.set_num_threads(1)
-
 PROMPT = "The Eiffel Tower is in"
 SUBJECT = "Eiffel Tower"
 REQUEST = dl.EditRequest("The {} is in", SUBJECT, "Rome", "Paris")

@@ -25,8 +25,6 @@ import driftlens as dl
 from driftlens import interventions, models
 from driftlens.interventions import pattern_name, replace_heads, values_name, z_name
 
-torch.set_num_threads(1)
-
 PROMPT = "The Eiffel Tower is located in the city of"
 DOWN = {
     "gemma3": "model.layers.{}.mlp.down_proj.weight",

@@ -24,8 +24,6 @@ from driftlens import patching
 from driftlens.interventions import down_out_name, pattern_name, replace_heads, values_name
 from driftlens.patching import recovered_share
 
-torch.set_num_threads(1)
-
 PROMPT = "The Eiffel Tower is in"
 SUBJECT = "Eiffel Tower"
 REQUEST = dl.EditRequest("The {} is in", SUBJECT, "Rome", "Paris")

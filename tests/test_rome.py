@@ -27,8 +27,6 @@ from driftlens.editing.penalties import Sites
 from driftlens.errors import DataError, DriftLensError, EditError, ModelError, RequestError
 from driftlens.interventions import pattern_name
 
-torch.set_num_threads(1)
-
 ARCHITECTURES = ["gpt2", "gptj", "llama", "gemma3"]
 ENGINES = ["plain", "suffix"]
 LAYER = 1

@@ -15,8 +15,6 @@ from driftlens import scoring
 from driftlens.errors import RequestError, TokenError
 from driftlens.scoring import ContinuationScore, Question, ask, score_details, score_questions
 
-torch.set_num_threads(1)
-
 PROMPT = "The Eiffel Tower is located in the city of"
 TARGETS = ["Paris", "Rome", "New York", "in", "東京", "the capital of France, which is Paris."]
 KINDS = [("gpt2", False), ("llama", True), ("gemma3", False)]

@@ -23,8 +23,6 @@ from driftlens.editing.statistics import (
 )
 from driftlens.errors import DataError, EditError, ModelError
 
-torch.set_num_threads(1)
-
 TEXTS = [
     *tiny.TEXT,
     "Paris",

@@ -23,8 +23,6 @@ from driftlens.edits import RECORD_FILE, WEIGHTS_FILE
 from driftlens.errors import DataError, DriftLensError, EditError
 from driftlens.weights import DenseDelta, LowRankDelta, WeightStack, fingerprint, tensor_digest
 
-torch.set_num_threads(1)
-
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
