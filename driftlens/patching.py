@@ -433,8 +433,7 @@ class PatchExperiment:
             raise RequestError(f"A window of {width} layers does not fit.", f"Use 1 to {n_layers}.")
         windows = [(first, first + width - 1) for first in range(n_layers - width + 1)]
         places = _sweep_places(n_layers, n_heads, windows)
-        last = isinstance(queries, str) and queries == "last"
-        if last and self.engine != "plain" and self._suffix_is_exact():
+        if self._uses_suffix(queries):
             engine: Engine = "suffix"
             width_of_pass = self._ids.shape[1] - len(self.batch.questions[0].prompt) + 1
         else:
@@ -477,10 +476,13 @@ class PatchExperiment:
             raise RequestError(
                 "Key columns can be chosen for exchange='pattern' only.", "Leave columns out."
             )
+        suffix = self._uses_suffix(queries)
+        return self._run_patches(patches, queries, columns, exchange, suffix)
+
+    def _uses_suffix(self, queries: Queries) -> bool:
+        """Whether patches at these positions run over cached keys and values."""
         last = isinstance(queries, str) and queries == "last"
-        if last and self.engine != "plain" and self._suffix_is_exact():
-            return self._run_patches(patches, queries, columns, exchange, suffix=True)
-        return self._run_patches(patches, queries, columns, exchange, suffix=False)
+        return last and self.engine != "plain" and self._suffix_is_exact()
 
     def _suffix_is_exact(self) -> bool:
         """Whether patches over cached keys and values give what whole passes give.
@@ -503,7 +505,7 @@ class PatchExperiment:
                 warnings.warn(
                     f"{self.model.info.name} cannot reuse cached keys and values ({reason}); "
                     "patches run whole sequences, which is slower and gives the same result.",
-                    stacklevel=5,
+                    stacklevel=6,
                 )
             memo["suffix patching"] = exact
         return bool(memo["suffix patching"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from driftlens.errors import RequestError
-from driftlens.facts import SLOT, split_template
+from driftlens.facts import split_template
 from driftlens.models import LensModel
 
 SEED_WORDS = ("The", "Therefore", "Because", "I", "You")
@@ -98,8 +98,3 @@ def _sentence(model: LensModel, ids: list[int]) -> str:
     text = model.tokens.decode(ids)
     text = unicodedata.normalize("NFKD", text).replace("\n\n", " ")
     return f"{text}. "
-
-
-def template_of(context: Context) -> str:
-    """A context as people read it, with ``{}`` for the prompt."""
-    return context.before + SLOT + context.after
