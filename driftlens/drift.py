@@ -24,14 +24,15 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from driftlens import figures
 from driftlens.attention import head_name, row_kl
 from driftlens.edits import Edit, write_atomically
 from driftlens.errors import DataError, RequestError
-from driftlens.interventions import pattern_name
+from driftlens.interventions import Hook, pattern_name
 from driftlens.models import LensModel
+from driftlens.reuse import FullPass, choose_engine
 from driftlens.tokens import Encoded, Span
 
 PROMPTS_PER_BATCH = 16
@@ -290,9 +291,7 @@ def measure_drift(
         model.tokens.find_subject(e, s, occurrence) for e, s in zip(encoded, subjects, strict=True)
     ]
     queries = [resolve_query(e, query, span) for e, span in zip(encoded, spans, strict=True)]
-    original = _rows(model, encoded, queries)
-    with edit.applied(model):
-        edited = _rows(model, encoded, queries)
+    original, edited = _rows(model, edit, encoded, queries)
     return Drift(
         tuple(
             PromptDrift(e.text, tuple(model.tokens.labels(e)), span, q, before, after)
@@ -355,18 +354,52 @@ def resolve_query(encoded: Encoded, query: int, subject: Span) -> int:
     return position
 
 
-def _rows(model: LensModel, encoded: Sequence[Encoded], queries: Sequence[int]) -> list[np.ndarray]:
-    """Rows ``[layer, head, key]`` of each prompt at its query, keys cut at its length."""
-    names = [pattern_name(layer) for layer in range(model.info.n_layers)]
-    rows: list[np.ndarray] = []
+def _rows(
+    model: LensModel, edit: Edit, encoded: Sequence[Encoded], queries: Sequence[int]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Rows ``[layer, head, key]`` of each prompt at its query, original and edited.
+
+    Keys are cut at the prompt's length. What the edit cannot change is computed once.
+    """
+    reuses = choose_engine(model, None) == "suffix"
+    lowest = edit.lowest_layer(model) if reuses else None
+    original: list[np.ndarray] = []
+    edited: list[np.ndarray] = []
     for start in range(0, len(encoded), PROMPTS_PER_BATCH):
         batch = encoded[start : start + PROMPTS_PER_BATCH]
-        seen = model.record(model.tokens.pad([e.ids for e in batch]), names)
-        for i, e in enumerate(batch):
-            query = queries[start + i]
-            stack = torch.stack([seen[n][i, :, query, : len(e)].float().cpu() for n in names])
-            rows.append(stack.numpy())
-    return rows
+        at = torch.tensor(queries[start : start + len(batch)])
+        rows = [e.ids for e in batch]
+        before: dict[int, torch.Tensor] = {}
+        after: dict[int, torch.Tensor] = {}
+        if lowest is None:
+            for store, state in ((before, nullcontext()), (after, edit.applied(model))):
+                with state, torch.no_grad():
+                    ids = model.tokens.pad(rows)
+                    model.run(ids, _taking_rows(model, store, at), stop_at=model.top)
+        else:
+            base = FullPass(model, rows, [lowest], hooks=_taking_rows(model, before, at))
+            with edit.applied(model):
+                base.rerun(lowest, hooks=_taking_rows(model, after, at))
+        for found, rows_of in ((original, before), (edited, {**before, **after})):
+            for i, e in enumerate(batch):
+                stack = [rows_of[layer][i, :, : len(e)] for layer in range(model.info.n_layers)]
+                found.append(torch.stack(stack).numpy())
+    return original, edited
+
+
+def _taking_rows(
+    model: LensModel, store: dict[int, torch.Tensor], queries: Int[torch.Tensor, " batch"]
+) -> list[Hook]:
+    """Hooks that record one attention row of each head, by layer."""
+
+    def take(layer: int) -> Hook:
+        def hook_fn(pattern: torch.Tensor, hook: Any) -> None:
+            at = queries.to(pattern.device)
+            store[layer] = pattern[torch.arange(len(at), device=at.device), :, at].float().cpu()
+
+        return pattern_name(layer), hook_fn
+
+    return [take(layer) for layer in range(model.info.n_layers)]
 
 
 def _mass(rows: np.ndarray, span: Span) -> np.ndarray:

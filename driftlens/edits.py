@@ -88,6 +88,11 @@ class Edit:
         finally:
             model.weights.pop(ticket)
 
+    def lowest_layer(self, model: LensModel) -> int | None:
+        """The lowest layer whose weights it changes; ``None`` if it changes any outside them."""
+        layers = [model.layer_of(name) for name in self.deltas]
+        return None if None in layers else min(layer for layer in layers if layer is not None)
+
     def check_not_active(self, model: LensModel) -> None:
         """Refuse a model to which this very edit is applied now.
 

@@ -45,58 +45,73 @@ def down_out_name(layer: int) -> str:
     return f"blocks.{layer}.mlp.out.hook_out"
 
 
-Rows = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-"""Attention ``[batch, head, query, key]`` to use, or a function of the model's own."""
+Rows = torch.Tensor | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Attention ``[source, head, query, key]`` to use, or a function of the model's own, and of
+which sequences of the batch that is."""
 
 
 def replace_heads(
     layer: int,
     where: Bool[torch.Tensor, "batch head query"],
     pattern: Rows,
-    values: Float[torch.Tensor, "batch key kv_head d_head"] | None = None,
+    values: Float[torch.Tensor, "source key kv_head d_head"] | None = None,
     own_pattern: torch.Tensor | None = None,
     past_values: torch.Tensor | None = None,
 ) -> list[Hook]:
     """Hooks that recompute the output of chosen heads at chosen query positions.
 
+    What is to be used may be given for fewer sequences than the batch has; they are then
+    repeated: sequence ``i`` of the batch uses number ``i % source``.
+
     Args:
         layer: Which block.
         where: The (head, query) pairs to replace, for each sequence of the batch.
-        pattern: Attention to use there, or a function from the model's own attention in this
-            very pass to what to use.
+        pattern: Attention to use there, ``[source, head, query, key]``, or a function from the
+            model's own attention in this very pass, and the numbers of the sequences that it
+            is of, to what to use.
         values: Values to use there; ``None`` keeps the model's own. Other heads and query
             positions keep reading the model's own values.
         own_pattern: The model's own attention, for models that deliver it too late for a
             function of it (see ``LensModel.pattern_comes_first``).
-        past_values: The model's own values of cached positions, which a pass over the rest
-            does not compute.
+        past_values: The model's own values of cached positions, ``[source, key, kv_head,
+            d_head]``, which a pass over the rest does not compute.
     """
     seen: dict[str, torch.Tensor] = {}
     hooks: list[Hook] = []
+    # Only the touched sequences are computed: in a sweep they are few.
+    touched = where.flatten(1).any(1).nonzero()[:, 0]
+
+    def of_touched(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[touched.to(tensor.device) % tensor.shape[0]]
 
     if values is None:
 
         def see_values(tensor: torch.Tensor, hook: Any) -> None:
-            seen["values"] = (
-                tensor if past_values is None else torch.cat([past_values, tensor], dim=1)
-            )
+            own = of_touched(tensor)
+            if past_values is not None:
+                own = torch.cat([of_touched(past_values).to(own), own], dim=1)
+            seen["values"] = own
 
         hooks.append((values_name(layer), see_values))
     if callable(pattern) and own_pattern is None:
 
         def see_pattern(tensor: torch.Tensor, hook: Any) -> None:
-            seen["pattern"] = tensor
+            seen["pattern"] = of_touched(tensor)
 
         hooks.append((pattern_name(layer), see_pattern))
 
     def write_z(z: torch.Tensor, hook: Any) -> torch.Tensor:
-        used_values = seen["values"] if values is None else values.to(z)
-        rows = pattern
-        if callable(rows):
-            rows = rows(seen["pattern"] if own_pattern is None else own_pattern)
+        used_values = seen["values"] if values is None else of_touched(values).to(z)
+        if callable(pattern):
+            own = seen["pattern"] if own_pattern is None else of_touched(own_pattern)
+            rows = pattern(own, touched)
+        else:
+            rows = of_touched(pattern)
         mixed = mix_heads(rows.to(z), used_values)
-        chosen = where.to(z.device).transpose(1, 2).unsqueeze(-1)
-        return torch.where(chosen, mixed, z)
+        at = touched.to(z.device)
+        chosen = where[touched].to(z.device).transpose(1, 2).unsqueeze(-1)
+        new = torch.where(chosen, mixed, z[at])
+        return new if len(at) == len(z) else z.index_copy(0, at, new)
 
     hooks.append((z_name(layer), write_z))
     return hooks

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,6 +120,7 @@ class LensModel:
         )
         self.pattern_comes_first = True
         self.gathers_before_unembed = True
+        self.writes_directly: frozenset[int] = frozenset()
         self.memo: dict[Any, Any] = {}
 
     @property
@@ -131,6 +132,11 @@ class LensModel:
     def device(self) -> torch.device:
         """Where inputs go."""
         return next(self.hf_model.parameters()).device
+
+    @property
+    def top(self) -> str | None:
+        """The hook before the unembedding, where passes end that need no logits."""
+        return "unembed.hook_in" if self.gathers_before_unembed else None
 
     def __repr__(self) -> str:
         i = self.info
@@ -181,6 +187,17 @@ class LensModel:
             )
         return found
 
+    def layer_of(self, name: str) -> int | None:
+        """The layer that a parameter belongs to; ``None`` if it belongs to none."""
+        if "layer of" not in self.memo:
+            self.memo["layer of"] = {
+                id(parameter): layer
+                for layer, block in enumerate(self.bridge.blocks)
+                for parameter in block.parameters()
+            }
+        found: int | None = self.memo["layer of"].get(id(self.weights.parameters.get(name)))
+        return found
+
     def fingerprint(self) -> str:
         """SHA-256 of the weights without any active edit."""
         stack = self.weights
@@ -190,8 +207,8 @@ class LensModel:
         self,
         ids: Int[torch.Tensor, "batch pos"],
         hooks: Sequence[Hook] = (),
-        at: Int[torch.Tensor, "batch chosen"] | None = None,
-        stop_after: int | None = None,
+        at: Int[torch.Tensor, "runs chosen"] | None = None,
+        stop_at: str | None = None,
         **options: Any,
     ) -> torch.Tensor:
         """One forward pass.
@@ -200,56 +217,45 @@ class LensModel:
             ids: Token ids, padded on the right; causal attention never looks there, so no
                 mask is needed.
             hooks: (hook name, function) pairs, active during this pass only.
-            at: Positions whose logits are wanted, for each sequence; ``None`` for all. The
-                unembedding, the most expensive matrix of small models, runs only there.
-            stop_after: Layer after which the pass ends.
+            at: Positions whose logits are wanted, for each sequence (``runs`` is more than
+                ``batch`` if hooks let copies join); ``None`` for all. The unembedding, the
+                most expensive matrix of small models, runs only there.
+            stop_at: Name of a hook at which the pass ends, after all other hooks there.
             options: Passed on to the model, e.g. ``position_ids`` and ``past_key_values``.
 
         Returns:
-            Logits ``[batch, chosen or pos, d_vocab]``, or nothing meaningful if stopped.
+            Logits ``[batch, chosen or pos, d_vocab]``, with no position if stopped.
         """
         hooks = list(hooks)
         if at is not None and self.gathers_before_unembed:
             hooks.append(("unembed.hook_in", _gather_hook(at)))
-        stop = None if stop_after is None else stop_after + 1
-        if stop is not None and stop >= self.info.n_layers:
-            stop = None
+        if stop_at is not None:
+            hooks.append((stop_at, _stop))
         options.setdefault("use_cache", "past_key_values" in options)
-        with self.bridge.hooks(fwd_hooks=hooks):
-            logits = self.bridge(
-                ids.to(self.device), return_type="logits", stop_at_layer=stop, **options
-            )
-        if at is not None and stop is None and not self.gathers_before_unembed:
+        try:
+            with self.bridge.hooks(fwd_hooks=hooks):
+                logits = self.bridge(ids.to(self.device), return_type="logits", **options)
+        except _Stopped:
+            return torch.empty(ids.shape[0], 0, self.info.d_vocab)
+        if at is not None and not self.gathers_before_unembed:
             logits = _gather(logits, at)
         return logits
-
-    def run_with_kv_cache(
-        self, ids: Int[torch.Tensor, "batch pos"], **options: Any
-    ) -> tuple[torch.Tensor, Any]:
-        """Logits of the last position, and keys and values of all positions and layers."""
-        last = torch.full((ids.shape[0], 1), ids.shape[1] - 1)
-        hooks = [("unembed.hook_in", _gather_hook(last))] if self.gathers_before_unembed else []
-        with self.bridge.hooks(fwd_hooks=hooks):
-            logits, cache = self.bridge(
-                ids.to(self.device), return_type="logits_and_cache", use_cache=True, **options
-            )
-        return logits[:, -1:], cache
 
     def record(
         self,
         ids: Int[torch.Tensor, "batch pos"],
         names: Sequence[str],
         hooks: Sequence[Hook] = (),
-        stop_after: int | None = None,
+        stop_at: str | None = None,
     ) -> dict[str, torch.Tensor]:
         """Activations by hook name, from one pass without gradients.
 
-        ``hooks`` act in the same pass; what is recorded is what they leave.
+        ``hooks`` act in the same pass; what is recorded is what they leave. The pass ends at
+        the hook ``stop_at``, by default before the unembedding.
         """
         store: dict[str, torch.Tensor] = {}
         with torch.no_grad():
-            unneeded = torch.zeros(ids.shape[0], 1, dtype=torch.long)
-            self.run(ids, [*hooks, *recording(store, names)], at=unneeded, stop_after=stop_after)
+            self.run(ids, [*hooks, *recording(store, names)], stop_at=stop_at or self.top)
         missing = [name for name in names if name not in store]
         if missing:
             raise ModelError(f"{self.info.name} did not deliver the activation {missing[0]!r}.")
@@ -665,8 +671,9 @@ def probe_interventions(model: LensModel) -> None:
     For each layer: replacing every attention row by itself must leave the logits where they
     are, replacing it by a uniform causal row must move them, and adding to the
     down-projection's output must move them. This also proves that the recorded pattern and
-    values are what the model really computes with. Sets ``model.pattern_comes_first`` and
-    ``model.gathers_before_unembed``.
+    values are what the model really computes with. Sets ``model.pattern_comes_first``,
+    ``model.gathers_before_unembed`` and ``model.writes_directly`` (the layers whose
+    down-projection's output reaches the next layer unchanged, without a norm in between).
 
     Raises:
         ModelError: Naming the layer and what does not act.
@@ -686,7 +693,9 @@ def probe_interventions(model: LensModel) -> None:
 
     try:
         with torch.no_grad():
-            base = model.run(ids, [noting(n, fn) for n, fn in recording(store, names)])
+            downs = [y for y in range(n_layers) if _has_down(model, y)]
+            around = recording(store, _around_down(downs, n_layers))
+            base = model.run(ids, [*around, *(noting(n, fn) for n, fn in recording(store, names))])
     except Exception as error:
         raise ModelError(
             f"{model.info.name} cannot be intervened on: a probing pass failed ({error})."
@@ -702,20 +711,48 @@ def probe_interventions(model: LensModel) -> None:
     cases: list[tuple[int, str]] = []
     for layer in range(n_layers):
         cases += [(layer, "self"), (layer, "uniform")]
-        down = _down_projection(model.bridge, model.weights.parameters, layer)
-        if isinstance(down, DownProjection):
+        if layer in downs:
             cases.append((layer, "down"))
     moved: dict[tuple[int, str], float] = {}
+    direct: set[int] = set()
     for start in range(0, len(cases), PROBE_ROWS):
         batch = cases[start : start + PROBE_ROWS]
         hooks: list[Hook] = []
+        seen: dict[str, torch.Tensor] = {}
         for row, (layer, kind) in enumerate(batch):
             hooks += _probe_hooks(store, len(batch), row, layer, kind)
+        pushes = {row: layer for row, (layer, kind) in enumerate(batch) if kind == "down"}
+        hooks += recording(seen, _around_down(pushes.values(), n_layers))
         with torch.no_grad():
             logits = model.run(ids.expand(len(batch), -1), hooks)
+        for row, layer in pushes.items():
+            two = _around_down([layer], n_layers)
+            moves = [seen[name][row] - store[name][0] for name in two]
+            if len(moves) == 2 and _adds_up(*moves):
+                direct.add(layer)
         for row, case in enumerate(batch):
             moved[case] = float((logits[row] - base[0]).abs().max())
     _judge_probe(model, base, moved)
+    model.writes_directly = frozenset(direct)
+
+
+def _has_down(model: LensModel, layer: int) -> bool:
+    found = _down_projection(model.bridge, model.weights.parameters, layer)
+    return isinstance(found, DownProjection)
+
+
+def _around_down(layers: Iterable[int], n_layers: int) -> list[str]:
+    """Hooks at the down-projection's output, and at the next layer's input where there is one."""
+    after = [f"blocks.{layer + 1}.hook_in" for layer in layers if layer + 1 < n_layers]
+    return [*(down_out_name(layer) for layer in layers), *after]
+
+
+def _adds_up(pushed: torch.Tensor, moved: torch.Tensor) -> bool:
+    """Whether what was added in one place arrived in the other as it was."""
+    if pushed.shape != moved.shape:
+        return False
+    error = (pushed - moved).abs().max()
+    return bool(error <= relative_tolerance(pushed.dtype) * pushed.abs().max())
 
 
 def _probe_gathering(model: LensModel, ids: torch.Tensor, base: torch.Tensor) -> None:
@@ -786,6 +823,14 @@ def _judge_probe(model: LensModel, base: torch.Tensor, moved: dict[tuple[int, st
 def relative_tolerance(dtype: torch.dtype) -> float:
     """Relative error that rounding alone may cause in logits."""
     return 2e-4 if dtype in (torch.float32, torch.float64) else 5e-2
+
+
+class _Stopped(Exception):
+    """Ends a pass whose rest nobody needs."""
+
+
+def _stop(tensor: torch.Tensor, hook: Any) -> None:
+    raise _Stopped
 
 
 def _gather(tensor: torch.Tensor, at: Int[torch.Tensor, "batch chosen"]) -> torch.Tensor:

@@ -27,7 +27,6 @@ An answer of several tokens is read by teacher forcing; each of its tokens is pr
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -55,9 +54,9 @@ from driftlens.interventions import (
     replace_heads,
     values_name,
 )
-from driftlens.models import LensModel, recording, relative_tolerance
+from driftlens.models import LensModel, recording
+from driftlens.reuse import Engine, FullPass, SuffixRunner, budget, choose_engine, in_batches
 from driftlens.scoring import ContinuationScore, Question, QuestionBatch, ask
-from driftlens.suffix import Engine, SuffixRunner
 from driftlens.tokens import Span
 
 Direction = Literal["restore", "contaminate"]
@@ -66,8 +65,6 @@ Component = Literal["attn_out", "mlp_out", "resid"]
 Measure = Literal["prob", "logprob"]
 Queries = Literal["last", "all"] | int | Iterable[int]
 Columns = Literal["subject_last", "subject"] | int | Iterable[int] | None
-SWEEP_TOKENS_PER_BATCH = 2048
-"""Positions per pass of a sweep; bounds memory, does not change results."""
 
 
 # --- results -------------------------------------------------------------------------------
@@ -136,6 +133,8 @@ class PatchResult:
             ``"contaminate"``: the reverse.
         prompt: The prompt.
         what: What was exchanged, in words.
+        engine: ``"suffix"``: the patched pass ran only what the patch can change; ``"plain"``:
+            the whole sequence.
     """
 
     original: Readout
@@ -144,6 +143,7 @@ class PatchResult:
     direction: Direction
     prompt: str
     what: str
+    engine: Engine = "plain"
 
     @property
     def recovered_share(self) -> float:
@@ -211,8 +211,8 @@ class AttentionSweep:
         direction: As in :class:`PatchResult`.
         exchange: What was exchanged.
         prompt: The prompt.
-        engine: ``"suffix"``: each patch was a pass over the last token alone, with cached keys
-            and values; ``"plain"``: over the whole sequence.
+        engine: ``"suffix"``: each patch ran only what it can change; ``"plain"``: each was a
+            pass over the whole sequence.
     """
 
     original: Readout
@@ -333,9 +333,9 @@ class PatchExperiment:
         direction: ``"restore"`` or ``"contaminate"``.
         compare: Further texts to read; by default the edit's new target.
         occurrence: Which occurrence of the subject, 0 the first.
-        engine: ``"suffix"`` computes what lies left of the last prompt token once and runs each
-            patch of ``queries="last"`` over the rest; ``"plain"`` runs whole sequences;
-            ``None`` takes the former wherever it is exact.
+        engine: ``"suffix"`` computes what a patch cannot change once, and runs each patch over
+            the rest: the layers from its lowest one up, the positions from its first one on;
+            ``"plain"`` runs whole sequences; ``None`` takes the former wherever it is exact.
 
     Raises:
         RequestError: If an option does not exist.
@@ -362,7 +362,7 @@ class PatchExperiment:
         self.edit = edit
         self.prompt = prompt
         self.direction: Direction = direction
-        self.engine = engine
+        self.engine: Engine = choose_engine(model, engine)
         self.batch = QuestionBatch.of(_questions(model, edit, prompt, answer, compare))
         self._subject = None if subject is None else subjects_of(edit, subject, 1)[0]
         self._occurrence = occurrence
@@ -370,10 +370,10 @@ class PatchExperiment:
             self._span()
         self._ids = self.batch.ids(model)
         self._recorded: dict[str, torch.Tensor] = {}
-        self._runner: SuffixRunner | None = None
-        attention = [f(y) for y in range(model.info.n_layers) for f in (pattern_name, values_name)]
-        self.original = self._baseline(edited=False, names=attention)
-        self.edited = self._baseline(edited=True, names=attention)
+        self._recorded_from = len(self.batch.questions[0].prompt) - 1
+        self._runner: tuple[int, SuffixRunner] | None = None
+        self._target_pass: FullPass | None = None
+        self.original, self.edited = self._baselines()
 
     # --- patches ---
 
@@ -407,13 +407,17 @@ class PatchExperiment:
         if missing:
             with self._source():
                 self._recorded.update(self.model.record(self._ids, missing))
+        width = self._ids.shape[1]
         where = torch.stack(
-            [_where(self.model, self.batch.row_question(row), self._ids.shape[1], [0], queries)[0]
-             for row in range(len(self.batch.rows))]
-        )  # fmt: skip
-        hooks = [replace_activation(name, where, self._recorded[name]) for name in names]
-        with self._target(), torch.no_grad():
-            logits = self.model.run(self._ids, hooks, at=self.batch.at())
+            [
+                _where(self.model, self.batch.row_question(row), width, [0], queries)[0]
+                for row in range(len(self.batch.rows))
+            ]
+        )
+        start = self._first_position(queries)
+        new = {name: self._recorded[name][:, start:] for name in names}
+        hooks = [replace_activation(name, where[:, start:], new[name]) for name in names]
+        logits = self._run(hooks, start, joins=[chosen[0]])
         what = f"{component} of {_layers_in_words(self.model, chosen)}, {_in_words(queries)}"
         return self._result(self._readout(self.batch.read(logits)), what)
 
@@ -433,20 +437,19 @@ class PatchExperiment:
             raise RequestError(f"A window of {width} layers does not fit.", f"Use 1 to {n_layers}.")
         windows = [(first, first + width - 1) for first in range(n_layers - width + 1)]
         places = _sweep_places(n_layers, n_heads, windows)
-        if self._uses_suffix(queries):
-            engine: Engine = "suffix"
-            width_of_pass = self._ids.shape[1] - len(self.batch.questions[0].prompt) + 1
-        else:
-            engine, width_of_pass = "plain", self._ids.shape[1]
-        # Keys and values of the copies take memory too, a tenth of a position's worth or less.
-        cost = len(self.batch.rows) * (width_of_pass + self._ids.shape[1] // 10)
-        size = max(1, SWEEP_TOKENS_PER_BATCH // cost)
-        readouts: list[Readout] = []
+        # Patches that join the pass at the same layer stand together, so that none is early.
+        order = sorted(range(len(places)), key=lambda i: places[i][0])
+        size = self._patches_per_pass(self._first_position(queries))
+        found: list[Readout] = []
         with tqdm(total=len(places), desc="patching", unit="patch", disable=not progress) as bar:
-            for start in range(0, len(places), size):
-                chunk = places[start : start + size]
-                readouts += self._attention(chunk, queries, columns, exchange)
-                bar.update(len(chunk))
+            for readouts in in_batches(
+                [places[i] for i in order],
+                size,
+                lambda chunk: self._attention(chunk, queries, columns, exchange),
+            ):
+                found += readouts
+                bar.update(len(readouts))
+        readouts = [readout for _, readout in sorted(zip(order, found, strict=True), key=_number)]
         n = n_layers * n_heads
         return AttentionSweep(
             original=self.original,
@@ -458,7 +461,7 @@ class PatchExperiment:
             direction=self.direction,
             exchange=exchange,
             prompt=self.prompt,
-            engine=engine,
+            engine=self.engine,
         )
 
     # --- how they are run ---
@@ -470,155 +473,173 @@ class PatchExperiment:
         columns: Columns,
         exchange: Exchange,
     ) -> list[Readout]:
-        """Several patches in one pass: each patch is a copy of the batch."""
+        """Several patches in one pass, each on a copy of the batch, by ascending lowest layer."""
         _check_choice("exchange", exchange, Exchange)
         if columns is not None and exchange != "pattern":
             raise RequestError(
                 "Key columns can be chosen for exchange='pattern' only.", "Leave columns out."
             )
-        suffix = self._uses_suffix(queries)
-        return self._run_patches(patches, queries, columns, exchange, suffix)
-
-    def _uses_suffix(self, queries: Queries) -> bool:
-        """Whether patches at these positions run over cached keys and values."""
-        last = isinstance(queries, str) and queries == "last"
-        return last and self.engine != "plain" and self._suffix_is_exact()
-
-    def _suffix_is_exact(self) -> bool:
-        """Whether patches over cached keys and values give what whole passes give.
-
-        Shown once for each model, on a patch of all layers.
-        """
-        memo = self.model.memo
-        if "suffix patching" not in memo:
-            places = [_all_places(self.model)]
-            found: list[Readout] = []
-            try:
-                for suffix in (False, True):
-                    found += self._run_patches(places, "last", None, "pattern", suffix)
-                gap = abs(found[0].logprob - found[1].logprob)
-                reason = f"log-probabilities differ by {gap:.2g}"
-                exact = gap <= 100 * relative_tolerance(getattr(torch, self.model.info.dtype))
-            except Exception as error:
-                exact, reason = False, f"{type(error).__name__}: {error}"
-            if not exact:
-                warnings.warn(
-                    f"{self.model.info.name} cannot reuse cached keys and values ({reason}); "
-                    "patches run whole sequences, which is slower and gives the same result.",
-                    stacklevel=6,
-                )
-            memo["suffix patching"] = exact
-        return bool(memo["suffix patching"])
-
-    def _run_patches(
-        self,
-        patches: Sequence[Sequence[tuple[int, int]]],
-        queries: Queries,
-        columns: Columns,
-        exchange: Exchange,
-        suffix: bool,
-    ) -> list[Readout]:
-        """Several patches in one pass, over whole sequences or from the last prompt token on."""
+        start = self._first_position(queries)
+        self._ensure_recorded(start)
         rows, width = len(self.batch.rows), self._ids.shape[1]
+        joins = [min(y for y, _ in places) if self._reuses else 0 for places in patches]
         where: dict[int, torch.Tensor] = {}
         for copy, places in enumerate(patches):
             for layer in sorted({y for y, _ in places}):
                 heads = [x for y, x in places if y == layer]
                 if layer not in where:
-                    shape = (len(patches) * rows, self.model.info.n_heads, width)
+                    joined = sum(join <= layer for join in joins)
+                    shape = (joined * rows, self.model.info.n_heads, width)
                     where[layer] = torch.zeros(shape, dtype=torch.bool)
                 for row in range(rows):
                     question = self.batch.row_question(row)
                     chosen = _where(self.model, question, width, heads, queries)
                     where[layer][copy * rows + row] = chosen
         mask = self._column_mask(columns, width)
-        at = self.batch.at().repeat(len(patches), 1)
         with self._target(), torch.no_grad():
-            if suffix:
-                start = len(self.batch.questions[0].prompt) - 1
-                runner = self._suffix_runner(start)
-                hooks = self._hooks(where, exchange, mask, len(patches), start, runner)
-                logits = runner.run(hooks, at - start, len(patches))
-            else:
-                hooks = self._hooks(where, exchange, mask, len(patches))
-                logits = self.model.run(self._ids.repeat(len(patches), 1), hooks, at=at)
+            hooks = self._hooks(where, exchange, mask, joins, start)
+        logits = self._run(hooks, start, joins)
         return [
             self._readout(self.batch.read(logits[copy * rows : (copy + 1) * rows]))
             for copy in range(len(patches))
         ]
 
-    def _suffix_runner(self, start: int) -> SuffixRunner:
-        """The target's keys and values left of the last prompt token, computed once."""
-        if self._runner is None:
+    @property
+    def _reuses(self) -> bool:
+        return self.engine == "suffix"
+
+    def _first_position(self, queries: Queries) -> int:
+        """Where passes start: the first patched position, or the last prompt token before it."""
+        if not self._reuses:
+            return 0
+        questions = [self.batch.row_question(row) for row in range(len(self.batch.rows))]
+        return min(p for q in questions for p in (*_positions(q, queries), len(q.prompt) - 1))
+
+    def _patches_per_pass(self, start: int) -> int:
+        """How many patches fit into the memory that a pass may take."""
+        info, rows, keys = self.model.info, len(self.batch.rows), self._ids.shape[1]
+        answer = self.batch.at().shape[1]
+        d_mlp = 4 * info.d_model
+        floats = (keys - start) * (14 * info.d_model + 4 * d_mlp + 3 * info.n_heads * keys)
+        floats += 4 * keys * (info.n_heads + info.n_kv_heads) * info.d_head
+        floats += 3 * answer * info.d_vocab
+        return max(1, budget(self.model) // (rows * floats * 4))
+
+    def _run(self, hooks: Sequence[Hook], start: int, joins: Sequence[int]) -> torch.Tensor:
+        """Logits where the answers are predicted, ``[copies * rows, answer, d_vocab]``."""
+        at = self.batch.at().repeat(len(joins), 1)
+        with self._target(), torch.no_grad():
+            if self._reuses:
+                return self._suffix(start).run(hooks, at - start, joins)
+            return self.model.run(self._ids.repeat(len(joins), 1), hooks, at=at)
+
+    def _suffix(self, start: int) -> SuffixRunner:
+        """Passes of the target from a position on."""
+        if self._runner is None or self._runner[0] != start:
+            assert self._target_pass is not None
             starts = [start] * len(self.batch.rows)
-            self._runner = SuffixRunner(self.model, self.batch.rows, starts, first_layer=0)
-        return self._runner
+            self._runner = start, SuffixRunner(self._target_pass, starts)
+        return self._runner[1]
 
     def _hooks(
         self,
         where: dict[int, Bool[torch.Tensor, "batch head query"]],
         exchange: Exchange,
         columns: Bool[torch.Tensor, " key"] | None,
-        copies: int,
-        start: int = 0,
-        runner: SuffixRunner | None = None,
+        joins: Sequence[int],
+        start: int,
     ) -> list[Hook]:
-        """Hooks of a whole patch, in ascending order of layers.
+        """Hooks of whole patches, in ascending order of layers.
 
         Where a patch needs the running model's own attention (values only, key columns) and
         the architecture delivers it too late, it is recorded beforehand, layer by layer, each
         time with the patches of the layers below in place.
-
-        Args:
-            start: First query position of the pass.
-            runner: Of a pass over cached keys and values.
         """
         needs_own = exchange == "values" or columns is not None
         hooks: list[Hook] = []
         for layer in sorted(where):
-            past = None if runner is None else runner.past_values(layer, copies)
-            # Sliding-window layers keep only the last keys.
-            keys = (
-                self._ids.shape[1] if past is None else past.shape[1] + self._ids.shape[1] - start
-            )
             own = None
             if needs_own and not self.model.pattern_comes_first:
-                own = self._own_pattern(layer, hooks, copies, runner)
-            values = None
-            if exchange != "pattern":
-                values = self._recorded[values_name(layer)][:, -keys:].repeat(copies, 1, 1, 1)
-            rows = self._recorded[pattern_name(layer)][:, :, start:, -keys:]
-            mask = None if columns is None else columns[-keys:]
+                own = self._own_pattern(layer, hooks, joins, start)
+            rows = self._recorded[pattern_name(layer)][:, :, start - self._recorded_from :]
             hooks += replace_heads(
                 layer,
                 where[layer][:, :, start:],
-                _rows_to_use(rows.repeat(copies, 1, 1, 1), exchange, mask),
-                values,
+                _rows_to_use(rows, exchange, columns),
+                None if exchange == "pattern" else self._recorded[values_name(layer)],
                 own,
-                past,
+                self._suffix(start).past_values(layer) if self._reuses else None,
             )
         return hooks
 
     def _own_pattern(
-        self, layer: int, hooks: Sequence[Hook], copies: int, runner: SuffixRunner | None
+        self, layer: int, hooks: Sequence[Hook], joins: Sequence[int], start: int
     ) -> torch.Tensor:
         """The running model's attention in one layer, with the given patches in place."""
         name = pattern_name(layer)
-        if runner is None:
-            ids = self._ids.repeat(copies, 1)
-            return self.model.record(ids, [name], hooks, stop_after=layer)[name]
+        if not self._reuses:
+            ids = self._ids.repeat(len(joins), 1)
+            return self.model.record(ids, [name], hooks, stop_at=name)[name]
         store: dict[str, torch.Tensor] = {}
-        nowhere = torch.zeros(copies * len(self.batch.rows), 1, dtype=torch.long)
-        runner.run([*hooks, *recording(store, [name])], nowhere, copies, stop_after=layer)
+        joined = [join for join in joins if join <= layer]
+        self._suffix(start).run([*hooks, *recording(store, [name])], joins=joined, stop_at=name)
         return store[name]
 
-    def _baseline(self, edited: bool, names: Sequence[str]) -> Readout:
-        """The answers of one model, unpatched; the source's attention is recorded on the way."""
-        is_source = edited == (self.direction == "contaminate")
-        hooks = recording(self._recorded, names) if is_source else []
-        with self._applied(edited), torch.no_grad():
-            logits = self.model.run(self._ids, hooks, at=self.batch.at())
-        return self._readout(self.batch.read(logits))
+    def _baselines(self) -> tuple[Readout, Readout]:
+        """The answers of both models, unpatched, and whatever patches can reuse of these runs.
+
+        What the edit cannot change, the layers below it, is computed once.
+        """
+        model, at = self.model, self.batch.at()
+        every = range(model.info.n_layers)
+        lowest = self.edit.lowest_layer(model) if self._reuses else None
+        source_is_edited = self.direction == "contaminate"
+        taken = self._taking(every, self._recorded_from)
+        if not self._reuses:
+            with torch.no_grad():
+                original = model.run(self._ids, [] if source_is_edited else taken, at=at)
+                with self._applied(True):
+                    edited = model.run(self._ids, taken if source_is_edited else [], at=at)
+            return self._readout(self.batch.read(original)), self._readout(self.batch.read(edited))
+        shared = [] if lowest is None else every[: lowest + 1]
+        before = FullPass(
+            model,
+            self.batch.rows,
+            every if source_is_edited else shared,
+            at,
+            self._taking(every[:lowest], self._recorded_from) if source_is_edited else taken,
+        )
+        hooks = taken if source_is_edited else []
+        enters = [] if source_is_edited else every
+        with self._applied(True):
+            if lowest is None:
+                after = FullPass(model, self.batch.rows, enters, at, hooks)
+            else:
+                after = before.rerun(lowest, enters, at, hooks)
+        self._target_pass = before if source_is_edited else after
+        logits = before.logits, after.logits
+        return self._readout(self.batch.read(logits[0])), self._readout(self.batch.read(logits[1]))
+
+    def _taking(self, layers: Iterable[int], start: int) -> list[Hook]:
+        """Hooks that record attention: all values, and the rows from a position on."""
+
+        def keep(name: str, first: int) -> Hook:
+            def hook_fn(tensor: torch.Tensor, hook: Any) -> None:
+                self._recorded[name] = tensor[:, :, first:].clone() if first else tensor
+
+            return name, hook_fn
+
+        return [
+            hook for y in layers for hook in (keep(pattern_name(y), start), keep(values_name(y), 0))
+        ]
+
+    def _ensure_recorded(self, start: int) -> None:
+        """Have the source's attention rows from a position on."""
+        if start < self._recorded_from:
+            hooks = self._taking(range(self.model.info.n_layers), start)
+            with self._source(), torch.no_grad():
+                self.model.run(self._ids, hooks, stop_at=self.model.top)
+            self._recorded_from = start
 
     def _applied(self, edited: bool) -> AbstractContextManager[Any]:
         return self.edit.applied(self.model) if edited else nullcontext()
@@ -659,7 +680,9 @@ class PatchExperiment:
         return Readout(texts[0], dict(zip(texts, scores, strict=True)))
 
     def _result(self, patched: Readout, what: str) -> PatchResult:
-        return PatchResult(self.original, self.edited, patched, self.direction, self.prompt, what)
+        return PatchResult(
+            self.original, self.edited, patched, self.direction, self.prompt, what, self.engine
+        )
 
 
 def patch_attention(
@@ -801,17 +824,22 @@ def _sweep_places(
     return [*one_head, *whole, *several, [p for row in whole for p in row]]
 
 
-def _all_places(model: LensModel) -> list[tuple[int, int]]:
-    return [(y, x) for y in range(model.info.n_layers) for x in range(model.info.n_heads)]
+def _number(pair: tuple[int, Readout]) -> int:
+    return pair[0]
 
 
 def _rows_to_use(rows: torch.Tensor, exchange: Exchange, columns: torch.Tensor | None) -> Rows:
     """The attention to use: the source's, the running model's own, or a mixture by column."""
     if exchange == "values":
-        return lambda own: own
+        return lambda own, sequences: own
     if columns is None:
         return rows
-    return lambda own: restore_columns(own, rows.to(own), columns.to(own.device))
+
+    def mixture(own: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
+        source = rows[sequences.to(rows.device) % rows.shape[0]].to(own)
+        return restore_columns(own, source, columns.to(own.device))
+
+    return mixture
 
 
 # --- resolving what was asked for ----------------------------------------------------------

@@ -10,7 +10,8 @@ import tiny
 import torch
 
 import driftlens as dl
-from driftlens.suffix import SuffixRunner
+from driftlens.models import recording
+from driftlens.reuse import FullPass, SuffixRunner
 
 SUBJECT = "The Eiffel Tower"
 PROMPT = "I saw the city. The Eiffel Tower is famous. The Louvre is located in the city of"
@@ -32,7 +33,7 @@ def wide_lens() -> dl.LensModel:
 def some_edit(architecture: str) -> dl.Edit:
     model = lens(architecture)
     generator = torch.Generator().manual_seed(3)
-    down = model.down_projection(0)
+    down = model.down_projection(1)
     left, right = (torch.randn(size, 1, generator=generator) for size in down.weight.shape)
     return dl.Edit.from_deltas(
         model,
@@ -84,6 +85,9 @@ def test_edits_are_the_same(architecture: str, subject: str, prompt: str, target
         ("restore", {"exchange": "both"}),
         ("restore", {"columns": [0, 3, -1]}),
         ("contaminate", {"columns": "subject_last"}),
+        ("restore", {"queries": [4, -3]}),
+        ("contaminate", {"queries": "all", "exchange": "both"}),
+        ("restore", {"queries": 20, "exchange": "values"}),
     ],
     ids=str,
 )
@@ -109,14 +113,59 @@ def test_patches_are_the_same(architecture: str, direction: Any, options: dict[s
     assert moved.max() - moved.min() > 1e-4  # the patches do something
 
 
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("direction", ["restore", "contaminate"])
+@pytest.mark.parametrize("component", ["attn_out", "mlp_out", "resid"])
+@pytest.mark.parametrize("queries", ["last", [5, -2]], ids=str)
+def test_patches_of_activations_are_the_same(
+    architecture: str, direction: Any, component: Any, queries: Any
+):
+    model, edit = lens(architecture), some_edit(architecture)
+    found = []
+    for engine in ("plain", "suffix"):
+        experiment = dl.PatchExperiment(
+            model,
+            edit,
+            PROMPT,
+            answer="Paris of France",
+            direction=direction,
+            engine=engine,  # type: ignore[arg-type]
+        )
+        result = experiment.activation(component, layers=[1, 2], queries=queries)
+        assert result.engine == engine
+        found.append(result.to_dataframe()["logprob"])
+    assert (found[0] - found[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_an_edited_pass_over_the_originals_lower_layers_is_the_edited_pass(architecture: str):
+    model, edit = lens(architecture), some_edit(architecture)
+    rows = [model.tokens.encode(text).ids for text in (PROMPT, "The Louvre is")]
+    at = torch.tensor([[len(row) - 1, 1] for row in rows])
+    assert edit.lowest_layer(model) == 1
+    before = FullPass(model, rows, [1], at)
+    below: dict[str, torch.Tensor] = {}
+    names = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    with edit.applied(model):
+        after = before.rerun(1, [2], at, recording(below, names))
+        whole = FullPass(model, rows, [1, 2], at)
+    torch.testing.assert_close(after.logits, whole.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after.entering[2][0], whole.entering[2][0], atol=1e-5, rtol=1e-5)
+    for one, other in zip(after.cache.layers, whole.cache.layers, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, atol=1e-5, rtol=1e-5)
+    assert float((after.logits - before.logits).abs().max()) > 1e-3
+    assert list(below) == names[1:]  # the layer below was not run
+
+
 def test_a_suffix_pass_reads_less_than_the_whole_sequence():
     model = lens("llama")
     rows = [model.tokens.encode(text).ids for text in (PROMPT, "The Louvre is")]
     starts = [len(rows[0]) - 2, 1]
-    runner = SuffixRunner(model, rows, starts, first_layer=1)
-    assert runner.ids.shape[1] == max(2, len(rows[1]) - 1)
+    base = FullPass(model, rows, enters=[1])
+    runner = SuffixRunner(base, starts)
+    assert runner.shape == (2, max(2, len(rows[1]) - 1))
     with torch.no_grad():
-        logits = runner.run()
+        logits = runner.run(joins=[1])
         for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
             whole = model.run(torch.tensor([ids]))[0, start:]
             torch.testing.assert_close(logits[row, : len(whole)], whole, atol=1e-4, rtol=1e-4)
@@ -137,10 +186,9 @@ def test_a_model_that_cannot_reuse_falls_back_and_says_so(monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match="no cache here"):
         made = dl.edit(model, request, layer=1, steps=2, covariance="identity", progress=False)
     assert made.info["engine"] == "plain"
-    experiment = dl.PatchExperiment(model, edit, PROMPT, SUBJECT, "Paris")
-    with pytest.warns(UserWarning, match="no cache here"):
-        sweep = experiment.sweep(progress=False)
-    assert sweep.engine == "plain"
+    experiment = dl.PatchExperiment(model, edit, PROMPT, SUBJECT, "Paris")  # says it no more
+    assert experiment.sweep(progress=False).engine == "plain"
+    assert experiment.attention(heads=["L1H0"]).engine == "plain"
 
 
 def test_wrong_logits_are_noticed(monkeypatch: pytest.MonkeyPatch):

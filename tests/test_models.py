@@ -204,12 +204,13 @@ def test_recording_may_stop_early() -> None:
     model, ids = lens("llama"), some_ids()
     for layer in range(model.info.n_layers):
         names = [pattern_name(layer), values_name(layer)]
-        early, late = model.record(ids, names, stop_after=layer), model.record(ids, names)
+        end = f"blocks.{layer}.hook_resid_post"
+        early, late = model.record(ids, names, stop_at=end), model.record(ids, names)
         for name in names:
             assert torch.equal(early[name], late[name])
     above: dict[str, torch.Tensor] = {}
     hooks = models.recording(above, [pattern_name(2)])
-    run(model, ids, hooks, stop_after=1)
+    run(model, ids, hooks, stop_at="blocks.1.hook_resid_post")
     assert not above
 
 

@@ -20,7 +20,7 @@ import tiny
 import torch
 
 import driftlens as dl
-from driftlens import patching
+from driftlens import reuse
 from driftlens.interventions import down_out_name, pattern_name, replace_heads, values_name
 from driftlens.patching import recovered_share
 
@@ -522,7 +522,7 @@ def test_the_cells_of_a_sweep_are_single_patches(
     architecture: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, edit = lens(architecture), an_edit(architecture)
-    monkeypatch.setattr(patching, "SWEEP_TOKENS_PER_BATCH", 5 * LENGTH)
+    monkeypatch.setattr(reuse, "MEMORY_BUDGET", 5 * 10**5)  # a few patches in each pass
     sweep = dl.sweep_attention(
         model, edit, PROMPT, answer=ANSWER, window=2, progress=False, **options
     )

@@ -18,7 +18,7 @@ ORDER = [
     "bundled",
     "assets",
     "models",
-    "suffix",
+    "reuse",
     "scoring",
     "figures",
     "edits",

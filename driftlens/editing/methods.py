@@ -22,7 +22,7 @@ from driftlens.edits import Edit, make_edit
 from driftlens.errors import RequestError
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
-from driftlens.suffix import Engine
+from driftlens.reuse import Engine
 from driftlens.weights import Delta
 
 

@@ -21,14 +21,13 @@ from driftlens.editing.statistics import KeyCovariance
 from driftlens.editing.target import (
     Value,
     ValueSearch,
-    build_problem,
-    keys_and_outputs,
     optimise_value,
+    start,
 )
 from driftlens.errors import EditError
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
-from driftlens.suffix import Engine
+from driftlens.reuse import Engine
 from driftlens.weights import LowRankDelta
 
 SMALLEST_ALIGNMENT = 1e-6
@@ -68,13 +67,11 @@ def rome_update(
         EditError: If the plain prompt's key is orthogonal to the update's direction.
     """
     # 1. Keys and outputs, of the plain prompt and of the contexts.
-    keys, outputs = keys_and_outputs(model, request, [Context(), *contexts], layer)
-    plain_key, plain_output = keys[0], outputs[0]
-    mean_key = keys[1:].mean(0)
+    begun = start(model, request, contexts, layer, engine)
+    plain_key, mean_key = begun.plain_key, begun.keys.mean(0)
 
     # 2. The value.
-    problem = build_problem(model, request, contexts)
-    value = optimise_value(model, problem, layer, plain_output, search, penalties, progress, engine)
+    value = optimise_value(begun, search, penalties, progress)
 
     # 3. The direction.
     solved = covariance.solve(mean_key)

@@ -306,7 +306,7 @@ def _accumulate(
     with bar:
         for index in range(done, len(batches)):
             batch = batches[index]
-            keys = model.record(model.tokens.pad(batch), [name], stop_after=layer)[name]
+            keys = model.record(model.tokens.pad(batch), [name], stop_at=name)[name]
             real = torch.zeros(keys.shape[:2], dtype=torch.bool, device=keys.device)
             for row, document in enumerate(batch):
                 real[row, : len(document)] = True

@@ -11,13 +11,12 @@ last token, makes the model answer the new target in every context::
 by Adam from delta = 0, with delta kept inside a ball of radius clamp_factor * |h_0|. The KL
 term keeps the essence of the subject (ROME, section 3.1, equation 4). Nothing below the
 edited layer and nothing left of the subject's last token depends on delta, so that part is
-computed once (``driftlens.suffix``) instead of at every step.
+computed once (``driftlens.reuse``) instead of at every step.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +30,8 @@ from driftlens.editing.penalties import Penalty, Sites
 from driftlens.errors import EditError
 from driftlens.facts import EditRequest, split_template
 from driftlens.interventions import Hook, down_in_name, down_out_name
-from driftlens.models import LensModel, recording, relative_tolerance
-from driftlens.suffix import Engine, SuffixRunner
+from driftlens.models import LensModel, recording
+from driftlens.reuse import Engine, FullPass, SuffixRunner, choose_engine
 
 ESSENCE_SUFFIX = " is a"
 """What follows the subject in the prompt of the KL term."""
@@ -126,66 +125,111 @@ def subject_in_context(
     return encoded.ids, span.last
 
 
-def keys_and_outputs(
-    model: LensModel, request: EditRequest, contexts: Sequence[Context], layer: int
-) -> tuple[Float[torch.Tensor, "context d_mlp"], Float[torch.Tensor, "context d_model"]]:
-    """Input and output of the down-projection at the subject's last token, without target."""
-    located = [subject_in_context(model, request, context) for context in contexts]
-    ids = model.tokens.pad([row for row, _ in located])
+@dataclass(frozen=True)
+class Start:
+    """What is known before the optimisation.
+
+    Args:
+        model: The model.
+        layer: Whose down-projection's output delta is added to.
+        problem: The request in its contexts.
+        plain_key: Input of the down-projection at the subject of the plain prompt.
+        plain_output: h_0, its output there.
+        keys: Its inputs at the subject in each context.
+        enters: Lowest layer that depends on delta.
+        base: The whole pass that later ones reuse; ``None`` if they run whole sequences.
+    """
+
+    model: LensModel
+    layer: int
+    problem: ValueProblem
+    plain_key: Float[torch.Tensor, " d_mlp"]
+    plain_output: Float[torch.Tensor, " d_model"]
+    keys: Float[torch.Tensor, "context d_mlp"]
+    enters: int
+    base: FullPass | None
+
+    @property
+    def engine(self) -> Engine:
+        """How passes are run."""
+        return "plain" if self.base is None else "suffix"
+
+
+def start(
+    model: LensModel,
+    request: EditRequest,
+    contexts: Sequence[Context],
+    layer: int,
+    engine: Engine | None = None,
+) -> Start:
+    """One pass over all contexts, for keys, outputs and whatever later passes can reuse.
+
+    Args:
+        engine: ``None`` takes the fast one wherever it is exact.
+
+    Raises:
+        TokenError: If the subject cannot be located or the target is empty.
+    """
+    problem = build_problem(model, request, contexts)
+    plain_ids, plain_subject = subject_in_context(model, request, Context())
+    rows, subjects = [*problem.rows, plain_ids], [*problem.subject, plain_subject]
     names = [down_in_name(layer), down_out_name(layer)]
-    seen = model.record(ids, names, stop_after=layer)
-    rows = torch.arange(len(located))
-    at = torch.tensor([subject for _, subject in located])
-    keys, outputs = (seen[name][rows, at] for name in names)
-    return _wide(keys), _wide(outputs)
+    direct = layer in model.writes_directly and layer + 1 < model.info.n_layers
+    enters = layer + 1 if direct else layer
+    base: FullPass | None = None
+    if choose_engine(model, engine) == "suffix":
+        seen: dict[str, torch.Tensor] = {}
+        base = FullPass(model, rows, [enters], hooks=recording(seen, names))
+    else:
+        seen = model.record(model.tokens.pad(rows), names, stop_at=names[-1])
+    at = torch.arange(len(rows)), torch.tensor(subjects)
+    keys, outputs = (_wide(seen[name][tuple(i.to(seen[name].device) for i in at)])
+                     for name in names)  # fmt: skip
+    n = len(problem.last_prompt)
+    return Start(model, layer, problem, keys[-1], outputs[-1], keys[:n], enters, base)
 
 
 class _PlainRunner:
     """Whole sequences, padded on the right: the reference that the fast way is tested against."""
 
-    def __init__(self, model: LensModel, problem: ValueProblem, layer: int) -> None:
-        self.model = model
-        self.ids = model.tokens.pad(problem.rows, model.device)
+    def __init__(self, start: Start) -> None:
+        problem = start.problem
+        self.model, self.layer = start.model, start.layer
+        self.ids = self.model.tokens.pad(problem.rows, self.model.device)
         self.query_shift = [0] * len(problem.rows)
         self.subject_key = [position - self.ids.shape[1] for position in problem.subject]
+        self.subject = torch.tensor(problem.subject, device=self.model.device)
 
-    def run(self, hooks: Sequence[Hook], at: torch.Tensor) -> torch.Tensor:
-        return self.model.run(self.ids, hooks, at=at)
+    def run(
+        self, delta: Float[torch.Tensor, " d_model"], hooks: Sequence[Hook], at: torch.Tensor
+    ) -> torch.Tensor:
+        added = _add_at(down_out_name(self.layer), self.subject, delta)
+        return self.model.run(self.ids, [added, *hooks], at=at)
 
 
-class _SuffixRunner(SuffixRunner):
+class _ReusingRunner:
     """From the edited layer and the subject's last token on."""
 
-    def __init__(self, model: LensModel, problem: ValueProblem, layer: int) -> None:
-        # The row of the KL term is read at the subject, so nothing behind it matters.
-        rows = [*problem.rows[:-1], problem.rows[-1][: problem.subject[-1] + 1]]
-        super().__init__(model, rows, problem.subject, layer)
-        self.query_shift = [-start for start in problem.subject]
-        self.subject_key = [self.key_position] * len(rows)
+    def __init__(self, start: Start) -> None:
+        problem, model, base = start.problem, start.model, start.base
+        assert base is not None
+        self.layer = start.layer
+        self.runner = SuffixRunner(base, problem.subject, range(len(problem.rows)))
+        self.query_shift = [-subject for subject in problem.subject]
+        self.subject_key = [-self.runner.width] * len(problem.rows)
+        self.subject = torch.zeros(len(problem.rows), dtype=torch.long, device=model.device)
+        # Where a layer's MLP adds its output to the residual stream as it is, so does delta.
+        self.direct = start.enters != start.layer
 
-
-def choose_engine(model: LensModel, problem: ValueProblem, layer: int) -> Engine:
-    """``suffix`` if it gives this model's own logits, shown once for each model."""
-    if "suffix engine" not in model.memo:
-        found: list[torch.Tensor] = []
-        try:
-            for kind in (_PlainRunner, _SuffixRunner):
-                with torch.no_grad():
-                    runner = kind(model, problem, layer)
-                    found.append(runner.run([], _predicting(model, problem, runner.query_shift)))
-            tolerance = relative_tolerance(found[0].dtype) * float(found[0].abs().max())
-            agrees = torch.allclose(found[0], found[1], atol=tolerance, rtol=0)
-            reason = f"its logits differ by {float((found[0] - found[1]).abs().max()):.2g}"
-        except Exception as error:
-            agrees, reason = False, f"{type(error).__name__}: {error}"
-        if not agrees:
-            warnings.warn(
-                f"{model.info.name} cannot reuse cached prefixes ({reason}); editing runs whole "
-                "sequences, which is slower and gives the same result.",
-                stacklevel=4,
-            )
-        model.memo["suffix engine"] = agrees
-    return "suffix" if model.memo["suffix engine"] else "plain"
+    def run(
+        self, delta: Float[torch.Tensor, " d_model"], hooks: Sequence[Hook], at: torch.Tensor
+    ) -> torch.Tensor:
+        if not self.direct:
+            added = _add_at(down_out_name(self.layer), self.subject, delta)
+            return self.runner.run([added, *hooks], at, joins=[self.layer])
+        layer = self.layer + 1
+        added = _add_at(f"blocks.{layer}.hook_in", self.subject, delta)
+        return self.runner.run([added, *hooks], at, joins=[layer])
 
 
 def _predicting(
@@ -201,38 +245,25 @@ def _predicting(
 
 
 def optimise_value(
-    model: LensModel,
-    problem: ValueProblem,
-    layer: int,
-    initial: Float[torch.Tensor, " d_model"],
+    start: Start,
     search: ValueSearch,
     penalties: Sequence[Penalty] = (),
     progress: bool = True,
-    engine: Engine | None = None,
 ) -> Value:
-    """Find delta for the output of ``layer``'s down-projection.
-
-    Args:
-        initial: h_0, the clean output at the subject of the plain prompt.
-        engine: ``None`` takes the fast one wherever it is exact.
+    """Find delta for the output of the down-projection.
 
     Raises:
         EditError: If the loss stops being a number.
     """
-    used = engine or choose_engine(model, problem, layer)
+    model, problem, initial = start.model, start.problem, start.plain_output
     n_contexts = len(problem.last_prompt)
     device = model.device
-    with model.frozen():
-        runner = (_SuffixRunner if used == "suffix" else _PlainRunner)(model, problem, layer)
+    runner = (_PlainRunner if start.base is None else _ReusingRunner)(start)
     at = _predicting(model, problem, runner.query_shift)
-    injected = torch.tensor(
-        [s + shift for s, shift in zip(problem.subject, runner.query_shift, strict=True)],
-        device=device,
-    )
     sites = Sites(
         last_prompt=at[:n_contexts, 0],
         subject=torch.tensor(runner.subject_key[:n_contexts], device=device),
-        layers=tuple(range(layer + 1, model.info.n_layers)),
+        layers=tuple(range(start.layer + 1, model.info.n_layers)),
     )
     target_ids = torch.tensor(problem.target, device=device).expand(n_contexts, -1)[..., None]
     watched = sorted({name for p in penalties for name in p.activations(sites)})
@@ -246,8 +277,7 @@ def optimise_value(
     with model.frozen(), bar, torch.enable_grad():
         for step in range(search.steps):
             now: dict[str, torch.Tensor] = {}
-            hooks = [_add_at(layer, injected, delta), *recording(now, watched)]
-            logprobs = _wide(runner.run(hooks, at)).log_softmax(-1)
+            logprobs = _wide(runner.run(delta, recording(now, watched), at)).log_softmax(-1)
             if step == 0:
                 original = {name: tensor.detach() for name, tensor in now.items()}
                 essence = logprobs[-1, 0].detach()
@@ -292,13 +322,13 @@ def optimise_value(
                 norm = float(delta.norm())
                 if norm > radius:
                     delta.mul_(radius / norm)
-    return Value(delta.detach(), trace, used)
+    return Value(delta.detach(), trace, start.engine)
 
 
 def _add_at(
-    layer: int, position: Int[torch.Tensor, " row"], delta: Float[torch.Tensor, " d_model"]
+    name: str, position: Int[torch.Tensor, " row"], delta: Float[torch.Tensor, " d_model"]
 ) -> Hook:
-    """A hook that adds delta at one position of each row of the down-projection's output."""
+    """A hook that adds delta at one position of each row of an activation."""
 
     def add(out: Float[torch.Tensor, "row pos d_model"], hook: Any) -> torch.Tensor:
         rows = torch.arange(out.shape[0], device=out.device)
@@ -306,7 +336,7 @@ def _add_at(
         added[rows, position.to(out.device)] = delta.to(out)
         return out + added
 
-    return down_out_name(layer), add
+    return name, add
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,382 @@
+"""Forward passes that reuse everything an intervention cannot change.
+
+An intervention at position ``start`` of layer ``layer`` changes nothing to the left of that
+position and nothing below that layer. So one whole pass is kept (:class:`FullPass`): the keys
+and values of all positions, and what entered the layers. Later passes run only the layers
+from ``layer`` up, on the positions from ``start`` on (:class:`SuffixRunner`), or, where the
+weights of a layer were changed, all positions from that layer up (:meth:`FullPass.rerun`).
+
+Sequences of one batch are aligned at their start positions (``.`` is padding)::
+
+    . a b c | s d e .        the part left of the bar is the cached prefix, of width P
+    a b c d | s e f g        the part right of it is the suffix, of width S
+
+Queries are counted from the bar: the start position is query 0 in every sequence. Keys are
+counted from the left, padding included: the start position is key P in every sequence.
+
+Many interventions on one batch run together, each on a copy of it. A copy whose lowest
+touched layer is ``l`` joins the pass at layer ``l``, so that no copy runs a layer that its
+intervention cannot change.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from driftlens.interventions import Hook
+from driftlens.models import LensModel, relative_tolerance
+
+Engine = Literal["suffix", "plain"]
+"""``suffix`` reuses what an intervention cannot change; ``plain`` runs whole sequences."""
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class FullPass:
+    """A pass over whole sequences, without gradients, and what later passes need of it.
+
+    Args:
+        model: The model, in the state (edits applied or not) that is meant.
+        rows: Token ids of each sequence.
+        enters: Layers whose input is kept.
+        at: Positions whose logits are wanted, for each sequence; ``None`` for none.
+        hooks: Active during this pass.
+
+    Attributes:
+        logits: ``[row, chosen, d_vocab]``, or no position if ``at`` is ``None``.
+    """
+
+    def __init__(
+        self,
+        model: LensModel,
+        rows: Sequence[Sequence[int]],
+        enters: Iterable[int] = (),
+        at: Int[torch.Tensor, "row chosen"] | None = None,
+        hooks: Sequence[Hook] = (),
+    ) -> None:
+        self.model = model
+        self.rows = [list(row) for row in rows]
+        self.ids = model.tokens.pad(self.rows, model.device)
+        self.entering: dict[int, Float[torch.Tensor, "row pos d_model"]] = {}
+        # Without a configuration the cache keeps all keys, those of sliding windows too.
+        self.cache = DynamicCache()
+        self.logits = self._run([*_keeping(self.entering, enters), *hooks], at)
+
+    def rerun(
+        self,
+        layer: int,
+        enters: Iterable[int] = (),
+        at: Int[torch.Tensor, "row chosen"] | None = None,
+        hooks: Sequence[Hook] = (),
+    ) -> FullPass:
+        """The same sequences, after the weights of ``layer`` and above may have changed.
+
+        Layers below are not run: hooks on them see nothing, and what is kept of them is this
+        pass's. Its input of ``layer`` must have been kept.
+        """
+        entered = self.entering[layer]
+        new = FullPass.__new__(FullPass)
+        new.model, new.rows, new.ids = self.model, self.rows, self.ids
+        new.entering = {below: h for below, h in self.entering.items() if below <= layer}
+        new.cache = DynamicCache()
+        above = [index for index in enters if index > layer]
+        with _skipped(self.model, layer), _replacing(self.model, {layer: lambda hidden: entered}):
+            new.logits = new._run([*_keeping(new.entering, above), *hooks], at)
+        new.cache.layers[:layer] = self.cache.layers[:layer]
+        return new
+
+    def _run(self, hooks: Sequence[Hook], at: torch.Tensor | None) -> torch.Tensor:
+        # Padding on the right is seen by no real position.
+        options: dict[str, Any] = {"past_key_values": self.cache}
+        stop_at = self.model.top if at is None else None
+        with torch.no_grad():
+            return self.model.run(self.ids, hooks, at=at, stop_at=stop_at, **options)
+
+
+class SuffixRunner:
+    """Passes over the sequences of a :class:`FullPass` from their start positions on.
+
+    Args:
+        base: The whole pass, which must have kept what entered the layers to start at.
+        starts: First position of each sequence that may change.
+        rows: Which of the sequences; ``None`` for all.
+    """
+
+    def __init__(
+        self, base: FullPass, starts: Sequence[int], rows: Sequence[int] | None = None
+    ) -> None:
+        self.model = base.model
+        chosen = list(range(len(base.rows))) if rows is None else list(rows)
+        device = base.ids.device
+        self.n_rows = len(chosen)
+        self.prefix_width = max(starts)
+        lengths = [len(base.rows[row]) for row in chosen]
+        self.width = max(n - start for n, start in zip(lengths, starts, strict=True))
+        index = torch.tensor(chosen, device=device)
+        start_of = torch.tensor(list(starts), device=device)[:, None]
+        suffix = start_of + torch.arange(self.width, device=device)
+        inside = suffix.clamp(max=base.ids.shape[1] - 1)
+        self._entering = {
+            layer: hidden[index.to(hidden.device)[:, None], inside.to(hidden.device)]
+            for layer, hidden in base.entering.items()
+        }
+        prefix = start_of + torch.arange(-self.prefix_width, 0, device=device)
+        self._cache = [_cut(layer, index, prefix.clamp(min=0)) for layer in base.cache.layers]
+        # Sequences that start at the same position differ only in what enters.
+        self._same = len(set(starts)) == 1
+        rows_of_inputs = slice(0, 1) if self._same else slice(None)
+        self._ids = base.ids[index[:, None], inside][rows_of_inputs]
+        self._positions = suffix[rows_of_inputs]
+        self._mask = torch.cat([prefix >= 0, torch.ones_like(suffix, dtype=torch.bool)], dim=1)
+        self._mask = self._mask[rows_of_inputs].long()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequences, and positions of each."""
+        return self.n_rows, self.width
+
+    def past_values(self, layer: int) -> Float[torch.Tensor, "row key kv_head d_head"] | None:
+        """Values left of the suffix."""
+        if not self.prefix_width:
+            return None
+        return self._cache[layer][1].transpose(1, 2)
+
+    def run(
+        self,
+        hooks: Sequence[Hook] = (),
+        at: Int[torch.Tensor, "batch chosen"] | None = None,
+        joins: Sequence[int] = (0,),
+        stop_at: str | None = None,
+    ) -> torch.Tensor:
+        """One pass; ``at`` and the query axes that hooks see are counted from the start.
+
+        Args:
+            joins: For each copy of the batch, in ascending order, the layer at which it joins
+                the pass; hooks on a layer see the copies that have joined, one after another.
+            stop_at: Name of a hook at which the pass ends.
+
+        Returns:
+            Logits ``[copies * rows, chosen, d_vocab]``.
+        """
+        if list(joins) != sorted(joins) or (len(joins) > 1 and not self._same):
+            raise ValueError("Copies join in ascending order and start at one position.")
+        inputs = {
+            layer: _joined(self._entering[layer].repeat(copies, 1, 1), first=layer == joins[0])
+            for layer, copies in Counter(joins).items()
+        }
+        options: dict[str, Any] = {"position_ids": self._positions}
+        if self.prefix_width:
+            options["past_key_values"] = self._extendable(joins)
+            options["attention_mask"] = self._mask
+        with _skipped(self.model, joins[0]), _replacing(self.model, inputs):
+            return self.model.run(self._ids, hooks, at=at, stop_at=stop_at, **options)
+
+    def _extendable(self, joins: Sequence[int]) -> DynamicCache:
+        """A cache with room for every copy in every layer; extending it leaves ours alone."""
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self._cache):
+            copies = max(1, sum(join <= layer for join in joins))
+            if self.n_rows == 1:
+                shape = (copies, *keys.shape[1:])
+                keys, values = keys.expand(shape), values.expand(shape)
+            elif copies > 1:
+                keys, values = (x.repeat(copies, 1, 1, 1) for x in (keys, values))
+            cache.layers.append(DynamicLayer())
+            cache.layers[layer].lazy_initialization(keys, values)
+            cache.layers[layer].keys, cache.layers[layer].values = keys, values
+        return cache
+
+
+def reuse_is_exact(model: LensModel) -> bool:
+    """Whether reused passes give this model's own logits; shown once for each model.
+
+    Where they do not, the first call warns and everything runs whole sequences.
+    """
+    if "reuse" not in model.memo:
+        try:
+            worst, scale = _largest_error(model)
+            exact = worst <= relative_tolerance(getattr(torch, model.info.dtype)) * scale
+            reason = f"its logits would differ by {worst:.2g}"
+        except Exception as error:
+            exact, reason = False, f"{type(error).__name__}: {error}"
+        if not exact:
+            warnings.warn(
+                f"{model.info.name} cannot reuse cached passes ({reason}); whole sequences are run "
+                "instead, which is slower and gives the same result.",
+                stacklevel=3,
+            )
+        model.memo["reuse"] = exact
+    return bool(model.memo["reuse"])
+
+
+def choose_engine(model: LensModel, asked: Engine | None) -> Engine:
+    """The engine that was asked for, or the fast one if it is exact on this model."""
+    return asked or ("suffix" if reuse_is_exact(model) else "plain")
+
+
+def _largest_error(model: LensModel) -> tuple[float, float]:
+    """Largest difference from plain logits, and the largest logit, over several small passes."""
+    ids = (torch.arange(9) * 13 + 7).remainder(model.info.d_vocab).tolist()
+    rows = [ids[:7], ids[3:8]]
+    middle = model.info.n_layers // 2
+    worst = scale = 0.0
+
+    def compare(found: torch.Tensor, expected: torch.Tensor) -> None:
+        nonlocal worst, scale
+        worst = max(worst, float((found - expected).abs().max()))
+        scale = max(scale, float(expected.abs().max()))
+
+    with torch.no_grad():
+        plain = model.run(model.tokens.pad(rows, model.device))
+        base = FullPass(model, rows, enters=range(model.info.n_layers))
+        ragged = SuffixRunner(base, [4, 1]).run(joins=[middle])
+        compare(ragged[0, :3], plain[0, 4:7])
+        compare(ragged[1], plain[1, 1:5])
+        joined = SuffixRunner(base, [6], rows=[0]).run(joins=[0, middle, model.info.n_layers - 1])
+        compare(joined[:, 0], plain[:1, 6].expand(3, -1))
+        again = base.rerun(middle, at=torch.tensor([[6], [4]])).logits
+        compare(again[:, 0], torch.stack([plain[0, 6], plain[1, 4]]))
+    return worst, scale
+
+
+def in_batches(
+    items: Sequence[Item], size: int, run: Callable[[Sequence[Item]], Sequence[Found]]
+) -> Iterator[Sequence[Found]]:
+    """``run`` over ``items`` in batches; a batch that does not fit into memory is halved.
+
+    Raises:
+        torch.OutOfMemoryError: If a single item does not fit.
+    """
+    start = 0
+    while start < len(items):
+        try:
+            found = run(items[start : start + size])
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = (size + 1) // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        yield found
+        start += size
+
+
+MEMORY_BUDGET = 512 * 2**20
+"""Bytes that the batch of one pass may take on the CPU; does not change results."""
+
+
+def budget(model: LensModel) -> int:
+    """Bytes that the batch of one pass may take: on a GPU, a quarter of what is free."""
+    if model.device.type == "cuda":
+        return max(MEMORY_BUDGET // 4, torch.cuda.mem_get_info(model.device)[0] // 4)
+    return MEMORY_BUDGET
+
+
+# --- parts ---------------------------------------------------------------------------------
+
+
+def _input(layer: int) -> str:
+    return f"blocks.{layer}.hook_in"
+
+
+def _keeping(store: dict[int, torch.Tensor], layers: Iterable[int]) -> list[Hook]:
+    def keep(layer: int) -> Hook:
+        def hook_fn(hidden: torch.Tensor, hook: Any) -> None:
+            store[layer] = hidden.detach()
+
+        return _input(layer), hook_fn
+
+    return [keep(layer) for layer in sorted(set(layers))]
+
+
+def _joined(new: torch.Tensor, first: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda hidden: new if first else torch.cat([hidden, new.to(hidden.device)])
+
+
+@contextmanager
+def _replacing(
+    model: LensModel, inputs: Mapping[int, Callable[[torch.Tensor], torch.Tensor]]
+) -> Iterator[None]:
+    """Inside, what enters some blocks is replaced before the block looks at it.
+
+    TransformerLens's ``hook_in`` comes too late where the number of sequences changes: some
+    blocks have read it by then.
+    """
+
+    def replacing(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+        def pre_hook(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (change(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+        return pre_hook
+
+    handles = [
+        model.bridge.blocks[layer].register_forward_pre_hook(replacing(change), with_kwargs=True)
+        for layer, change in inputs.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cut(
+    layer: Any, rows: Int[torch.Tensor, " row"], positions: Int[torch.Tensor, "row prefix"]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``[row, kv_head, prefix, d_head]`` at chosen positions of a cached layer."""
+    index = rows.to(layer.keys.device)[:, None], positions.to(layer.keys.device)
+    keys, values = (x.transpose(1, 2)[index].transpose(1, 2) for x in (layer.keys, layer.values))
+    return keys, values
+
+
+@contextmanager
+def _skipped(model: LensModel, upto: int) -> Iterator[None]:
+    """Inside, blocks below a layer hand on what they get."""
+    blocks = [model.bridge.blocks[layer] for layer in range(upto)]
+    returns_tuples = _returns_tuples(model) if blocks else False
+    try:
+        for block in blocks:
+            # An attribute of the instance hides the class's method; deleting it undoes that.
+            block.__dict__["forward"] = _hand_on_tuple if returns_tuples else _hand_on
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _returns_tuples(model: LensModel) -> bool:
+    """Whether this model's blocks return tuples; looked at once."""
+    if "blocks return tuples" not in model.memo:
+        seen: dict[str, bool] = {}
+
+        def note(module: Any, args: Any, out: Any) -> None:
+            seen["tuple"] = isinstance(out, tuple)
+
+        handle = model.bridge.blocks[0].register_forward_hook(note)
+        try:
+            with torch.no_grad():
+                model.run(torch.tensor([[0]]), at=torch.tensor([[0]]))
+        finally:
+            handle.remove()
+        model.memo["blocks return tuples"] = seen["tuple"]
+    return bool(model.memo["blocks return tuples"])
+
+
+def _hand_on(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return hidden
+
+
+def _hand_on_tuple(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    return hidden, None
