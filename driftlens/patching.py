@@ -56,7 +56,7 @@ from driftlens.interventions import (
 )
 from driftlens.models import LensModel, recording
 from driftlens.reuse import Engine, FullPass, SuffixRunner, budget, choose_engine, in_batches
-from driftlens.scoring import ContinuationScore, Question, QuestionBatch, ask
+from driftlens.scoring import ContinuationScore, Question, QuestionBatch, ask, log_probabilities
 from driftlens.tokens import Span
 
 Direction = Literal["restore", "contaminate"]
@@ -417,9 +417,9 @@ class PatchExperiment:
         start = self._first_position(queries)
         new = {name: self._recorded[name][:, start:] for name in names}
         hooks = [replace_activation(name, where[:, start:], new[name]) for name in names]
-        logits = self._run(hooks, start, joins=[chosen[0]])
+        logprobs = self._run(hooks, start, joins=[chosen[0]])
         what = f"{component} of {_layers_in_words(self.model, chosen)}, {_in_words(queries)}"
-        return self._result(self._readout(self.batch.read(logits)), what)
+        return self._result(self._readout(self.batch.read(logprobs)), what)
 
     def sweep(
         self,
@@ -498,9 +498,9 @@ class PatchExperiment:
         mask = self._column_mask(columns, width)
         with self._target(), torch.no_grad():
             hooks = self._hooks(where, exchange, mask, joins, start)
-        logits = self._run(hooks, start, joins)
+        logprobs = self._run(hooks, start, joins)
         return [
-            self._readout(self.batch.read(logits[copy * rows : (copy + 1) * rows]))
+            self._readout(self.batch.read(logprobs[copy * rows : (copy + 1) * rows]))
             for copy in range(len(patches))
         ]
 
@@ -526,12 +526,14 @@ class PatchExperiment:
         return max(1, budget(self.model) // (rows * floats * 4))
 
     def _run(self, hooks: Sequence[Hook], start: int, joins: Sequence[int]) -> torch.Tensor:
-        """Logits where the answers are predicted, ``[copies * rows, answer, d_vocab]``."""
+        """Log-probabilities where the answers are, ``[copies * rows, answer, d_vocab]``."""
         at = self.batch.at().repeat(len(joins), 1)
         with self._target(), torch.no_grad():
             if self._reuses:
-                return self._suffix(start).run(hooks, at - start, joins)
-            return self.model.run(self._ids.repeat(len(joins), 1), hooks, at=at)
+                logits = self._suffix(start).run(hooks, at - start, joins)
+            else:
+                logits = self.model.run(self._ids.repeat(len(joins), 1), hooks, at=at)
+            return log_probabilities(logits)
 
     def _suffix(self, start: int) -> SuffixRunner:
         """Passes of the target from a position on."""
@@ -600,7 +602,7 @@ class PatchExperiment:
                 original = model.run(self._ids, [] if source_is_edited else taken, at=at)
                 with self._applied(True):
                     edited = model.run(self._ids, taken if source_is_edited else [], at=at)
-            return self._readout(self.batch.read(original)), self._readout(self.batch.read(edited))
+            return self._unpatched(original), self._unpatched(edited)
         shared = [] if lowest is None else every[: lowest + 1]
         before = FullPass(
             model,
@@ -617,8 +619,10 @@ class PatchExperiment:
             else:
                 after = before.rerun(lowest, enters, at, hooks)
         self._target_pass = before if source_is_edited else after
-        logits = before.logits, after.logits
-        return self._readout(self.batch.read(logits[0])), self._readout(self.batch.read(logits[1]))
+        return self._unpatched(before.logits), self._unpatched(after.logits)
+
+    def _unpatched(self, logits: torch.Tensor) -> Readout:
+        return self._readout(self.batch.read(log_probabilities(logits)))
 
     def _taking(self, layers: Iterable[int], start: int) -> list[Hook]:
         """Hooks that record attention: all values, and the rows from a position on."""

@@ -89,7 +89,7 @@ class FullPass:
         new.entering = {below: h for below, h in self.entering.items() if below <= layer}
         new.cache = DynamicCache()
         above = [index for index in enters if index > layer]
-        with _skipped(self.model, layer), _replacing(self.model, {layer: lambda hidden: entered}):
+        with skipped(self.model, layer), _replacing(self.model, {layer: lambda hidden: entered}):
             new.logits = new._run([*_keeping(new.entering, above), *hooks], at)
         new.cache.layers[:layer] = self.cache.layers[:layer]
         return new
@@ -177,7 +177,7 @@ class SuffixRunner:
         if self.prefix_width:
             options["past_key_values"] = self._extendable(joins)
             options["attention_mask"] = self._mask
-        with _skipped(self.model, joins[0]), _replacing(self.model, inputs):
+        with skipped(self.model, joins[0]), _replacing(self.model, inputs):
             return self.model.run(self._ids, hooks, at=at, stop_at=stop_at, **options)
 
     def _extendable(self, joins: Sequence[int]) -> DynamicCache:
@@ -342,7 +342,7 @@ def _cut(
 
 
 @contextmanager
-def _skipped(model: LensModel, upto: int) -> Iterator[None]:
+def skipped(model: LensModel, upto: int) -> Iterator[None]:
     """Inside, blocks below a layer hand on what they get."""
     blocks = [model.bridge.blocks[layer] for layer in range(upto)]
     returns_tuples = _returns_tuples(model) if blocks else False

@@ -11,6 +11,8 @@ from jaxtyping import Float, Int
 
 from driftlens.errors import RequestError
 from driftlens.models import LensModel
+from driftlens.packing import ROW, pack, packing_is_exact, run_packed
+from driftlens.reuse import Engine, budget, in_batches
 
 MAX_TOKENS_PER_BATCH = 4096
 """Positions per forward pass; bounds memory, does not change results."""
@@ -129,27 +131,77 @@ class QuestionBatch:
         width = max(map(len, positions))
         return torch.tensor([p + [p[-1]] * (width - len(p)) for p in positions])
 
-    def read(self, logits: Float[torch.Tensor, "row target d_vocab"]) -> list[ContinuationScore]:
-        """Scores of the questions from the logits at the predicting positions."""
+    def read(self, logprobs: Float[torch.Tensor, "row target d_vocab"]) -> list[ContinuationScore]:
+        """Scores of the questions from the log-probabilities at the predicting positions."""
         return [
-            read_score(logits[row], question)
+            read_score(logprobs[row], question)
             for row, question in zip(self.row_of, self.questions, strict=True)
         ]
 
 
+def log_probabilities(
+    logits: Float[torch.Tensor, "*batch d_vocab"],
+) -> Float[torch.Tensor, "*batch d_vocab"]:
+    """Natural log-probabilities, in float32 or better."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
 def read_score(
-    logits: Float[torch.Tensor, "target d_vocab"], question: Question
+    logprobs: Float[torch.Tensor, "target d_vocab"], question: Question
 ) -> ContinuationScore:
-    """One question's score from the logits at its predicting positions."""
-    logprobs = logits[: len(question.target)].float().log_softmax(-1)
-    target = torch.tensor(question.target, device=logits.device)
+    """One question's score from the log-probabilities at its predicting positions."""
+    logprobs = logprobs[: len(question.target)]
+    target = torch.tensor(question.target, device=logprobs.device)
     own = logprobs.gather(-1, target[:, None])
     ranks = (logprobs > own).sum(-1)
     return ContinuationScore(question.text, tuple(own[:, 0].tolist()), tuple(ranks.tolist()))
 
 
-def score_questions(model: LensModel, questions: Sequence[Question]) -> list[ContinuationScore]:
-    """Score many questions, batched by length; the order is kept."""
+def score_questions(
+    model: LensModel, questions: Sequence[Question], engine: Engine | None = None
+) -> list[ContinuationScore]:
+    """Score many questions; the order is kept.
+
+    Args:
+        engine: ``"suffix"`` runs each prefix that questions share once, ``"plain"`` pads
+            batches of like length; ``None`` takes the former wherever it is exact.
+    """
+    packs = engine == "suffix" or (engine is None and packing_is_exact(model))
+    return (_score_packed if packs else _score_padded)(model, questions)
+
+
+def _score_packed(model: LensModel, questions: Sequence[Question]) -> list[ContinuationScore]:
+    """All inputs as trees, the unembedding only where something is predicted."""
+    if not questions:
+        return []
+    packed = pack([q.ids for q in questions], model.tokens.pad_id, min(ROW, MAX_TOKENS_PER_BATCH))
+    predicting: list[list[int]] = [[] for _ in packed.used]
+    for q, row, places in zip(questions, packed.row, packed.places, strict=True):
+        predicting[row] += [places[p] for p in q.predicting]
+    predicting = [sorted(set(places)) for places in predicting]
+    widest = max(map(len, predicting))
+    room = budget(model) // (12 * model.info.d_vocab * widest)
+    size = max(1, min(MAX_TOKENS_PER_BATCH // packed.ids.shape[1], room))
+
+    def run(rows: Sequence[int]) -> list[tuple[int, ContinuationScore]]:
+        part = packed.rows(rows[0], rows[-1] + 1)
+        chosen = [predicting[r] + predicting[r][-1:] * (widest - len(predicting[r])) for r in rows]
+        with torch.no_grad():
+            logprobs = log_probabilities(run_packed(model, part, at=torch.tensor(chosen)))
+        found = []
+        for i, q in enumerate(questions):
+            if packed.row[i] in rows:
+                row = packed.row[i]
+                index = [predicting[row].index(packed.places[i][p]) for p in q.predicting]
+                found.append((i, read_score(logprobs[row - rows[0], index], q)))
+        return found
+
+    scores = dict(pair for part in in_batches(range(len(packed.used)), size, run) for pair in part)
+    return [scores[i] for i in range(len(questions))]
+
+
+def _score_padded(model: LensModel, questions: Sequence[Question]) -> list[ContinuationScore]:
+    """Batches of like length, padded on the right."""
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].ids))
     found: dict[int, ContinuationScore] = {}
     while order:
@@ -159,7 +211,7 @@ def score_questions(model: LensModel, questions: Sequence[Question]) -> list[Con
         batch = QuestionBatch.of([questions[i] for i in chosen])
         with torch.no_grad():
             logits = model.run(batch.ids(model), at=batch.at())
-        found.update(zip(chosen, batch.read(logits), strict=True))
+        found.update(zip(chosen, batch.read(log_probabilities(logits)), strict=True))
     return [found[i] for i in range(len(questions))]
 
 

@@ -30,6 +30,8 @@ TEXTS = [
     "東京 🗼 Tōkyō",
     "A\nb\n\nc {} %s",
     "The capital of France.",
+    "Ada Lovelace, who was English, wrote about Charles Babbage in the city of London.",
+    "Rome is the capital of Italy, and the mother tongue of most who live there is Italian.",
 ]
 LAYER = 1
 
@@ -43,7 +45,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several batches, of several documents each, from few tokens."""
-    monkeypatch.setattr(statistics, "TOKENS_PER_BATCH", 60)
+    monkeypatch.setattr(statistics, "TOKENS_PER_BATCH", 40)
 
 
 @cache
@@ -110,22 +112,24 @@ def stored(folder: Path) -> list[str]:
 
 
 class Passes:
-    """Counts calls of ``model.record``; the ``stop_at``-th raises instead of running."""
+    """Counts passes over text; the ``stop_at``-th raises instead of running."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: dl.LensModel) -> None:
         self.count = 0
         self.stop_at = 0
         self.tokens: list[int] = []
-        record = model.record
+        run = model.run
 
         def counting(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not str(kwargs.get("stop_at")).endswith("mlp.out.hook_in"):
+                return run(ids, *args, **kwargs)  # no text, but a look at the model
             self.count += 1
             if self.count == self.stop_at:
                 raise KeyboardInterrupt
             self.tokens.append(ids.numel())
-            return record(ids, *args, **kwargs)
+            return run(ids, *args, **kwargs)
 
-        monkeypatch.setattr(model, "record", counting)
+        monkeypatch.setattr(model, "run", counting)
 
 
 @pytest.fixture
@@ -352,7 +356,7 @@ def test_remainder_with_other_batches_is_not_used(
     with pytest.raises(KeyboardInterrupt):
         computed(lens())
     passes.stop_at = 0
-    monkeypatch.setattr(statistics, "TOKENS_PER_BATCH", 60)
+    monkeypatch.setattr(statistics, "TOKENS_PER_BATCH", 40)
     assert_close(computed(lens()), brute_force("gpt2", ids_of(TEXTS)))
 
 

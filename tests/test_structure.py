@@ -19,6 +19,7 @@ ORDER = [
     "assets",
     "models",
     "reuse",
+    "packing",
     "scoring",
     "figures",
     "edits",

@@ -23,18 +23,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
 from driftlens import bundled
 from driftlens.edits import write_atomically
 from driftlens.errors import DataError, EditError
 from driftlens.interventions import down_in_name
-from driftlens.models import LensModel
+from driftlens.models import LensModel, recording
+from driftlens.packing import ROW, Packed, pack, packing_is_exact, run_packed
 
 DEFAULT_TOKENS = 100_000
 TOKENS_PER_BATCH = 4096
 LONGEST_DOCUMENT = 1024
+TRIANGLE_BLOCKS = 4
+"""The products are symmetric; so many blocks of rows are computed from the diagonal on."""
 SECONDS_BETWEEN_SAVES = 20.0
 
 
@@ -263,21 +266,52 @@ def _documents(model: LensModel, texts: Iterable[str], max_tokens: int) -> list[
 
 def _cache_key(model: LensModel, layer: int, documents: Sequence[Sequence[int]]) -> str:
     """Everything that the result depends on; token ids cover texts, tokenizer, BOS and cuts."""
-    head = f"{model.fingerprint()}:{layer}:{model.info.dtype}:{TOKENS_PER_BATCH}:"
+    head = f"{model.fingerprint()}:{layer}:{model.info.dtype}:{TOKENS_PER_BATCH}:{ROW}:"
     digest = hashlib.sha256(head.encode())
     for document in documents:
         digest.update(np.asarray([*document, -1], dtype=np.int64).tobytes())
     return digest.hexdigest()[:32]
 
 
-def _batches(documents: Sequence[list[int]]) -> list[list[list[int]]]:
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences for one pass, and which of their positions are tokens of the text."""
+
+    ids: Int[torch.Tensor, "row pos"]
+    real: Bool[torch.Tensor, "row pos"]
+    packed: Packed | None
+
+    def keys(self, model: LensModel, name: str) -> Float[torch.Tensor, "token d_mlp"]:
+        """The keys of all tokens; the pass ends where they arise."""
+        seen: dict[str, torch.Tensor] = {}
+        hooks = recording(seen, [name])
+        with torch.no_grad():
+            if self.packed is None:
+                model.run(self.ids, hooks, stop_at=name)
+            else:
+                run_packed(model, self.packed, hooks, stop_at=name)
+        keys = seen[name]
+        return keys[self.real.to(keys.device)]
+
+
+def _packed_batches(model: LensModel, documents: Sequence[list[int]]) -> list[_Batch]:
+    """Documents side by side in full rows, none seeing another. Always the same order."""
+    packed = pack(documents, model.tokens.pad_id, min(ROW, TOKENS_PER_BATCH), share=False)
+    size = max(1, TOKENS_PER_BATCH // packed.ids.shape[1])
+    parts = [packed.rows(start, start + size) for start in range(0, len(packed.used), size)]
+    return [_Batch(part.ids, part.real, part) for part in parts]
+
+
+def _padded_batches(model: LensModel, documents: Sequence[list[int]]) -> list[_Batch]:
     """Documents of like length together, so that little is padding. Always the same order."""
     ordered = sorted(documents, key=len, reverse=True)
-    batches: list[list[list[int]]] = []
+    batches: list[_Batch] = []
     while ordered:
         size = max(1, TOKENS_PER_BATCH // len(ordered[0]))
-        batches.append(ordered[:size])
-        ordered = ordered[size:]
+        part, ordered = ordered[:size], ordered[size:]
+        ids = model.tokens.pad(part)
+        lengths = torch.tensor([len(document) for document in part])
+        batches.append(_Batch(ids, torch.arange(ids.shape[1]) < lengths[:, None], None))
     return batches
 
 
@@ -290,10 +324,11 @@ def _accumulate(
     progress: bool,
 ) -> Float[torch.Tensor, "d_mlp d_mlp"]:
     """Sum of k k^T over all tokens, resumed from and saved to ``partial``."""
-    batches = _batches(documents)
+    packs = packing_is_exact(model)
+    batches = _packed_batches(model, documents) if packs else _padded_batches(model, documents)
     total, done = _load_partial(partial, width)
     name = down_in_name(layer)
-    tokens = [sum(map(len, batch)) for batch in batches]
+    tokens = [int(batch.real.sum()) for batch in batches]
     bar = tqdm(
         total=sum(tokens),
         initial=sum(tokens[:done]),
@@ -305,19 +340,25 @@ def _accumulate(
     saved = time.monotonic()
     with bar:
         for index in range(done, len(batches)):
-            batch = batches[index]
-            keys = model.record(model.tokens.pad(batch), [name], stop_at=name)[name]
-            real = torch.zeros(keys.shape[:2], dtype=torch.bool, device=keys.device)
-            for row, document in enumerate(batch):
-                real[row, : len(document)] = True
-            flat = keys[real].float()
-            total += (flat.T @ flat).double().cpu()
+            add_products(total, batches[index].keys(model, name))
             bar.update(tokens[index])
             if partial is not None and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 with contextlib.suppress(DataError):  # then an interruption costs more
                     _save_cached(partial, _npz_of(total=total.numpy(), done=np.int64(index + 1)))
                 saved = time.monotonic()
-    return total
+    return total.triu() + total.triu(1).T
+
+
+def add_products(
+    total: Float[torch.Tensor, "d_mlp d_mlp"], keys: Float[torch.Tensor, "token d_mlp"]
+) -> None:
+    """Add k k^T of all keys to the upper triangle; what stands below it means nothing."""
+    keys = keys.float()
+    width = keys.shape[1]
+    block = -(-width // TRIANGLE_BLOCKS)
+    for start in range(0, width, block):
+        rows = keys[:, start : start + block]
+        total[start : start + block, start:] += (rows.T @ keys[:, start:]).cpu()
 
 
 def _load_partial(partial: Path | None, width: int) -> tuple[torch.Tensor, int]:
