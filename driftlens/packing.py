@@ -87,6 +87,10 @@ class _Row:
         self.depths: list[int] = []
         self._children: dict[tuple[int, int], int] = {}
 
+    def lacks(self, sequence: Sequence[int]) -> bool:
+        """Whether some of its tokens do not stand here yet."""
+        return len(self._known(sequence)) < len(sequence)
+
     def _known(self, sequence: Sequence[int]) -> list[int]:
         path: list[int] = []
         node = -1
@@ -136,7 +140,7 @@ def pack(
             whole.add(sequences[i], share)
         part = len(whole.ids) / math.ceil(len(whole.ids) / row)
         for i in order:
-            if len(rows[-1].ids) >= part:
+            if len(rows[-1].ids) >= part and rows[-1].lacks(sequences[i]):
                 rows.append(_Row())
             row_of[i], places[i] = len(rows) - 1, rows[-1].add(sequences[i], share)
     else:

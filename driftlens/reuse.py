@@ -181,7 +181,7 @@ class SuffixRunner:
             return self.model.run(self._ids, hooks, at=at, stop_at=stop_at, **options)
 
     def _extendable(self, joins: Sequence[int]) -> DynamicCache:
-        """A cache with room for every copy in every layer; extending it leaves ours alone."""
+        """A cache with room for every copy in every layer."""
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(self._cache):
             copies = max(1, sum(join <= layer for join in joins))
@@ -190,9 +190,7 @@ class SuffixRunner:
                 keys, values = keys.expand(shape), values.expand(shape)
             elif copies > 1:
                 keys, values = (x.repeat(copies, 1, 1, 1) for x in (keys, values))
-            cache.layers.append(DynamicLayer())
-            cache.layers[layer].lazy_initialization(keys, values)
-            cache.layers[layer].keys, cache.layers[layer].values = keys, values
+            cache.layers.append(_Prefix(keys, values))
         return cache
 
 
@@ -271,14 +269,14 @@ def in_batches(
         start += size
 
 
-MEMORY_BUDGET = 512 * 2**20
+MEMORY_BUDGET = 128 * 2**20
 """Bytes that the batch of one pass may take on the CPU; does not change results."""
 
 
 def budget(model: LensModel) -> int:
     """Bytes that the batch of one pass may take: on a GPU, a quarter of what is free."""
     if model.device.type == "cuda":
-        return max(MEMORY_BUDGET // 4, torch.cuda.mem_get_info(model.device)[0] // 4)
+        return max(MEMORY_BUDGET, torch.cuda.mem_get_info(model.device)[0] // 4)
     return MEMORY_BUDGET
 
 
@@ -330,6 +328,22 @@ def _replacing(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Prefix(DynamicLayer):  # type: ignore[misc]
+    """Keys and values to the left, which one pass reads and does not keep its own with."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values; those of the pass are forgotten when its layer is done."""
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        return keys, torch.cat([self.values, value_states], dim=-2)
 
 
 def _cut(

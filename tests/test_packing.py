@@ -70,7 +70,7 @@ def test_every_token_stands_in_its_place(row: int, share: bool) -> None:
 
 
 def test_shared_tokens_stand_once() -> None:
-    packed = pack([[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8], [5]], 0)
+    packed = pack([[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8], [5], [5, 6, 9]], 0)
     assert packed.used == (5,)
     assert packed.places[0] == packed.places[2]
     assert packed.places[1][:2] == packed.places[0][:2]

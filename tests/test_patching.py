@@ -8,9 +8,7 @@ columns or values are exchanged inside Hugging Face's own attention code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from oracles import Attention, watched_attention
 
 import driftlens as dl
 from driftlens import reuse
@@ -74,42 +73,6 @@ def reference(architecture: str, edited: bool) -> Any:
         with torch.no_grad():
             dict(model.named_parameters())[name].add_(left @ right.T)
     return model
-
-
-@dataclass
-class Attention:
-    """What one pass of an oracle saw, by layer: ``[1, head, query, key]`` and values per head."""
-
-    patterns: list[torch.Tensor] = field(default_factory=list)
-    values: list[torch.Tensor] = field(default_factory=list)
-
-
-@contextmanager
-def watched_attention(seen: Attention, change: Callable[..., Any] | None) -> Iterator[None]:
-    """Hugging Face's attention code, with ``change(layer, pattern, values) -> heads' output``."""
-    softmax, matmul = torch.nn.functional.softmax, torch.matmul
-    waiting = False
-
-    def our_softmax(*args: Any, **options: Any) -> torch.Tensor:
-        nonlocal waiting
-        waiting = True
-        return softmax(*args, **options)
-
-    def our_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        nonlocal waiting
-        if not waiting:
-            return matmul(left, right)
-        waiting = False
-        seen.patterns.append(left.clone())
-        seen.values.append(right.clone())
-        own = matmul(left, right)
-        return own if change is None else change(len(seen.patterns) - 1, left, right, own)
-
-    torch.nn.functional.softmax, torch.matmul = our_softmax, our_matmul
-    try:
-        yield
-    finally:
-        torch.nn.functional.softmax, torch.matmul = softmax, matmul
 
 
 @cache
