@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 import driftlens as dl
 from driftlens.models import recording
-from driftlens.reuse import FullPass, SuffixRunner
+from driftlens.reuse import FullPass, SuffixRunner, in_batches
 
 SUBJECT = "The Eiffel Tower"
 PROMPT = "I saw the city. The Eiffel Tower is famous. The Louvre is located in the city of"
@@ -203,3 +204,64 @@ def test_wrong_logits_are_noticed(monkeypatch: pytest.MonkeyPatch):
     with pytest.warns(UserWarning, match="differ"):
         made = dl.edit(model, request, layer=1, steps=2, covariance="identity", progress=False)
     assert made.info["engine"] == "plain"
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost():
+    sizes: list[int] = []
+
+    def run(items: Sequence[int]) -> list[int]:
+        sizes.append(len(items))
+        if len(items) > 3:
+            raise torch.OutOfMemoryError("too much")
+        return [item * item for item in items]
+
+    found = [x for part in in_batches(range(20), 16, run) for x in part]
+    assert found == [i * i for i in range(20)]
+    assert sizes[:4] == [16, 8, 4, 2]
+    assert max(sizes[3:]) == 2
+
+    def never(items: Sequence[int]) -> list[int]:
+        raise torch.OutOfMemoryError("too much")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        list(in_batches([1, 2], 2, never))
+
+
+def test_a_sweep_survives_a_full_memory(monkeypatch: pytest.MonkeyPatch):
+    model, edit = lens("llama"), some_edit("llama")
+    expected = dl.sweep_attention(model, edit, PROMPT, answer="Paris", progress=False)
+    run, refused = SuffixRunner.run, 0
+
+    def small(self: SuffixRunner, hooks: Any = (), at: Any = None, joins: Any = (0,), **o: Any):
+        nonlocal refused
+        if len(joins) > 4:
+            refused += 1
+            raise torch.OutOfMemoryError("too much")
+        return run(self, hooks, at, joins, **o)
+
+    monkeypatch.setattr(SuffixRunner, "run", small)
+    found = dl.sweep_attention(model, edit, PROMPT, answer="Paris", progress=False)
+    assert refused
+    gap = found.to_dataframe()["logprob"] - expected.to_dataframe()["logprob"]
+    assert gap.abs().max() < 1e-5
+
+
+def test_a_patch_joins_at_its_own_layer_and_starts_at_its_own_position():
+    model, edit = lens("llama"), some_edit("llama")
+    experiment = dl.PatchExperiment(model, edit, PROMPT, answer="Paris")
+    seen: dict[int, tuple[int, ...]] = {}
+    handles = [
+        block.register_forward_pre_hook(
+            lambda m, args, y=y: seen.__setitem__(y, tuple(args[0].shape)) if args else None
+        )
+        for y, block in enumerate(model.bridge.blocks)
+    ]
+    try:
+        experiment.sweep(window=1, progress=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Each layer brings its heads, itself and its window; the first also everything at once.
+    heads = model.info.n_heads
+    assert [seen[y][0] for y in range(3)] == [heads + 3, 2 * heads + 5, 3 * heads + 7]
+    assert {shape[1] for shape in seen.values()} == {1}  # the last token alone

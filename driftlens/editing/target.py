@@ -178,6 +178,8 @@ def start(
     enters = layer + 1 if direct else layer
     base: FullPass | None = None
     if choose_engine(model, engine) == "suffix":
+        # The row of the KL term is read at the subject, so nothing behind it matters.
+        rows[-2] = rows[-2][: subjects[-2] + 1]
         seen: dict[str, torch.Tensor] = {}
         base = FullPass(model, rows, [enters], hooks=recording(seen, names))
     else:
@@ -257,15 +259,15 @@ def optimise_value(
     """
     model, problem, initial = start.model, start.problem, start.plain_output
     n_contexts = len(problem.last_prompt)
-    device = model.device
     runner = (_PlainRunner if start.base is None else _ReusingRunner)(start)
     at = _predicting(model, problem, runner.query_shift)
     sites = Sites(
         last_prompt=at[:n_contexts, 0],
-        subject=torch.tensor(runner.subject_key[:n_contexts], device=device),
+        subject=torch.tensor(runner.subject_key[:n_contexts], device=initial.device),
         layers=tuple(range(start.layer + 1, model.info.n_layers)),
     )
-    target_ids = torch.tensor(problem.target, device=device).expand(n_contexts, -1)[..., None]
+    target_ids = torch.tensor(problem.target, device=initial.device)
+    target_ids = target_ids.expand(n_contexts, -1)[..., None]
     watched = sorted({name for p in penalties for name in p.activations(sites)})
     delta = torch.zeros_like(initial, requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=search.lr)
@@ -277,7 +279,8 @@ def optimise_value(
     with model.frozen(), bar, torch.enable_grad():
         for step in range(search.steps):
             now: dict[str, torch.Tensor] = {}
-            logprobs = _wide(runner.run(delta, recording(now, watched), at)).log_softmax(-1)
+            logits = _wide(runner.run(delta, recording(now, watched), at))
+            logprobs = logits.to(delta.device).log_softmax(-1)  # of several devices, one
             if step == 0:
                 original = {name: tensor.detach() for name, tensor in now.items()}
                 essence = logprobs[-1, 0].detach()

@@ -1,0 +1,68 @@
+"""The speed benchmark runs, says that results are equal, and the README shows its numbers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+SCRIPT = REPOSITORY / "benchmarks" / "speed.py"
+RESULTS = sorted((REPOSITORY / "assets" / "results").glob("speed-*.json"), reverse=True)
+ITEMS = ("rome_edit", "sadr_overhead", "sweep", "scoring", "covariance", "memory")
+
+sys.path.insert(0, str(SCRIPT.parent))
+
+import speed  # noqa: E402
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_stored_results_are_complete_and_equal(path: Path) -> None:
+    result = json.loads(path.read_text())
+    assert result["pairs"] >= 5
+    for item in ITEMS:
+        assert result[item]["ratio"] > 0
+        assert result[item]["equal"] in ((True,) if item != "memory" else (None,))
+
+
+def test_the_readme_shows_the_stored_results() -> None:
+    assert len(RESULTS) == 2
+    table = speed.table([json.loads(path.read_text()) for path in RESULTS])
+    assert table in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.real
+def test_the_benchmark_runs_and_results_are_equal(tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    command = [sys.executable, str(SCRIPT), "--json", str(out), "--pairs", "1", "--steps", "3"]
+    subprocess.run([*command, "--documents", "20"], check=True, capture_output=True, text=True)
+    result = json.loads(out.read_text())
+    for item in ITEMS[:-1]:
+        assert result[item]["equal"], item
+        assert 0 < result[item]["floor_share"] < 1.5
+    # Generous: timings on a shared machine vary.
+    assert result["rome_edit"]["ratio"] > 1.5
+    assert result["sadr_overhead"]["ratio"] < 1.5
+    assert result["sweep"]["ratio"] > 5
+    assert result["scoring"]["ratio"] > 1.2
+    assert result["covariance"]["ratio"] > 0.4
+    assert 0 < result["memory"]["ratio"] < 2
+
+
+def test_the_cases_ask_both_targets_of_every_group() -> None:
+    fact = {
+        "prompt": "{} is in",
+        "subject": "Rome",
+        "target_new": "Spain",
+        "target_true": "Italy",
+        "paraphrases": ["Where is Rome? In"],
+        "neighbors": [{"prompt": "Milan is in", "answer": "Italy"}],
+        "relations": [{"prompt": "Rome was founded by", "answer": "Romulus"}],
+    }
+    groups = speed.case_of_fact(fact)
+    assert groups["distract neighbours"] == (["Rome is in Spain. Milan is in"], ["Spain", "Italy"])
+    assert {tuple(targets) for _, targets in groups.values()} == {("Spain", "Italy")}
+    assert speed.trie_of([[1, 2, 3], [1, 2, 4]]) == (4, 1 + 2 + 3 + 3)
