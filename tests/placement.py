@@ -116,6 +116,8 @@ def spread(model: Any, places: list[torch.device]) -> None:
     model.bridge.ln_final.register_forward_pre_hook(moving(places[-1]), with_kwargs=True)
     # The unembedding may be the embedding, and then stands there.
     unembedding = place_of(model.hf_model.get_output_embeddings().weight)
-    for parameter in model.bridge.unembed.parameters():
-        put(parameter, unembedding)
+    for module in torch.nn.Module.modules(model.bridge.unembed):
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                put(tensor, unembedding)
     model.bridge.unembed.register_forward_pre_hook(moving(unembedding), with_kwargs=True)
