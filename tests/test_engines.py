@@ -11,6 +11,7 @@ import tiny
 import torch
 
 import driftlens as dl
+from driftlens.interventions import pattern_name
 from driftlens.models import recording
 from driftlens.reuse import FullPass, SuffixRunner, in_batches
 
@@ -248,20 +249,19 @@ def test_a_sweep_survives_a_full_memory(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_patch_joins_at_its_own_layer_and_starts_at_its_own_position():
     model, edit = lens("llama"), some_edit("llama")
-    experiment = dl.PatchExperiment(model, edit, PROMPT, answer="Paris")
-    seen: dict[int, tuple[int, ...]] = {}
-    handles = [
-        block.register_forward_pre_hook(
-            lambda m, args, y=y: seen.__setitem__(y, tuple(args[0].shape)) if args else None
-        )
-        for y, block in enumerate(model.bridge.blocks)
-    ]
-    try:
+    experiment = dl.PatchExperiment(model, edit, PROMPT, answer="Paris", compare=[])
+    rows = len(experiment.batch.rows)
+    seen: dict[str, tuple[int, ...]] = {}
+    names = [pattern_name(y) for y in range(3)]
+
+    def look(tensor: torch.Tensor, hook: Any) -> None:
+        seen[hook.name] = tuple(tensor.shape)
+
+    with model.bridge.hooks(fwd_hooks=[(name, look) for name in names]):
         experiment.sweep(window=1, progress=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     # Each layer brings its heads, itself and its window; the first also everything at once.
     heads = model.info.n_heads
-    assert [seen[y][0] for y in range(3)] == [heads + 3, 2 * heads + 5, 3 * heads + 7]
-    assert {shape[1] for shape in seen.values()} == {1}  # the last token alone
+    copies = [heads + 3, 2 * heads + 5, 3 * heads + 7]
+    assert [seen[name][0] for name in names] == [rows * n for n in copies]
+    answer = len(model.tokens.target_ids("Paris"))
+    assert {shape[2] for shape in seen.values()} == {answer}  # the last token, and the answer's
