@@ -172,8 +172,8 @@ class Bench:
     def sweep(self) -> dict[str, Any]:
         """Every head of every layer; the plain one is timed on a sample of the patches.
 
-        The fast sweep also patches every layer, window of layers, and everything, which is
-        counted as its time but not as its work.
+        The sweep also patches every layer, every window of layers, and everything; each of its
+        patches is compared with one pass over the whole sequence.
         """
         edit = self._edit()
         prompt, answer = SWEEP
@@ -200,13 +200,14 @@ class Bench:
                 )
                 after, found = timed(lambda: experiment.sweep(progress=False))
                 per_patch = before / len(sample)
-                ratios.append(per_patch * len(places) / after)
+                patches = len(places) + info.n_layers + len(found.windows) + 1
+                ratios.append(per_patch * patches / after)
                 times.append(after)
                 errors += [
                     abs(found.heads[y][x].logprob - row)
                     for (y, x), row in zip(sample, rows, strict=True)
                 ]
-                report("sweep", per_patch * len(places), after, f"error {max(errors):.1e} nats")
+                report("sweep", per_patch * patches, after, f"error {max(errors):.1e} nats")
         finally:
             with torch.no_grad():
                 weight.copy_(original)
@@ -216,8 +217,7 @@ class Bench:
         return {
             "ratio": stats.median(ratios),
             "ratios": ratios,
-            "head_patches": len(places),
-            "all_patches_of_the_fast_sweep": len(lowest) + 1,
+            "patches": patches,
             "tokens": len(ids),
             "plain_patches_timed": len(sample),
             "largest_error_nats": max(errors),
@@ -453,11 +453,11 @@ def report(item: str, plain: float, fast: float, more: str) -> None:
 
 
 def matrix_rate() -> float:
-    """Floating-point operations per second of large float32 matrix products."""
+    """Floating-point operations per second of large float32 matrix products, at their best."""
     size = 1536
     a, b = torch.randn(size, size), torch.randn(size, size)
     torch.mm(a, b)
-    return stats.median(2 * size**3 / timed(lambda: torch.mm(a, b))[0] for _ in range(15))
+    return max(2 * size**3 / timed(lambda: torch.mm(a, b))[0] for _ in range(30))
 
 
 def where_time_goes(run: Callable[[], Any]) -> dict[str, float]:
@@ -549,9 +549,9 @@ def memory_of(field: str) -> int:
 
 
 ROWS = {
-    "rome_edit": "one ROME edit, 20 steps, over a padded loop",
+    "rome_edit": "one ROME edit, over a padded loop",
     "sadr_overhead": "the same search with SADR, over without",
-    "sweep": "a sweep of every head, over a pass for each",
+    "sweep": "a sweep over heads and layers, over a pass for each patch",
     "scoring": "scoring the prompts of one fact, over a padded batch for each group",
     "covariance": "tokens per second of a key covariance, over a bare forward pass",
     "memory": "peak memory of editing and comparing, over model and activations",
@@ -562,6 +562,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """Results of several models as Markdown: ratio, and share of the floor in brackets."""
     names = [result["model"]["name"] for result in results]
     lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    steps = " | ".join(str(result["rome_edit"]["steps"]) for result in results)
+    lines.append(f"| steps of the edits below | {steps} |")
     for item, words in ROWS.items():
         cells = []
         for result in results:
@@ -598,6 +600,8 @@ def main() -> None:
     if args.json and args.json.is_file():
         result = {**json.loads(args.json.read_text()), **result}
     for item in args.only:
+        # Other users of a shared machine may have slowed it before: the best rate counts.
+        bench.rate = result["matrix_product_rate"] = max(bench.rate, matrix_rate())
         result[item] = getattr(bench, item)()
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)

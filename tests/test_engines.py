@@ -116,9 +116,12 @@ def test_patches_are_the_same(architecture: str, direction: Any, options: dict[s
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-@pytest.mark.parametrize("direction", ["restore", "contaminate"])
-@pytest.mark.parametrize("component", ["attn_out", "mlp_out", "resid"])
-@pytest.mark.parametrize("queries", ["last", [5, -2]], ids=str)
+@pytest.mark.parametrize(
+    ("component", "direction", "queries"),
+    [("attn_out", "restore", [5, -2]), ("mlp_out", "contaminate", "last"),
+     ("resid", "restore", "last")],
+    ids=str,
+)  # fmt: skip
 def test_patches_of_activations_are_the_same(
     architecture: str, direction: Any, component: Any, queries: Any
 ):

@@ -52,9 +52,11 @@ def lens(architecture: str, dtype: torch.dtype | None = None) -> dl.LensModel:
     return dl.load_model(tiny.hf_model(architecture), tokenizer=tiny.tokenizer(), dtype=dtype)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gptj", "gemma3"])
-@pytest.mark.parametrize("engine", [None, "plain"])
-@pytest.mark.parametrize("n_devices", [1, 2])
+@pytest.mark.parametrize(
+    ("architecture", "engine", "n_devices"),
+    [("llama", None, 1), ("gpt2", None, 2), ("gptj", None, 2), ("gemma3", None, 2),
+     ("llama", "plain", 2)],
+)  # fmt: skip
 def test_everything_runs_where_the_model_is(architecture: str, engine: Any, n_devices: int) -> None:
     expected = everything(lens(architecture), engine)
     model = lens(architecture)
@@ -83,8 +85,10 @@ def test_tensors_of_different_devices_do_not_meet() -> None:
         assert place_of(there.cpu()) == CPU
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("llama", torch.bfloat16), ("gpt2", torch.float16), ("gemma3", torch.bfloat16)],
+)
 def test_half_precision_is_kept_where_the_model_has_it_and_left_where_it_counts(
     architecture: str, dtype: torch.dtype
 ) -> None:
