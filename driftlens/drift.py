@@ -371,13 +371,14 @@ def _rows(
         rows = [e.ids for e in batch]
         before: dict[int, torch.Tensor] = {}
         after: dict[int, torch.Tensor] = {}
-        if lowest is None:
+        if not reuses:
             for store, state in ((before, nullcontext()), (after, edit.applied(model))):
                 with state, torch.no_grad():
                     ids = model.tokens.pad(rows)
                     model.run(ids, _taking_rows(model, store, at), stop_at=model.top)
         else:
-            base = FullPass(model, rows, [lowest], hooks=_taking_rows(model, before, at))
+            kept = [] if lowest is None else [lowest]
+            base = FullPass(model, rows, kept, hooks=_taking_rows(model, before, at))
             with edit.applied(model):
                 base.rerun(lowest, hooks=_taking_rows(model, after, at))
         for found, rows_of in ((original, before), (edited, {**before, **after})):

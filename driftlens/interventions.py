@@ -35,6 +35,11 @@ def z_name(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_z"
 
 
+def block_in_name(layer: int) -> str:
+    """The residual stream that enters a block, ``[batch, pos, d_model]``."""
+    return f"blocks.{layer}.hook_in"
+
+
 def down_in_name(layer: int) -> str:
     """Input of the MLP's down-projection (the key of the memory), ``[batch, pos, d_mlp]``."""
     return f"blocks.{layer}.mlp.out.hook_in"
@@ -45,16 +50,17 @@ def down_out_name(layer: int) -> str:
     return f"blocks.{layer}.mlp.out.hook_out"
 
 
-Rows = torch.Tensor | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Attention ``[source, head, query, key]`` to use, or a function of the model's own, and of
-which sequences of the batch that is."""
+Mix = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The attention to use, from the model's own and what was given, both ``[batch, head, query,
+key]``."""
 
 
 def replace_heads(
     layer: int,
     where: Bool[torch.Tensor, "batch head query"],
-    pattern: Rows,
+    pattern: Float[torch.Tensor, "source head query key"],
     values: Float[torch.Tensor, "source key kv_head d_head"] | None = None,
+    mix: Mix | None = None,
     own_pattern: torch.Tensor | None = None,
     past_values: torch.Tensor | None = None,
 ) -> list[Hook]:
@@ -66,13 +72,12 @@ def replace_heads(
     Args:
         layer: Which block.
         where: The (head, query) pairs to replace, for each sequence of the batch.
-        pattern: Attention to use there, ``[source, head, query, key]``, or a function from the
-            model's own attention in this very pass, and the numbers of the sequences that it
-            is of, to what to use.
+        pattern: Attention to use there.
         values: Values to use there; ``None`` keeps the model's own. Other heads and query
             positions keep reading the model's own values.
-        own_pattern: The model's own attention, for models that deliver it too late for a
-            function of it (see ``LensModel.pattern_comes_first``).
+        mix: What to use instead, of the model's own attention in this very pass and ``pattern``.
+        own_pattern: The model's own attention, for models that deliver it too late for ``mix``
+            (see ``LensModel.pattern_comes_first``).
         past_values: The model's own values of cached positions, ``[source, key, kv_head,
             d_head]``, which a pass over the rest does not compute.
     """
@@ -93,7 +98,7 @@ def replace_heads(
             seen["values"] = own
 
         hooks.append((values_name(layer), see_values))
-    if callable(pattern) and own_pattern is None:
+    if mix is not None and own_pattern is None:
 
         def see_pattern(tensor: torch.Tensor, hook: Any) -> None:
             seen["pattern"] = of_touched(tensor)
@@ -102,11 +107,10 @@ def replace_heads(
 
     def write_z(z: torch.Tensor, hook: Any) -> torch.Tensor:
         used_values = seen["values"] if values is None else of_touched(values).to(z)
-        if callable(pattern):
+        rows = of_touched(pattern)
+        if mix is not None:
             own = seen["pattern"] if own_pattern is None else of_touched(own_pattern)
-            rows = pattern(own, touched)
-        else:
-            rows = of_touched(pattern)
+            rows = mix(own, rows.to(own))
         mixed = mix_heads(rows.to(z), used_values)
         at = touched.to(z.device)
         chosen = where[touched].to(z.device).transpose(1, 2).unsqueeze(-1)

@@ -21,6 +21,7 @@ from driftlens import bundled
 from driftlens.errors import ModelError, RequestError
 from driftlens.interventions import (
     Hook,
+    block_in_name,
     down_out_name,
     pattern_name,
     replace_heads,
@@ -743,7 +744,7 @@ def _has_down(model: LensModel, layer: int) -> bool:
 
 def _around_down(layers: Iterable[int], n_layers: int) -> list[str]:
     """Hooks at the down-projection's output, and at the next layer's input where there is one."""
-    after = [f"blocks.{layer + 1}.hook_in" for layer in layers if layer + 1 < n_layers]
+    after = [block_in_name(layer + 1) for layer in layers if layer + 1 < n_layers]
     return [*(down_out_name(layer) for layer in layers), *after]
 
 

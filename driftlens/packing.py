@@ -11,7 +11,6 @@ prompt.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from driftlens.interventions import Hook
-from driftlens.models import LensModel, relative_tolerance
-from driftlens.reuse import skipped
+from driftlens.models import LensModel
+from driftlens.reuse import shown_exact, skipped
 
 ROW = 256
 """Tokens of a row, unless one sequence is longer. Attention costs the square of it."""
@@ -201,21 +200,7 @@ def packing_is_exact(model: LensModel) -> bool:
 
     Where they do not, the first call warns, and sequences are run padded instead.
     """
-    if "packing" not in model.memo:
-        try:
-            worst, scale = _largest_error(model)
-            exact = worst <= relative_tolerance(getattr(torch, model.info.dtype)) * scale
-            reason = f"its logits would differ by {worst:.2g}"
-        except Exception as error:
-            exact, reason = False, f"{type(error).__name__}: {error}"
-        if not exact:
-            warnings.warn(
-                f"{model.info.name} cannot run packed sequences ({reason}); they are run padded "
-                "instead, which is slower and gives the same result.",
-                stacklevel=3,
-            )
-        model.memo["packing"] = exact
-    return bool(model.memo["packing"])
+    return shown_exact(model, "run packed sequences", _largest_error, "they are run padded")
 
 
 def _largest_error(model: LensModel) -> tuple[float, float]:

@@ -48,7 +48,7 @@ from driftlens.edits import Edit
 from driftlens.errors import RequestError
 from driftlens.interventions import (
     Hook,
-    Rows,
+    Mix,
     pattern_name,
     replace_activation,
     replace_heads,
@@ -370,7 +370,7 @@ class PatchExperiment:
             self._span()
         self._ids = self.batch.ids(model)
         self._recorded: dict[str, torch.Tensor] = {}
-        self._recorded_from = len(self.batch.questions[0].prompt) - 1
+        self._recorded_from = self._first_position("last")
         self._runner: tuple[int, SuffixRunner] | None = None
         self._target_pass: FullPass | None = None
         self.original, self.edited = self._baselines()
@@ -449,7 +449,8 @@ class PatchExperiment:
             ):
                 found += readouts
                 bar.update(len(readouts))
-        readouts = [readout for _, readout in sorted(zip(order, found, strict=True), key=_number)]
+        of_place = dict(zip(order, found, strict=True))
+        readouts = [of_place[i] for i in range(len(places))]
         n = n_layers * n_heads
         return AttentionSweep(
             original=self.original,
@@ -557,18 +558,19 @@ class PatchExperiment:
         the architecture delivers it too late, it is recorded beforehand, layer by layer, each
         time with the patches of the layers below in place.
         """
-        needs_own = exchange == "values" or columns is not None
+        mix = _mixture(exchange, columns)
         hooks: list[Hook] = []
         for layer in sorted(where):
             own = None
-            if needs_own and not self.model.pattern_comes_first:
+            if mix is not None and not self.model.pattern_comes_first:
                 own = self._own_pattern(layer, hooks, joins, start)
             rows = self._recorded[pattern_name(layer)][:, :, start - self._recorded_from :]
             hooks += replace_heads(
                 layer,
                 where[layer][:, :, start:],
-                _rows_to_use(rows, exchange, columns),
+                rows,
                 None if exchange == "pattern" else self._recorded[values_name(layer)],
+                mix,
                 own,
                 self._suffix(start).past_values(layer) if self._reuses else None,
             )
@@ -614,10 +616,7 @@ class PatchExperiment:
         hooks = taken if source_is_edited else []
         enters = [] if source_is_edited else every
         with self._applied(True):
-            if lowest is None:
-                after = FullPass(model, self.batch.rows, enters, at, hooks)
-            else:
-                after = before.rerun(lowest, enters, at, hooks)
+            after = before.rerun(lowest, enters, at, hooks)
         self._target_pass = before if source_is_edited else after
         return self._unpatched(before.logits), self._unpatched(after.logits)
 
@@ -828,22 +827,13 @@ def _sweep_places(
     return [*one_head, *whole, *several, [p for row in whole for p in row]]
 
 
-def _number(pair: tuple[int, Readout]) -> int:
-    return pair[0]
-
-
-def _rows_to_use(rows: torch.Tensor, exchange: Exchange, columns: torch.Tensor | None) -> Rows:
-    """The attention to use: the source's, the running model's own, or a mixture by column."""
+def _mixture(exchange: Exchange, columns: Bool[torch.Tensor, " key"] | None) -> Mix | None:
+    """How the running model's own attention counts: not at all, alone, or by column."""
     if exchange == "values":
-        return lambda own, sequences: own
+        return lambda own, source: own
     if columns is None:
-        return rows
-
-    def mixture(own: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
-        source = rows[sequences.to(rows.device) % rows.shape[0]].to(own)
-        return restore_columns(own, source, columns.to(own.device))
-
-    return mixture
+        return None
+    return lambda own, source: restore_columns(own, source, columns.to(own.device))
 
 
 # --- resolving what was asked for ----------------------------------------------------------

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from driftlens.interventions import Hook
+from driftlens.interventions import Hook, block_in_name
 from driftlens.models import LensModel, relative_tolerance
 
 Engine = Literal["suffix", "plain"]
@@ -50,6 +50,7 @@ class FullPass:
         enters: Layers whose input is kept.
         at: Positions whose logits are wanted, for each sequence; ``None`` for none.
         hooks: Active during this pass.
+        below: A pass whose layers below the given one are taken over (see :meth:`rerun`).
 
     Attributes:
         logits: ``[row, chosen, d_vocab]``, or no position if ``at`` is ``None``.
@@ -62,18 +63,37 @@ class FullPass:
         enters: Iterable[int] = (),
         at: Int[torch.Tensor, "row chosen"] | None = None,
         hooks: Sequence[Hook] = (),
+        *,
+        below: tuple[FullPass, int] | None = None,
     ) -> None:
         self.model = model
         self.rows = [list(row) for row in rows]
         self.ids = model.tokens.pad(self.rows, model.device)
-        self.entering: dict[int, Float[torch.Tensor, "row pos d_model"]] = {}
         # Without a configuration the cache keeps all keys, those of sliding windows too.
         self.cache = DynamicCache()
-        self.logits = self._run([*_keeping(self.entering, enters), *hooks], at)
+        base, layer = below or (None, 0)
+        kept = {} if base is None else base.entering
+        self.entering: dict[int, Float[torch.Tensor, "row pos d_model"]] = {
+            index: hidden for index, hidden in kept.items() if index <= layer
+        }
+        inputs = {} if base is None else {layer: lambda hidden: kept[layer]}
+        new = [index for index in enters if index not in self.entering]
+        stop_at = model.top if at is None else None
+        with skipped(model, layer), _replacing(model, inputs), torch.no_grad():
+            # Padding on the right is seen by no real position.
+            self.logits = model.run(
+                self.ids,
+                [*_keeping(self.entering, new), *hooks],
+                at=at,
+                stop_at=stop_at,
+                past_key_values=self.cache,
+            )
+        if base is not None:
+            self.cache.layers[:layer] = base.cache.layers[:layer]
 
     def rerun(
         self,
-        layer: int,
+        layer: int | None,
         enters: Iterable[int] = (),
         at: Int[torch.Tensor, "row chosen"] | None = None,
         hooks: Sequence[Hook] = (),
@@ -81,25 +101,11 @@ class FullPass:
         """The same sequences, after the weights of ``layer`` and above may have changed.
 
         Layers below are not run: hooks on them see nothing, and what is kept of them is this
-        pass's. Its input of ``layer`` must have been kept.
+        pass's. Its input of ``layer`` must have been kept. ``None``: anything may have changed,
+        and everything is run.
         """
-        entered = self.entering[layer]
-        new = FullPass.__new__(FullPass)
-        new.model, new.rows, new.ids = self.model, self.rows, self.ids
-        new.entering = {below: h for below, h in self.entering.items() if below <= layer}
-        new.cache = DynamicCache()
-        above = [index for index in enters if index > layer]
-        with skipped(self.model, layer), _replacing(self.model, {layer: lambda hidden: entered}):
-            new.logits = new._run([*_keeping(new.entering, above), *hooks], at)
-        new.cache.layers[:layer] = self.cache.layers[:layer]
-        return new
-
-    def _run(self, hooks: Sequence[Hook], at: torch.Tensor | None) -> torch.Tensor:
-        # Padding on the right is seen by no real position.
-        options: dict[str, Any] = {"past_key_values": self.cache}
-        stop_at = self.model.top if at is None else None
-        with torch.no_grad():
-            return self.model.run(self.ids, hooks, at=at, stop_at=stop_at, **options)
+        below = None if layer is None else (self, layer)
+        return FullPass(self.model, self.rows, enters, at, hooks, below=below)
 
 
 class SuffixRunner:
@@ -138,11 +144,6 @@ class SuffixRunner:
         self._positions = suffix[rows_of_inputs]
         self._mask = torch.cat([prefix >= 0, torch.ones_like(suffix, dtype=torch.bool)], dim=1)
         self._mask = self._mask[rows_of_inputs].long()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Sequences, and positions of each."""
-        return self.n_rows, self.width
 
     def past_values(self, layer: int) -> Float[torch.Tensor, "row key kv_head d_head"] | None:
         """Values left of the suffix."""
@@ -199,21 +200,37 @@ def reuse_is_exact(model: LensModel) -> bool:
 
     Where they do not, the first call warns and everything runs whole sequences.
     """
-    if "reuse" not in model.memo:
+    return shown_exact(model, "reuse cached passes", _largest_error, "whole sequences are run")
+
+
+def shown_exact(
+    model: LensModel,
+    ability: str,
+    largest_error: Callable[[LensModel], tuple[float, float]],
+    otherwise: str,
+) -> bool:
+    """Whether a fast way gives this model's own logits; tried once for each model.
+
+    Args:
+        ability: What the model would have to be able to do, in words.
+        largest_error: Gives the largest difference from plain logits, and the largest logit.
+        otherwise: What is done instead, for the warning.
+    """
+    if ability not in model.memo:
         try:
-            worst, scale = _largest_error(model)
+            worst, scale = largest_error(model)
             exact = worst <= relative_tolerance(getattr(torch, model.info.dtype)) * scale
             reason = f"its logits would differ by {worst:.2g}"
         except Exception as error:
             exact, reason = False, f"{type(error).__name__}: {error}"
         if not exact:
             warnings.warn(
-                f"{model.info.name} cannot reuse cached passes ({reason}); whole sequences are run "
-                "instead, which is slower and gives the same result.",
-                stacklevel=3,
+                f"{model.info.name} cannot {ability} ({reason}); {otherwise} instead, which is "
+                "slower and gives the same result.",
+                stacklevel=4,
             )
-        model.memo["reuse"] = exact
-    return bool(model.memo["reuse"])
+        model.memo[ability] = exact
+    return bool(model.memo[ability])
 
 
 def choose_engine(model: LensModel, asked: Engine | None) -> Engine:
@@ -283,16 +300,12 @@ def budget(model: LensModel) -> int:
 # --- parts ---------------------------------------------------------------------------------
 
 
-def _input(layer: int) -> str:
-    return f"blocks.{layer}.hook_in"
-
-
 def _keeping(store: dict[int, torch.Tensor], layers: Iterable[int]) -> list[Hook]:
     def keep(layer: int) -> Hook:
         def hook_fn(hidden: torch.Tensor, hook: Any) -> None:
             store[layer] = hidden.detach()
 
-        return _input(layer), hook_fn
+        return block_in_name(layer), hook_fn
 
     return [keep(layer) for layer in sorted(set(layers))]
 

@@ -168,7 +168,7 @@ def test_a_suffix_pass_reads_less_than_the_whole_sequence():
     starts = [len(rows[0]) - 2, 1]
     base = FullPass(model, rows, enters=[1])
     runner = SuffixRunner(base, starts)
-    assert runner.shape == (2, max(2, len(rows[1]) - 1))
+    assert (runner.n_rows, runner.width) == (2, max(2, len(rows[1]) - 1))
     with torch.no_grad():
         logits = runner.run(joins=[1])
         for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):

@@ -135,7 +135,7 @@ def test_packed_covariance_is_the_padded_one(
     model = lens(architecture)
     found = []
     for packs in (True, False):
-        monkeypatch.setitem(model.memo, "packing", packs)
+        monkeypatch.setitem(model.memo, "run packed sequences", packs)
         found.append(dl.key_covariance(model, 1, PROMPTS * 3, cache=False, progress=False).matrix)
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
     assert torch.equal(found[0], found[0].T)

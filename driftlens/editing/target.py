@@ -29,9 +29,10 @@ from driftlens.editing.contexts import Context
 from driftlens.editing.penalties import Penalty, Sites
 from driftlens.errors import EditError
 from driftlens.facts import EditRequest, split_template
-from driftlens.interventions import Hook, down_in_name, down_out_name
+from driftlens.interventions import Hook, block_in_name, down_in_name, down_out_name
 from driftlens.models import LensModel, recording
 from driftlens.reuse import Engine, FullPass, SuffixRunner, choose_engine
+from driftlens.scoring import log_probabilities
 
 ESSENCE_SUFFIX = " is a"
 """What follows the subject in the prompt of the KL term."""
@@ -215,23 +216,20 @@ class _ReusingRunner:
     def __init__(self, start: Start) -> None:
         problem, model, base = start.problem, start.model, start.base
         assert base is not None
-        self.layer = start.layer
         self.runner = SuffixRunner(base, problem.subject, range(len(problem.rows)))
         self.query_shift = [-subject for subject in problem.subject]
         self.subject_key = [-self.runner.width] * len(problem.rows)
         self.subject = torch.zeros(len(problem.rows), dtype=torch.long, device=model.device)
         # Where a layer's MLP adds its output to the residual stream as it is, so does delta.
-        self.direct = start.enters != start.layer
+        direct = start.enters > start.layer
+        self.name = block_in_name(start.enters) if direct else down_out_name(start.layer)
+        self.enters = start.enters
 
     def run(
         self, delta: Float[torch.Tensor, " d_model"], hooks: Sequence[Hook], at: torch.Tensor
     ) -> torch.Tensor:
-        if not self.direct:
-            added = _add_at(down_out_name(self.layer), self.subject, delta)
-            return self.runner.run([added, *hooks], at, joins=[self.layer])
-        layer = self.layer + 1
-        added = _add_at(f"blocks.{layer}.hook_in", self.subject, delta)
-        return self.runner.run([added, *hooks], at, joins=[layer])
+        added = _add_at(self.name, self.subject, delta)
+        return self.runner.run([added, *hooks], at, joins=[self.enters])
 
 
 def _predicting(
@@ -279,8 +277,8 @@ def optimise_value(
     with model.frozen(), bar, torch.enable_grad():
         for step in range(search.steps):
             now: dict[str, torch.Tensor] = {}
-            logits = _wide(runner.run(delta, recording(now, watched), at))
-            logprobs = logits.to(delta.device).log_softmax(-1)  # of several devices, one
+            logits = runner.run(delta, recording(now, watched), at)
+            logprobs = log_probabilities(logits.to(delta.device))  # of several devices, one
             if step == 0:
                 original = {name: tensor.detach() for name, tensor in now.items()}
                 essence = logprobs[-1, 0].detach()
