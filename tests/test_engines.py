@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny
@@ -13,7 +13,7 @@ import torch
 import driftlens as dl
 from driftlens.interventions import pattern_name
 from driftlens.models import recording
-from driftlens.reuse import FullPass, SuffixRunner, in_batches
+from driftlens.reuse import Engine, FullPass, SuffixRunner, in_batches
 
 SUBJECT = "The Eiffel Tower"
 PROMPT = "I saw the city. The Eiffel Tower is famous. The Louvre is located in the city of"
@@ -42,6 +42,23 @@ def some_edit(architecture: str) -> dl.Edit:
         {down.name: dl.LowRankDelta(left * 0.3, right)},
         request=dl.EditRequest("{} is located in the city of", SUBJECT, "Rome", "Paris"),
     )
+
+
+def by_engine(architecture: str, direction: Any) -> Iterator[tuple[str, dl.PatchExperiment]]:
+    """The same experiment with each engine."""
+    for engine in get_args(Engine):
+        yield (
+            engine,
+            dl.PatchExperiment(
+                lens(architecture),
+                some_edit(architecture),
+                PROMPT,
+                SUBJECT,
+                "Paris of France",
+                direction=direction,
+                engine=engine,
+            ),
+        )
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -94,22 +111,12 @@ def test_edits_are_the_same(architecture: str, subject: str, prompt: str, target
     ids=str,
 )
 def test_patches_are_the_same(architecture: str, direction: Any, options: dict[str, Any]):
-    model, edit = lens(architecture), some_edit(architecture)
     found = []
-    for engine in ("plain", "suffix"):
-        experiment = dl.PatchExperiment(
-            model,
-            edit,
-            PROMPT,
-            SUBJECT,
-            "Paris of France",
-            direction=direction,
-            engine=engine,  # type: ignore[arg-type]
-        )
+    for engine, experiment in by_engine(architecture, direction):
         sweep = experiment.sweep(window=2, progress=False, **options)
         assert sweep.engine == engine
         found.append(sweep.to_dataframe())
-    plain, fast = found
+    fast, plain = found
     assert (plain["logprob"] - fast["logprob"]).abs().max() < 1e-4
     moved = plain["logprob"][plain["kind"] != "original"]
     assert moved.max() - moved.min() > 1e-4  # the patches do something
@@ -125,17 +132,8 @@ def test_patches_are_the_same(architecture: str, direction: Any, options: dict[s
 def test_patches_of_activations_are_the_same(
     architecture: str, direction: Any, component: Any, queries: Any
 ):
-    model, edit = lens(architecture), some_edit(architecture)
     found = []
-    for engine in ("plain", "suffix"):
-        experiment = dl.PatchExperiment(
-            model,
-            edit,
-            PROMPT,
-            answer="Paris of France",
-            direction=direction,
-            engine=engine,  # type: ignore[arg-type]
-        )
+    for engine, experiment in by_engine(architecture, direction):
         result = experiment.activation(component, layers=[1, 2], queries=queries)
         assert result.engine == engine
         found.append(result.to_dataframe()["logprob"])
