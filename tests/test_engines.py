@@ -14,6 +14,7 @@ import driftlens as dl
 from driftlens.interventions import pattern_name
 from driftlens.models import recording
 from driftlens.reuse import Engine, FullPass, SuffixRunner, in_batches
+from driftlens.scoring import log_probabilities
 
 SUBJECT = "The Eiffel Tower"
 PROMPT = "I saw the city. The Eiffel Tower is famous. The Louvre is located in the city of"
@@ -138,6 +139,28 @@ def test_patches_of_activations_are_the_same(
         assert result.engine == engine
         found.append(result.to_dataframe()["logprob"])
     assert (found[0] - found[1]).abs().max() < 1e-4
+
+
+def test_a_patch_of_several_layers_reaches_each_of_them():
+    experiment = dict(by_engine("llama", "contaminate"))["suffix"]
+    model = experiment.model
+    names = [f"blocks.{layer}.hook_mlp_out" for layer in (1, 2)]
+    ids = experiment.batch.ids(model)
+    with experiment.edit.applied(model):
+        source = model.record(ids, names)
+
+    def exchanged(name: str) -> Any:
+        return name, lambda own, hook: torch.cat([own[:, :start], source[name][:, start:]], dim=1)
+
+    start = len(experiment.batch.questions[0].prompt) - 1  # all from there on predict the answer
+    with torch.no_grad():
+        logits = model.run(ids, [exchanged(name) for name in names], at=experiment.batch.at())
+    (expected, *_) = experiment.batch.read(log_probabilities(logits))
+    both = experiment.activation("mlp_out", layers=[1, 2]).patched.logprob
+    assert both == pytest.approx(expected.logprob, abs=1e-4)
+    for layer in (1, 2):
+        alone = experiment.activation("mlp_out", layers=[layer]).patched.logprob
+        assert abs(alone - both) > 1e-3
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
