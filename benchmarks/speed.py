@@ -34,11 +34,20 @@ import oracles  # noqa: E402
 
 import driftlens as dl  # noqa: E402
 from driftlens.assets import asset  # noqa: E402
+from driftlens.editing.configs import RomeConfig  # noqa: E402
 from driftlens.editing.contexts import sample_contexts  # noqa: E402
-from driftlens.editing.methods import RomeConfig, resolve_config  # noqa: E402
-from driftlens.editing.rome import as_delta, rome_update  # noqa: E402
+from driftlens.editing.methods import resolve_config  # noqa: E402
+from driftlens.editing.outcome import Resources, descent_of  # noqa: E402
+from driftlens.editing.rome import rome  # noqa: E402
 from driftlens.editing.statistics import IDENTITY, wikipedia_leads  # noqa: E402
-from driftlens.editing.target import build_problem, optimise_value, start  # noqa: E402
+from driftlens.editing.target import (  # noqa: E402
+    Start,
+    build_problem,
+    down_projection_out,
+    optimise_value,
+    start,
+)
+from driftlens.interventions import down_in_name  # noqa: E402
 from driftlens.scoring import ask, score_questions  # noqa: E402
 
 ITEMS = ("rome_edit", "sadr_overhead", "sweep", "scoring", "covariance", "memory")
@@ -97,7 +106,8 @@ class Bench:
         pairs, errors, floors = [], [], []
         for request in self.requests():
             task = task_of(self.model, request, contexts)
-            initial = start(self.model, request, contexts, search.layer).plain_output
+            begun = self._begun(request, contexts, search)
+            initial, key = begun.initial[0], begun.plain[down_in_name(search.layer)]
 
             def plain(
                 search: RomeConfig = search,
@@ -109,17 +119,14 @@ class Bench:
                     self.plain, down, task, initial, batch=batch, **numbers(search)
                 )
 
-            def fast(
-                search: RomeConfig = search, request: dl.EditRequest = request
-            ) -> torch.Tensor:
-                update = rome_update(
-                    self.model, request, search.layer, search, contexts, IDENTITY, progress=False
-                )
-                as_delta(update, input_first=False)
-                return update.value.delta
+            def fast(search: RomeConfig = search, request: dl.EditRequest = request) -> Any:
+                resources = Resources(contexts, {search.layer: IDENTITY}, progress=False)
+                (delta,) = rome(self.model, request, search, resources).deltas.values()
+                return delta
 
-            (before, expected), (after, found) = timed(plain), timed(fast)
+            (before, expected), (after, made) = timed(plain), timed(fast)
             pairs.append((before, after))
+            found = made.left @ (made.right.T @ key)  # what the update says about the plain key
             errors.append(float((found - expected).norm() / expected.norm()))
             floors.append(self.share(self._edit_ops(task, search), after))
             report("rome_edit", before, after, f"relative error {errors[-1]:.1e}")
@@ -147,17 +154,18 @@ class Bench:
         search = self._search()
         contexts = sample_contexts(self.model)
         gamma, ratios, shares = 0.01, [], []
+        descent = descent_of(search)
         for request in self.requests():
-            begun = start(self.model, request, contexts, search.layer)
+            begun = self._begun(request, contexts, search)
             penalty = (dl.SADR(gamma=gamma),)
-            without, _ = timed(lambda b=begun: optimise_value(b, search, (), False))
-            with_it, value = timed(lambda b=begun, p=penalty: optimise_value(b, search, p, False))
+            without, _ = timed(lambda b=begun: optimise_value(b, descent, (), False))
+            with_it, value = timed(lambda b=begun, p=penalty: optimise_value(b, descent, p, False))
             ratios.append(with_it / without)
             task = task_of(self.model, request, contexts)
             shares.append(self.share(self._edit_ops(task, search), with_it))
             report("sadr_overhead", without, with_it, f"{with_it / without - 1:+.1%}")
         expected = oracles.plain_value(
-            self.plain, plain_down(self.plain, search.layer), task, begun.plain_output,
+            self.plain, plain_down(self.plain, search.layer), task, begun.initial[0],
             gamma=gamma, **numbers(search),
         )  # fmt: skip
         error = float((value.delta - expected).norm() / expected.norm())
@@ -346,10 +354,15 @@ class Bench:
         overrides = {"steps": self.args.steps, "early_stop_loss": -1.0}
         return resolve_config(self.model, "rome", None, overrides)
 
+    def _begun(self, request: dl.EditRequest, contexts: Any, search: RomeConfig) -> Start:
+        """What is known before the search."""
+        place = down_projection_out(self.model, search.layer)
+        record = [down_in_name(search.layer)]
+        return start(self.model, request, contexts, search.layer, [place], record)
+
     def _edit_ops(self, task: oracles.ValueTask, search: RomeConfig) -> float:
         """One whole pass for what is kept, then the layers above, suffixes only, both ways."""
         rows = list(zip(task.rows, task.subject, strict=True))
-        rows[-1] = (rows[-1][0][: rows[-1][1] + 1], rows[-1][1])
         whole = sum(len(row) for row, _ in rows)
         whole_pairs = sum(len(row) * (len(row) + 1) / 2 for row, _ in rows)
         suffix = sum(len(row) - at for row, at in rows)
@@ -483,7 +496,7 @@ def where_time_goes(run: Callable[[], Any]) -> dict[str, float]:
 def measure_memory(name: str) -> dict[str, Any]:
     """Peak resident memory of editing and comparing, over the model and its activations.
 
-    Activations are the kept pass (keys and values, what enters the edited layer) and what one
+    Activations are what is kept of the first pass (keys and values, what enters) and what one
     step of the value search keeps for its gradient, counted with
     ``torch.autograd.graph.saved_tensors_hooks``, parameters left out.
     """
@@ -521,14 +534,14 @@ def measure_memory(name: str) -> dict[str, Any]:
         dl.score(model, prompt, [answer])
     peak = memory_of("VmHWM")
     # Only now: looking at what is saved keeps it alive for longer.
-    begun = start(model, request, contexts, config.layer)
+    begun = start(model, request, contexts, config.layer,
+                  [down_projection_out(model, config.layer)])  # fmt: skip
+    one_step = descent_of(resolve_config(model, "rome", config, {"steps": 1}))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        optimise_value(begun, resolve_config(model, "rome", config, {"steps": 1}), (), False)
-    assert begun.base is not None
-    kept = [*begun.base.entering.values()]
-    kept += [x for layer in begun.base.cache.layers for x in (layer.keys, layer.values)]
-    activations = sum(saved.values()) + sum(x.numel() * x.element_size() for x in kept)
-    del kept, begun, saved
+        optimise_value(begun, one_step, (), False)
+    assert begun.reused is not None
+    activations = sum(saved.values()) + begun.reused.kept_bytes
+    del begun, saved
     ratio = (model_bytes + peak - loaded) / (model_bytes + activations)
     return {
         "ratio": ratio,

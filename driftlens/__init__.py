@@ -6,7 +6,7 @@ The whole path in one place::
     edit   = edit(model, EditRequest(...))                 # editing/methods.py
     drift  = measure_drift(model, edit, prompt)            # drift.py
     sweep  = sweep_attention(model, edit, prompt, ...)     # patching.py
-    cured  = edit(model, request, penalty=SADR(gamma=...)) # editing/penalties.py
+    cured  = edit(model, request, penalty=SADR(gamma=...)) # editing/sadr.py
 
 Public names are imported at first use, so that ``import driftlens`` and the command line's
 ``--help`` do not wait for torch.
@@ -18,10 +18,29 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from driftlens.codebook import Codebook
     from driftlens.drift import Drift, load_drift, measure_drift
-    from driftlens.editing.methods import RomeConfig, edit
-    from driftlens.editing.penalties import SADR
-    from driftlens.editing.statistics import KeyCovariance, key_covariance, load_covariance
+    from driftlens.editing.config_files import EditPlan, read_config, write_config
+    from driftlens.editing.configs import (
+        AlphaEditConfig,
+        EmmetConfig,
+        FtConfig,
+        GraceConfig,
+        MemitConfig,
+        PmetConfig,
+        RomeConfig,
+    )
+    from driftlens.editing.methods import edit, edit_sequence
+    from driftlens.editing.outcome import NullSpaceState
+    from driftlens.editing.penalties import Penalty, PenaltyTerm, Sites
+    from driftlens.editing.rivals import EssenceKL, HiddenDrift, KeyDrift
+    from driftlens.editing.sadr import SADR
+    from driftlens.editing.statistics import (
+        KeyCovariance,
+        key_covariance,
+        key_covariances,
+        load_covariance,
+    )
     from driftlens.edits import Edit, load_edit
     from driftlens.errors import (
         DataError,
@@ -50,11 +69,30 @@ _HOME = {
     "Drift": "drift",
     "load_drift": "drift",
     "measure_drift": "drift",
-    "RomeConfig": "editing.methods",
+    "Codebook": "codebook",
+    "EditPlan": "editing.config_files",
+    "read_config": "editing.config_files",
+    "write_config": "editing.config_files",
+    "AlphaEditConfig": "editing.configs",
+    "EmmetConfig": "editing.configs",
+    "FtConfig": "editing.configs",
+    "GraceConfig": "editing.configs",
+    "MemitConfig": "editing.configs",
+    "PmetConfig": "editing.configs",
+    "RomeConfig": "editing.configs",
     "edit": "editing.methods",
-    "SADR": "editing.penalties",
+    "edit_sequence": "editing.methods",
+    "NullSpaceState": "editing.outcome",
+    "Penalty": "editing.penalties",
+    "PenaltyTerm": "editing.penalties",
+    "Sites": "editing.penalties",
+    "EssenceKL": "editing.rivals",
+    "HiddenDrift": "editing.rivals",
+    "KeyDrift": "editing.rivals",
+    "SADR": "editing.sadr",
     "KeyCovariance": "editing.statistics",
     "key_covariance": "editing.statistics",
+    "key_covariances": "editing.statistics",
     "load_covariance": "editing.statistics",
     "Edit": "edits",
     "load_edit": "edits",
@@ -85,7 +123,9 @@ _HOME = {
 
 __all__ = [
     "SADR",
+    "AlphaEditConfig",
     "AttentionSweep",
+    "Codebook",
     "ContinuationScore",
     "DataError",
     "DenseDelta",
@@ -94,20 +134,35 @@ __all__ = [
     "DriftLensError",
     "Edit",
     "EditError",
+    "EditPlan",
     "EditRequest",
+    "EmmetConfig",
+    "EssenceKL",
+    "FtConfig",
+    "GraceConfig",
+    "HiddenDrift",
     "KeyCovariance",
+    "KeyDrift",
     "LensModel",
     "LowRankDelta",
+    "MemitConfig",
     "ModelError",
     "ModelInfo",
+    "NullSpaceState",
     "PatchExperiment",
     "PatchResult",
+    "Penalty",
+    "PenaltyTerm",
+    "PmetConfig",
     "Readout",
     "RequestError",
     "RomeConfig",
+    "Sites",
     "TokenError",
     "edit",
+    "edit_sequence",
     "key_covariance",
+    "key_covariances",
     "load_covariance",
     "load_drift",
     "load_edit",
@@ -115,9 +170,11 @@ __all__ = [
     "measure_drift",
     "patch_activation",
     "patch_attention",
+    "read_config",
     "score",
     "score_details",
     "sweep_attention",
+    "write_config",
 ]
 
 

@@ -24,13 +24,17 @@ Divergences are in nats, attention in probability.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import torch
 from einops import repeat
 from jaxtyping import Bool, Float
 
-HeadRule = Literal["max", "all"]
+from driftlens.errors import RequestError
+
+HeadRule = Literal["max", "all", "quantile", "mean_std", "drift"]
+Divergence = Literal["kl", "reverse_kl", "js", "l2"]
 
 EPSILON = 1e-8
 """Added to both rows before the logarithm, as in the paper's code (1e-7 in half precision)."""
@@ -55,10 +59,43 @@ def row_kl(
     return (p * (p.log() - q.log())).sum(-1)
 
 
+def row_js(
+    original: Float[torch.Tensor, "*batch key"],
+    edited: Float[torch.Tensor, "*batch key"],
+) -> Float[torch.Tensor, "*batch"]:
+    """Jensen-Shannon divergence of attention rows, in nats: at most log 2."""
+    middle = (original + edited) / 2
+    return (row_kl(original, middle) + row_kl(edited, middle)) / 2
+
+
+def row_divergence(
+    original: Float[torch.Tensor, "*batch key"],
+    edited: Float[torch.Tensor, "*batch key"],
+    kind: Divergence = "kl",
+) -> Float[torch.Tensor, "*batch"]:
+    """How far attention rows are apart.
+
+    Args:
+        original: Rows before.
+        edited: Rows now.
+        kind: ``"kl"``: KL( original || edited ), the paper's; ``"reverse_kl"``:
+            KL( edited || original ); ``"js"``: Jensen-Shannon; all in nats. ``"l2"``: the sum
+            of squared differences.
+    """
+    if kind == "kl":
+        return row_kl(original, edited)
+    if kind == "reverse_kl":
+        return row_kl(edited, original)
+    if kind == "js":
+        return row_js(original, edited)
+    return (original - edited).square().sum(-1)
+
+
 def over_attending_heads(
     now: Float[torch.Tensor, "*batch head"],
     original: Float[torch.Tensor, "*batch head"],
     rule: HeadRule = "max",
+    threshold: float | None = None,
 ) -> Bool[torch.Tensor, "*batch head"]:
     """Which heads attend to the subject too much, and are to be held.
 
@@ -66,12 +103,33 @@ def over_attending_heads(
         now: Attention of each head of one layer, from the last prompt token to the last
             subject token, in the model that is being edited.
         original: The same in the unedited model.
-        rule: ``"max"``: heads that now exceed the *largest* original attention of any head
-            of their layer (the paper's rule, strict). ``"all"``: every head.
+        rule: Which heads are held; all comparisons are strict. ``"max"``: those that now exceed
+            the *largest* original attention of any head of their layer (the paper's rule).
+            ``"quantile"``: those that exceed that quantile of their layer's original attention.
+            ``"mean_std"``: those that exceed its mean by so many standard deviations (of the
+            heads, not of a sample). ``"drift"``: those whose own attention has grown by more
+            than that. ``"all"``: every head.
+        threshold: The quantile (0 to 1), the number of deviations, or the growth; ``None``
+            takes :data:`THRESHOLDS`. ``"max"`` and ``"all"`` have none.
     """
     if rule == "all":
         return torch.ones_like(now, dtype=torch.bool)
-    return now > original.max(dim=-1, keepdim=True).values
+    if threshold is None:
+        threshold = THRESHOLDS.get(rule, 0.0)
+    if rule == "max":
+        limit = original.amax(dim=-1, keepdim=True)
+    elif rule == "quantile":
+        limit = original.quantile(threshold, dim=-1, keepdim=True)
+    elif rule == "mean_std":
+        spread = original.std(dim=-1, keepdim=True, correction=0)
+        limit = original.mean(dim=-1, keepdim=True) + threshold * spread
+    else:
+        limit = original + threshold
+    return now > limit
+
+
+THRESHOLDS: dict[str, float] = {"quantile": 0.9, "mean_std": 1.0, "drift": 0.05}
+"""What the rules compare with if nothing is given."""
 
 
 def mix_heads(
@@ -110,3 +168,15 @@ def restore_columns(
 def head_name(layer: int, head: int) -> str:
     """A head as the field writes it: ``L9H6``."""
     return f"L{layer}H{head}"
+
+
+def parse_head(name: str) -> tuple[int, int]:
+    """Layer and head from ``L9H6``.
+
+    Raises:
+        RequestError: If it is written otherwise.
+    """
+    match = re.fullmatch(r"L(\d+)H(\d+)", name)
+    if match is None:
+        raise RequestError(f"{name!r} is no head.", 'Write it like "L9H6".')
+    return int(match[1]), int(match[2])

@@ -1,4 +1,4 @@
-"""The command line: ``driftlens demo | edit | drift | patch | models``.
+"""The command line: ``driftlens demo | edit | drift | patch | models | methods``.
 
 Modules that import torch are imported inside the commands, so that ``--help`` is quick.
 """
@@ -113,8 +113,17 @@ def edit(
     target_true: Annotated[
         str | None, typer.Option("--target-true", help="'Paris', if known.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="The editor.")] = "rome",
+    method: Annotated[
+        str | None, typer.Option("--method", help="See `driftlens methods`; by default rome.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="TOML with method, [config] and [[penalties]]."),
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="By default the model's.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="'4-8', for methods that spread over several.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
     sadr: Annotated[
         float | None, typer.Option("--sadr", help="Restrict attention drift with this gamma.")
@@ -134,15 +143,21 @@ def edit(
     import driftlens as dl
 
     request = dl.EditRequest(prompt, subject, target_new, target_true)
-    penalty = None if sadr is None else dl.SADR(gamma=sadr)
-    given = {"layer": layer, "steps": steps}
-    overrides: dict[str, Any] = {name: v for name, v in given.items() if v is not None}
+    plan = dl.EditPlan(None, {}, ()) if config is None else dl.read_config(config)
+    if method is not None and plan.method not in (None, method):
+        raise RequestError(
+            f"--method is {method}, and {config} is for {plan.method}.", "Leave --method out."
+        )
+    penalties = [*plan.penalties, *([] if sadr is None else [dl.SADR(gamma=sadr)])]
+    chosen_layers = None if layers is None else tuple(_numbers(layers, "layers"))
+    given = {"layer": layer, "layers": chosen_layers, "steps": steps}
+    overrides = {**plan.config, **{name: v for name, v in given.items() if v is not None}}
     lens = _load(model)
     result = dl.edit(
         lens,
         request,
-        method=method,
-        penalty=penalty,
+        method=method or plan.method or "rome",
+        penalty=penalties,
         covariance=covariance,
         seed=seed,
         progress=not quiet,
@@ -329,6 +344,56 @@ def models(
         print(f"{entry['name']}  ({state}, {int(str(entry['bytes'])) / 1e6:.0f} MB)")
         print(f"    {entry['description']} {entry['licence']}.")
     print(f"cache: {bundled.cache_dir()} (set DRIFTLENS_CACHE to move it)")
+
+
+@app.command()
+def methods(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Show the defaults for this model (loads it)."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The editors and the penalties, with their fields and defaults."""
+    from dataclasses import asdict
+
+    from driftlens.editing.configs import describe
+    from driftlens.editing.family import PENALTIES
+    from driftlens.editing.methods import METHODS, resolve_config
+
+    lens = None if model is None else _load(model)
+    listing: dict[str, Any] = {"methods": {}, "penalties": {}}
+    for name, method in METHODS.items():
+        fields = describe(method.config)
+        if lens is not None:
+            values = json.loads(json.dumps(asdict(resolve_config(lens, name))))
+            fields = [{**item, "default": values[item["name"]]} for item in fields]
+        listing["methods"][name] = {
+            "title": method.title,
+            "several_facts_at_once": method.takes_several,
+            "fields": fields,
+        }
+    for name, kind in PENALTIES.items():
+        listing["penalties"][name] = {
+            "title": (kind.__doc__ or "").splitlines()[0],
+            "fields": describe(kind),
+        }
+    if as_json:
+        print(json.dumps(listing, indent=1))
+        return
+    for group, entries in listing.items():
+        print(f"{group}\n")
+        for name, entry in entries.items():
+            several = "; many facts at once" if entry.get("several_facts_at_once") else ""
+            print(f"  {name}: {entry['title'].rstrip('.')}{several}")
+            for item in entry["fields"]:
+                given = item["default"] is not None
+                default = f" = {item['default']}" if given else ""
+                print(f"      {item['name']}{default}  ({item['type']})")
+                print(f"          {item['meaning']}")
+            print()
+    if lens is None:
+        print("(Layers, and some other defaults, depend on the model: --model NAME shows them.)")
 
 
 # --- helpers -------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from driftlens import __version__
 from driftlens.assets import survey_result
 from driftlens.drift import Drift, attention_patterns, measure_drift
 from driftlens.editing.methods import edit as make_an_edit
-from driftlens.editing.penalties import SADR
+from driftlens.editing.sadr import SADR
 from driftlens.edits import Edit
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel

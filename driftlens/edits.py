@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 import torch
 
 from driftlens import figures
+from driftlens.codebook import Codebook
 from driftlens.errors import DataError, EditError
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel, named_parameters
@@ -64,11 +65,13 @@ class Edit:
 
     @property
     def rank(self) -> int:
-        """Largest rank of its deltas."""
+        """Largest rank of its deltas; 0 if it is an adapter and changes no weight."""
         return max(delta.rank for delta in self.deltas.values())
 
     def __repr__(self) -> str:
-        facts = "; ".join(f"{r.text!r} -> {r.target_new!r}" for r in self.requests) or "unknown"
+        facts = "; ".join(f"{r.text!r} -> {r.target_new!r}" for r in self.requests[:3]) or "unknown"
+        if len(self.requests) > 3:
+            facts += f"; and {len(self.requests) - 3} more"
         touched = ", ".join(f"{n} (rank {d.rank})" for n, d in self.deltas.items())
         return f"Edit({self.method} of {self.model_name}: {facts}; changes {touched})"
 
@@ -141,12 +144,14 @@ class Edit:
             self._known_good.add(model)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """The optimisation trace, one row per step; losses in nats."""
+        """The optimisation trace, one row per step (and fact, if there are several); in nats."""
         return pd.DataFrame(self.trace)
 
     def plot(self) -> go.Figure:
         """Loss terms, target probability and heads held, by step."""
-        facts = "; ".join(f"{r.text} -> {r.target_new}" for r in self.requests)
+        facts = "; ".join(f"{r.text} -> {r.target_new}" for r in self.requests[:3])
+        if len(self.requests) > 3:
+            facts += f"; and {len(self.requests) - 3} more"
         return figures.edit_trace(
             self.trace, title=facts or "edit", subtitle=f"{self.method}, {self.model_name}"
         )
@@ -162,15 +167,17 @@ class Edit:
         from safetensors.torch import save as to_bytes
 
         tensors: dict[str, torch.Tensor] = {}
-        kinds: dict[str, str] = {}
+        kinds: dict[str, Any] = {}
         for name, delta in self.deltas.items():
-            if isinstance(delta, LowRankDelta):
-                kinds[name] = "low-rank"
-                tensors[f"{name}|left"] = delta.left.detach().cpu().contiguous()
-                tensors[f"{name}|right"] = delta.right.detach().cpu().contiguous()
-            else:
-                kinds[name] = "dense"
-                tensors[f"{name}|dense"] = delta.tensor.detach().cpu().contiguous()
+            kinds[name] = _KINDS[type(delta)]
+            if isinstance(delta, Codebook):
+                kinds[name] = {
+                    "kind": kinds[name],
+                    "labels": list(delta.labels),
+                    "input_first": delta.input_first,
+                }
+            for field_name, tensor in delta.tensors().items():
+                tensors[f"{name}|{field_name}"] = tensor.detach().cpu().contiguous()
         data = to_bytes(tensors)
         record = {
             "format": FORMAT,
@@ -225,7 +232,10 @@ class Edit:
             raise EditError("There is no weight delta.", "Give at least one changed parameter.")
         wrapped = {n: d if isinstance(d, Delta) else DenseDelta(d) for n, d in deltas.items()}
         for name, delta in wrapped.items():
-            if not torch.isfinite(delta.dense()).all():
+            numbers = [*delta.tensors().values()]
+            if not isinstance(delta, Codebook):
+                numbers.append(delta.dense())
+            if not all(torch.isfinite(tensor).all() for tensor in numbers):
                 raise EditError(f"The delta for {name!r} is not finite.")
         model.weights.pop(model.weights.push(wrapped))
         requests = (request,) if isinstance(request, EditRequest) else tuple(request or ())
@@ -323,12 +333,7 @@ def load_edit(folder: str | os.PathLike[str], model: LensModel | None = None) ->
         if set(record["base_digests"]) != set(record["deltas"]):
             raise TypeError("base_digests and deltas name different parameters")
         tensors = from_bytes(data)
-        deltas: dict[str, Delta] = {
-            name: LowRankDelta(tensors[f"{name}|left"], tensors[f"{name}|right"])
-            if kind == "low-rank"
-            else DenseDelta(tensors[f"{name}|dense"])
-            for name, kind in record["deltas"].items()
-        }
+        deltas = {name: _delta_from(kind, name, tensors) for name, kind in record["deltas"].items()}
         edit = Edit(
             deltas=deltas,
             method=record["method"],
@@ -345,6 +350,33 @@ def load_edit(folder: str | os.PathLike[str], model: LensModel | None = None) ->
     if model is not None:
         edit.check_fits(model)
     return edit
+
+
+_KINDS: dict[type[Any], str] = {
+    LowRankDelta: "low-rank",
+    DenseDelta: "dense",
+    Codebook: "codebook",
+}
+
+
+def _delta_from(kind: Any, name: str, tensors: Mapping[str, torch.Tensor]) -> Delta:
+    """A delta from its record and its tensors.
+
+    Raises:
+        KeyError: If a tensor is missing.
+        TypeError: If the record is not one of a delta.
+    """
+    if kind == "low-rank":
+        return LowRankDelta(tensors[f"{name}|left"], tensors[f"{name}|right"])
+    if kind == "dense":
+        return DenseDelta(tensors[f"{name}|dense"])
+    if not isinstance(kind, dict) or kind.get("kind") != "codebook":
+        raise TypeError(f"{kind!r} is no kind of delta")
+    labels = kind["labels"]
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise TypeError("labels are no texts")
+    keys, values, radii = (tensors[f"{name}|{field}"] for field in ("keys", "values", "radii"))
+    return Codebook(keys, values, radii, tuple(labels), bool(kind["input_first"]))
 
 
 def write_atomically(path: Path, data: bytes) -> None:

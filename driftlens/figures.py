@@ -175,32 +175,63 @@ def sweep_chart(
 
 
 def edit_trace(trace: Sequence[Mapping[str, Any]], *, title: str, subtitle: str = "") -> go.Figure:
-    """Loss terms, probability of the target and heads held, by optimisation step."""
-    second = [name for name in ("target_prob", "held_heads") if trace and name in trace[0]]
+    """Loss terms, probability of the target and heads held, by optimisation step.
+
+    A trace of several facts (column ``fact``) is drawn as the mean over the facts that were
+    still being optimised at a step, with each fact's probability as a thin line.
+    """
+    facts = list(dict.fromkeys(record.get("fact", 0) for record in trace))
+    mean = _mean_by_step(trace)
+    second = [name for name in ("target_prob", "held_heads") if mean and name in mean[0]]
     fig = make_subplots(
         rows=1 + len(second), shared_xaxes=True, vertical_spacing=0.06,
         row_heights=[0.6, *[0.4 / max(1, len(second))] * len(second)],
     )  # fmt: skip
-    skipped = {"step", "delta_norm", *second}
-    names = [name for name in (trace[0] if trace else {}) if name not in skipped]
-    steps = [record["step"] for record in trace]
+    skipped = {"step", "fact", "delta_norm", "target_is_greedy", *second}
+    names = [name for name in (mean[0] if mean else {}) if name not in skipped]
+    steps = [record["step"] for record in mean]
     for index, name in enumerate(names):
         fig.add_scatter(
-            x=steps, y=[record[name] for record in trace], name=name, mode="lines",
+            x=steps, y=[record[name] for record in mean], name=name, mode="lines",
             line={"color": COLOURS[index % len(COLOURS)], "width": 3 if name == "loss" else 1.5},
             row=1, col=1,
         )  # fmt: skip
     fig.update_yaxes(title_text="loss (nats)", row=1, col=1)
     titles = {"target_prob": "P(target)", "held_heads": "heads held"}
     for row, name in enumerate(second, start=2):
+        for fact in facts[:MOST_LINES] if len(facts) > 1 and name == "target_prob" else []:
+            own = [record for record in trace if record["fact"] == fact]
+            fig.add_scatter(
+                x=[record["step"] for record in own], y=[record[name] for record in own],
+                name=f"fact {fact}", mode="lines", showlegend=False,
+                line={"color": "#bbbbbb", "width": 0.7}, row=row, col=1,
+            )  # fmt: skip
         fig.add_scatter(
-            x=steps, y=[record[name] for record in trace], name=titles[name], mode="lines",
+            x=steps, y=[record[name] for record in mean], name=titles[name], mode="lines",
             line={"color": "#333333"}, showlegend=False, row=row, col=1,
         )  # fmt: skip
         fig.update_yaxes(title_text=titles[name], rangemode="tozero", row=row, col=1)
     fig.update_xaxes(title_text="step", row=1 + len(second), col=1)
+    if len(facts) > 1:
+        shown = f", {MOST_LINES} of them as lines" if len(facts) > MOST_LINES else ""
+        subtitle = f"{subtitle}; mean over {len(facts)} facts while optimised{shown}".lstrip("; ")
     fig.update_layout({**LAYOUT, **_header(title, 760, subtitle)})
     return fig
+
+
+MOST_LINES = 100
+"""Of single facts in one panel."""
+
+
+def _mean_by_step(trace: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Over the records of each step."""
+    by_step: dict[int, list[Mapping[str, Any]]] = {}
+    for record in trace:
+        by_step.setdefault(record["step"], []).append(record)
+    return [
+        {name: float(np.mean([record[name] for record in records])) for name in records[0]}
+        for _, records in sorted(by_step.items())
+    ]
 
 
 def probability_bars(

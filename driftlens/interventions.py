@@ -30,6 +30,16 @@ def values_name(layer: int) -> str:
     return f"blocks.{layer}.attn.hook_v"
 
 
+def keys_name(layer: int) -> str:
+    """Keys before any rotation, ``[batch, key, kv_head, d_head]``."""
+    return f"blocks.{layer}.attn.hook_k"
+
+
+def rotated_keys_name(layer: int) -> str:
+    """Keys after norm and rotation, ``[batch, key, kv_head, d_head]``; not on every model."""
+    return f"blocks.{layer}.attn.hook_rot_k"
+
+
 def z_name(layer: int) -> str:
     """The heads' outputs before the output projection, ``[batch, query, head, d_head]``."""
     return f"blocks.{layer}.attn.hook_z"
@@ -38,6 +48,17 @@ def z_name(layer: int) -> str:
 def block_in_name(layer: int) -> str:
     """The residual stream that enters a block, ``[batch, pos, d_model]``."""
     return f"blocks.{layer}.hook_in"
+
+
+def block_out_name(layer: int) -> str:
+    """The residual stream that leaves a block, ``[batch, pos, d_model]``."""
+    return f"blocks.{layer}.hook_out"
+
+
+def attention_out_name(layer: int) -> str:
+    """Output of the attention's output projection, before any post-norm,
+    ``[batch, pos, d_model]``."""
+    return f"blocks.{layer}.attn.hook_out"
 
 
 def down_in_name(layer: int) -> str:

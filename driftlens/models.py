@@ -23,8 +23,10 @@ from driftlens.interventions import (
     Hook,
     block_in_name,
     down_out_name,
+    keys_name,
     pattern_name,
     replace_heads,
+    rotated_keys_name,
     values_name,
     z_name,
 )
@@ -89,11 +91,13 @@ class DownProjection:
         name: Parameter name.
         weight: ``[d_model, d_mlp]``, or ``[d_mlp, d_model]`` if ``input_first``.
         input_first: Whether rows are inputs (GPT-2's ``Conv1D``) rather than outputs.
+        bias: Name of its bias, if it has one.
     """
 
     name: str
     weight: torch.nn.Parameter
     input_first: bool
+    bias: str | None = None
 
     @property
     def d_mlp(self) -> int:
@@ -198,6 +202,20 @@ class LensModel:
             }
         found: int | None = self.memo["layer of"].get(id(self.weights.parameters.get(name)))
         return found
+
+    def key_hook(self, layer: int) -> str:
+        """The hook with a layer's keys as attention compares them, ``[batch, pos, kv_head,
+        d_head]``; where TransformerLens does not deliver them after the rotation, those before
+        it, whose differences are of the same length."""
+        if "rotated keys" not in self.memo:
+            names = [rotated_keys_name(y) for y in range(self.info.n_layers)]
+            seen: dict[str, torch.Tensor] = {}
+            known = [name for name in names if name in self.bridge.hook_dict]
+            with torch.no_grad():
+                self.run(torch.tensor([[0]]), recording(seen, known), stop_at=self.top)
+            self.memo["rotated keys"] = frozenset(seen)
+        rotated = rotated_keys_name(layer)
+        return rotated if rotated in self.memo["rotated keys"] else keys_name(layer)
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights without any active edit."""
@@ -545,7 +563,13 @@ def _shared(hf_model: torch.nn.Module, name: str, make: Callable[[], Any]) -> An
 
 def _make_stack(hf_model: torch.nn.Module, bridge: TransformerBridge) -> WeightStack:
     parameters = named_parameters(hf_model)
-    return WeightStack(parameters, _unused_parameters(bridge, parameters))
+    owner = {
+        id(parameter): module
+        for module in hf_model.modules()
+        for parameter in module._parameters.values()
+    }
+    owners = {name: owner[id(parameter)] for name, parameter in parameters.items()}
+    return WeightStack(parameters, _unused_parameters(bridge, parameters), owners)
 
 
 def _placeholder_tokenizer() -> Any:
@@ -622,7 +646,9 @@ def _down_projection(
         return "its weight is no plain matrix (quantised in memory?)"
     if not weight.is_floating_point():
         return f"its weight is stored as {weight.dtype}"
-    return DownProjection(names[0], weight, isinstance(linear, Conv1D))
+    bias = getattr(linear, "bias", None)
+    biases = [name for name, parameter in parameters.items() if parameter is bias]
+    return DownProjection(names[0], weight, isinstance(linear, Conv1D), *biases[:1])
 
 
 def _inspect(

@@ -26,7 +26,6 @@ An answer of several tokens is read by teacher forcing; each of its tokens is pr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from jaxtyping import Bool, Float
 from tqdm.auto import tqdm
 
 from driftlens import figures
-from driftlens.attention import head_name, restore_columns
+from driftlens.attention import head_name, parse_head, restore_columns
 from driftlens.drift import subjects_of
 from driftlens.edits import Edit
 from driftlens.errors import RequestError
@@ -858,10 +857,7 @@ def resolve_heads(
     found: list[tuple[int, int]] = []
     for head in [heads] if isinstance(heads, (int, Integral, str)) else heads:
         if isinstance(head, str):
-            match = re.fullmatch(r"L(\d+)H(\d+)", head)
-            if match is None:
-                raise RequestError(f"{head!r} is no head.", 'Write it like "L9H6".')
-            found.append((int(match[1]), int(match[2])))
+            found.append(parse_head(head))
         elif isinstance(head, Integral):
             found += [(y, int(head)) for y in wanted]
         else:

@@ -145,6 +145,12 @@ class SuffixRunner:
         self._mask = torch.cat([prefix >= 0, torch.ones_like(suffix, dtype=torch.bool)], dim=1)
         self._mask = self._mask[rows_of_inputs].long()
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of what is kept for the passes."""
+        kept = [*self._entering.values(), *(x for pair in self._cache for x in pair)]
+        return sum(x.numel() * x.element_size() for x in kept)
+
     def past_values(self, layer: int) -> Float[torch.Tensor, "row key kv_head d_head"] | None:
         """Values left of the suffix."""
         if not self.prefix_width:

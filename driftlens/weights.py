@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 
+from driftlens.codebook import Codebook
 from driftlens.errors import EditError
 
 
@@ -42,6 +43,10 @@ class LowRankDelta:
         """Number of outer products."""
         return int(self.left.shape[1])
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its numbers, by field."""
+        return {"left": self.left, "right": self.right}
+
     def dense(self) -> Float[torch.Tensor, "rows columns"]:
         """The change as a full matrix."""
         return self.left @ self.right.T
@@ -65,12 +70,39 @@ class DenseDelta:
             return 1
         return int(torch.linalg.matrix_rank(self.tensor.float()))
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its numbers, by field."""
+        return {"dense": self.tensor}
+
     def dense(self) -> torch.Tensor:
         """The change itself."""
         return self.tensor
 
 
-Delta = LowRankDelta | DenseDelta
+Delta = LowRankDelta | DenseDelta | Codebook
+"""A change of one parameter, or an adapter that works beside it."""
+
+
+def combined(first: Delta, second: Delta) -> Delta:
+    """One change that does what two do one after another.
+
+    Raises:
+        EditError: If one is an adapter and the other changes a weight.
+    """
+    if isinstance(first, Codebook) and isinstance(second, Codebook):
+        return first.with_entries(second)
+    if isinstance(first, Codebook) or isinstance(second, Codebook):
+        raise EditError("An adapter and a change of weights cannot become one delta.")
+    if (
+        isinstance(first, LowRankDelta)
+        and isinstance(second, LowRankDelta)
+        and first.rank + second.rank < min(first.shape)
+    ):
+        return LowRankDelta(
+            torch.cat([first.left, second.left], dim=1),
+            torch.cat([first.right, second.right], dim=1),
+        )
+    return DenseDelta(first.dense() + second.dense())
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -101,13 +133,19 @@ class WeightStack:
         parameters: Live parameters by name; they are changed in place.
         unused: Names of parameters that the model does not compute with, so that a change of
             them would do nothing.
+        owners: The module of each parameter, beside which adapters work.
     """
 
     def __init__(
-        self, parameters: Mapping[str, torch.nn.Parameter], unused: Iterable[str] = ()
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        unused: Iterable[str] = (),
+        owners: Mapping[str, torch.nn.Module] | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.unused = frozenset(unused)
+        self._owners = dict(owners or {})
+        self._adapters: dict[int, list[Any]] = {}
         self._active: dict[int, dict[str, Delta]] = {}
         self._originals: dict[str, torch.Tensor] = {}
         self._tickets = itertools.count()
@@ -148,11 +186,17 @@ class WeightStack:
             if delta.shape != shape:
                 raise EditError(f"The delta for {name!r} has shape {delta.shape}, not {shape}.")
         ticket = next(self._tickets)
-        new = {n: self.parameters[n].detach().clone() for n in deltas if n not in self._originals}
+        changes = [name for name, delta in deltas.items() if not isinstance(delta, Codebook)]
+        new = {n: self.parameters[n].detach().clone() for n in changes if n not in self._originals}
         self._originals.update(new)
         self._active[ticket] = dict(deltas)
         try:
-            self._write(deltas)
+            self._write(changes)
+            self._adapters[ticket] = [
+                delta.install(self._owners[name])
+                for name, delta in deltas.items()
+                if isinstance(delta, Codebook)
+            ]
         except BaseException:
             self.pop(ticket)
             raise
@@ -160,16 +204,21 @@ class WeightStack:
 
     def pop(self, ticket: int) -> None:
         """Switch the deltas of one ticket off; a ticket that is off already is ignored."""
-        deltas = self._active.pop(ticket, None)
-        if deltas is not None:
-            self._write(deltas)
+        for handle in self._adapters.pop(ticket, []):
+            handle.remove()
+        deltas = self._active.pop(ticket, {})
+        self._write(n for n, delta in deltas.items() if not isinstance(delta, Codebook))
 
     def _write(self, names: Iterable[str]) -> None:
         """Bring parameters into line with the active deltas."""
         with torch.no_grad():
             for name in names:
                 parameter, original = self.parameters[name], self._originals[name]
-                active = [d[name] for d in self._active.values() if name in d]
+                active = [
+                    delta
+                    for group in self._active.values()
+                    if not isinstance(delta := group.get(name), Codebook | None)
+                ]
                 if active:
                     parameter.copy_(_sum(original, active))
                 else:
@@ -177,7 +226,7 @@ class WeightStack:
                     del self._originals[name]
 
 
-def _sum(original: torch.Tensor, deltas: list[Delta]) -> torch.Tensor:
+def _sum(original: torch.Tensor, deltas: Sequence[LowRankDelta | DenseDelta]) -> torch.Tensor:
     """``original`` plus deltas, added in float32 or better and rounded once."""
     precision = torch.promote_types(original.dtype, torch.float32)
     total = original.to(precision)

@@ -71,9 +71,8 @@ def test_sadr_is_recorded(monkeypatch, folder, tmp_path):
     more = ("--sadr", 0.05, "--json", numbers)
     assert make_edit(monkeypatch, folder, tmp_path / "e", *more) == 0
     written = json.loads(numbers.read_text())
-    assert written["config"]["penalties"] == [
-        {"penalty": "sadr", "gamma": 0.05, "heads": "max", "layers": None}
-    ]
+    (penalty,) = written["config"]["penalties"]
+    assert (penalty["penalty"], penalty["gamma"], penalty["heads"]) == ("sadr", 0.05, "max")
     assert "held_heads" in written["trace"][0]
 
 

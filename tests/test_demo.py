@@ -17,7 +17,7 @@ from driftlens.demo import EIFFEL, Demo, demo_json, demo_page, run_demo
 @pytest.fixture(scope="module")
 def demo() -> Demo:
     model = dl.load_model(tiny.hf_model("llama"), tokenizer=tiny.tokenizer(), name="tiny")
-    with pytest.warns(UserWarning, match="No layer is known"):
+    with pytest.warns(UserWarning, match="No layers are known"):
         return run_demo(model, EIFFEL, covariance="identity", progress=False)
 
 

@@ -19,7 +19,7 @@ from driftlens.editing.statistics import (
     KeyCovariance,
     key_covariance,
     load_covariance,
-    resolve_covariance,
+    resolve_covariances,
 )
 from driftlens.errors import DataError, EditError, ModelError
 
@@ -557,15 +557,65 @@ def test_what_a_user_may_give(tmp_path: Path) -> None:
     model = lens()
     found = computed(model)
     found.save(tmp_path / "c.npz")
-    assert resolve_covariance(model, LAYER, "identity").matrix is None
-    assert resolve_covariance(model, LAYER, found) is found
+
+    def resolved(given: Any, layer: int = LAYER) -> dl.KeyCovariance:
+        return resolve_covariances(model, [layer], given, progress=False)[layer]
+
+    assert resolved("identity").matrix is None
+    assert resolved(found) is found
+    assert resolved({LAYER: found, 2: "identity"}) is found
     for given in (tmp_path / "c.npz", str(tmp_path / "c.npz"), TEXTS, tuple(TEXTS), iter(TEXTS)):
-        resolved = resolve_covariance(model, LAYER, given, progress=False)
-        assert torch.equal(resolved.matrix, found.matrix)
+        assert torch.equal(resolved(given).matrix, found.matrix)
     with pytest.raises(EditError, match="of layer 1, not of layer 2"):
-        resolve_covariance(model, 2, found)
+        resolved(found, 2)
     with pytest.raises(EditError, match="cannot be int"):
-        resolve_covariance(model, LAYER, 3)
+        resolved(3)
+    with pytest.raises(EditError, match="layer 1 cannot be int"):
+        resolved({LAYER: 3})
+
+
+def test_several_layers_in_one_pass(passes: Passes) -> None:
+    model = lens()
+    layers = [2, 0, 1]
+    together = dl.key_covariances(model, layers, TEXTS, progress=False, cache=False)
+    assert list(together) == layers
+    of_all = passes.count
+    for layer in layers:
+        alone = dl.key_covariance(model, layer, TEXTS, progress=False, cache=False)
+        assert torch.equal(alone.matrix, together[layer].matrix)
+        assert (alone.count, alone.layer) == (together[layer].count, layer)
+        assert alone.engine == together[layer].engine == "suffix"
+    assert passes.count - of_all == 3 * of_all
+
+
+def test_only_missing_layers_are_computed(passes: Passes, cache_folder: Path) -> None:
+    model = lens()
+    first = dl.key_covariance(model, 1, TEXTS, progress=False)
+    before = passes.count
+    both = dl.key_covariances(model, [0, 1], TEXTS, progress=False)
+    assert torch.equal(both[1].matrix, first.matrix)
+    after = passes.count
+    assert after > before
+    again = dl.key_covariances(model, [1, 0], TEXTS, progress=False)
+    assert passes.count == after
+    assert all(torch.equal(again[y].matrix, both[y].matrix) for y in (0, 1))
+    assert again[0].engine == "suffix"
+    assert again[0].to_dict()["engine"] == "suffix"
+
+
+def test_layers_that_were_interrupted_at_different_places(
+    passes: Passes, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lens()
+    expected = dl.key_covariances(model, [0, 1], TEXTS, progress=False, cache=False)
+    monkeypatch.setattr(statistics, "SECONDS_BETWEEN_SAVES", -1.0)
+    for layer, stop in ((0, 2), (1, 3)):
+        passes.count, passes.stop_at = 0, stop
+        with pytest.raises(KeyboardInterrupt):
+            dl.key_covariance(model, layer, TEXTS, progress=False)
+    passes.stop_at = 0
+    found = dl.key_covariances(model, [0, 1], TEXTS, progress=False)
+    assert all(torch.equal(found[y].matrix, expected[y].matrix) for y in (0, 1))
 
 
 def test_identity_needs_no_file(tmp_path: Path) -> None:

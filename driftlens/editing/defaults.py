@@ -1,54 +1,144 @@
-"""Where edits go and how: the only source of defaults.
+"""Where edits go and how: the only source of defaults that depend on the model.
 
 Layers and hyperparameters are those of the methods' authors where they published some
-(ROME: gpt2-medium/large/xl, gpt-j; EasyEdit: Llama 2/3, Qwen 2.5, Mistral; SADR: TinyLlama).
-For SmolLM2-135M and Gemma 3 270M they are reasonable but not yet tuned.
+(ROME, MEMIT, PMET, AlphaEdit: their repositories; EMMET and Llama 2, Qwen 2.5, Mistral:
+EasyEdit; TinyLlama and Llama 2 13B: SADR's repository).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from driftlens.models import LensModel
 
-_ROME: list[tuple[str, int, dict[str, Any]]] = [
-    # (Hugging Face model_type, number of layers, hyperparameters)
-    ("gpt2", 24, {"layer": 8, "clamp_factor": 3.0}),
-    ("gpt2", 36, {"layer": 12, "clamp_factor": 4.0}),
-    ("gpt2", 48, {"layer": 17, "clamp_factor": 4.0}),
-    ("gptj", 28, {"layer": 5, "clamp_factor": 4.0}),
-    ("llama", 22, {"layer": 4, "clamp_factor": 2.0}),  # TinyLlama 1.1B
-    ("llama", 30, {"layer": 8, "clamp_factor": 4.0}),  # SmolLM2-135M
-    ("llama", 32, {"layer": 5, "steps": 25, "weight_decay": 1e-3}),  # Llama 2 7B, 3 8B
-    ("llama", 40, {"layer": 6, "clamp_factor": 4.0}),  # Llama 2 13B
-    ("qwen2", 28, {"layer": 5, "steps": 25, "weight_decay": 1e-3}),  # Qwen 2.5 7B
-    ("mistral", 32, {"layer": 5, "steps": 25, "weight_decay": 1e-3}),
-    ("gemma3_text", 18, {"layer": 5, "clamp_factor": 4.0}),  # Gemma 3 270M
-]
+Values = dict[str, Any]
+
+_LLAMA_SEARCH: Values = {"steps": 25, "clamp_factor": 4.0, "weight_decay": 1e-3}
+
+KNOWN: dict[tuple[str, int], dict[str, Values]] = {
+    # (Hugging Face model_type, number of layers): hyperparameters of each method
+    ("gpt2", 24): {
+        "rome": {"layer": 8, "clamp_factor": 3.0},
+        "ft": {"layer": 0, "norm_constraint": 2e-3},
+    },
+    ("gpt2", 36): {
+        "rome": {"layer": 12},
+        "ft": {"layer": 0, "norm_constraint": 1e-3},
+    },
+    ("gpt2", 48): {
+        "rome": {"layer": 17},
+        "memit": {"layers": (13, 14, 15, 16, 17), "cov_weight": 20000.0},
+        "alphaedit": {"layers": (13, 14, 15, 16, 17)},
+        "emmet": {"layers": (17,), "cov_weight": 10000.0},
+        "ft": {"layer": 0, "norm_constraint": 5e-4},
+    },
+    ("gptj", 28): {
+        "rome": {"layer": 5},
+        "memit": {"layers": (3, 4, 5, 6, 7, 8), "steps": 25},
+        "pmet": {
+            "layers": (3, 4, 5, 6, 7, 8),
+            "steps": 30,
+            "lr": 0.2,
+            "kl_factor": 1.0,
+            "cov_weight": 6000.0,
+        },
+        "alphaedit": {"layers": (3, 4, 5, 6, 7, 8), "steps": 25},
+        "emmet": {"layers": (5,), "cov_weight": 100000.0, "steps": 25},
+        "ft": {"layer": 0, "norm_constraint": 5e-5},
+    },
+    ("gpt_neox", 44): {
+        "pmet": {
+            "layers": (6, 7, 8, 9, 10),
+            "steps": 30,
+            "clamp_factor": 0.8,
+            "kl_factor": 0.8,
+        },
+    },
+    ("llama", 22): {  # TinyLlama 1.1B
+        "rome": {"layer": 4, "clamp_factor": 2.0},
+        "memit": {"layers": (3, 4, 5), "clamp_factor": 8.0, "cov_weight": 20000.0},
+        "pmet": {"layers": (3, 4, 5), "clamp_factor": 4.0},
+    },
+    ("llama", 32): {  # Llama 2 7B, Llama 3 8B
+        "rome": {"layer": 5, **_LLAMA_SEARCH},
+        "memit": {"layers": (4, 5, 6, 7, 8), **_LLAMA_SEARCH},
+        "pmet": {"layers": (4, 5, 6, 7, 8), "clamp_factor": 1.0},
+        "alphaedit": {"layers": (4, 5, 6, 7, 8), "steps": 25, "lr": 0.1},
+        "emmet": {"layers": (5,), "cov_weight": 100000.0, **_LLAMA_SEARCH},
+        "ft": {"layer": 21},
+    },
+    ("llama", 40): {  # Llama 2 13B
+        "rome": {"layer": 6},
+        "memit": {"layers": (5, 6, 7, 8, 9), "clamp_factor": 4.0},
+        "pmet": {"layers": (7, 8, 9), "clamp_factor": 4.0},
+    },
+    ("qwen2", 28): {  # Qwen 2.5 7B
+        "rome": {"layer": 5, **_LLAMA_SEARCH},
+        "memit": {"layers": (4, 5, 6, 7, 8), **_LLAMA_SEARCH},
+        "alphaedit": {"layers": (4, 5, 6, 7, 8), "ridge": 1.0, **_LLAMA_SEARCH},
+        "ft": {"layer": 27},
+    },
+    ("mistral", 32): {
+        "rome": {"layer": 5, **_LLAMA_SEARCH},
+        "memit": {"layers": (4, 5, 6, 7, 8), **_LLAMA_SEARCH},
+        "ft": {"layer": 21, "norm_constraint": 5e-5},
+    },
+    ("llama", 30): {  # SmolLM2-135M
+        "rome": {"layer": 8},
+    },
+    ("gemma3_text", 18): {  # Gemma 3 270M
+        "rome": {"layer": 5},
+    },
+}
+
+_SHARES = {"r-rome": "rome", "ft-l": "ft", "ft-m": "ft"}
+"""Methods that take another's values where they have none of their own."""
 
 
-def rome_defaults(model: LensModel) -> dict[str, Any]:
-    """Hyperparameters of ROME for a model.
+def defaults(model: LensModel, method: str) -> Values:
+    """Hyperparameters of a method for a model, as far as they are not those of its class.
 
-    A model that nobody tuned gets a layer at a quarter of its depth, as on average over the
-    models above; :func:`is_known` tells.
+    A model for which nobody published any gets layers by depth: a quarter of it for one layer,
+    three layers around that for methods that spread over several, two thirds for fine-tuning
+    and five sixths for GRACE; :func:`is_known` tells.
     """
-    known = _find(model)
-    return dict(known) if known is not None else {"layer": model.info.n_layers // 4}
+    known = _find(model, method)
+    if known is not None:
+        return dict(known)
+    n = model.info.n_layers
+    if method in ("memit", "pmet", "alphaedit"):
+        return {"layers": tuple(sorted({max(n // 4 - 1, 0), n // 4, min(n // 4 + 1, n - 1)}))}
+    if method == "emmet":
+        return {"layers": (n // 4,)}
+    if method in ("ft-l", "ft-m"):
+        return {"layer": n * 2 // 3}
+    return {"layer": n * 5 // 6 if method == "grace" else n // 4}
 
 
-def is_known(model: LensModel) -> bool:
-    """Whether hyperparameters for this model were published or chosen."""
-    return _find(model) is not None
+def is_known(model: LensModel, method: str) -> bool:
+    """Whether hyperparameters of this method for this model were published or tuned."""
+    return _find(model, method) is not None
 
 
-def _find(model: LensModel) -> dict[str, Any] | None:
-    kind = str(model.hf_model.config.model_type)
-    for model_type, n_layers, values in _ROME:
-        if (kind, model.info.n_layers) == (model_type, n_layers):
-            return values
-    return None
+SADR_GAMMA = 0.01
+"""The released code's strength for ROME on GPT-J."""
 
 
-DEFAULTS: dict[str, Callable[[LensModel], dict[str, Any]]] = {"rome": rome_defaults}
+GAMMAS: dict[tuple[str, int], dict[str, float]] = {
+    ("gptj", 28): {"rome": 0.01, "memit": 0.005, "pmet": 0.08},
+}
+"""By model (as in KNOWN) and method."""
+
+
+def sadr_gamma(model: LensModel, method: str) -> float:
+    """SADR's strength for a method on a model: published or tuned, else a general one."""
+    return GAMMAS.get(_kind(model), {}).get(method, SADR_GAMMA)
+
+
+def _kind(model: LensModel) -> tuple[str, int]:
+    return str(model.hf_model.config.model_type), model.info.n_layers
+
+
+def _find(model: LensModel, method: str) -> Values | None:
+    by_method = KNOWN.get(_kind(model), {})
+    return by_method.get(method, by_method.get(_SHARES.get(method, "")))

@@ -1,106 +1,104 @@
-"""``edit``: one function for all editors.
+"""``edit`` and ``edit_sequence``: one function for all editors.
 
-To add an editor: write its algorithm in a module of its own, a configuration and a function
-``(model, request, config, resources) -> (deltas, trace, info)`` here, and an entry in METHODS.
+To add an editor: write its algorithm in a module of its own, as a function
+``(model, request or requests, config, resources) -> Outcome``, its configuration in
+``configs.py``, its defaults in ``defaults.py``, and an entry in METHODS here.
 """
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from tqdm.auto import tqdm
+
+from driftlens.editing.alphaedit import alphaedit
+from driftlens.editing.configs import (
+    AlphaEditConfig,
+    EditConfig,
+    EmmetConfig,
+    FtConfig,
+    GraceConfig,
+    MemitConfig,
+    PmetConfig,
+    RomeConfig,
+    ValueSearch,
+    checked,
+)
 from driftlens.editing.contexts import Context, parse_contexts, sample_contexts
-from driftlens.editing.defaults import DEFAULTS, is_known
-from driftlens.editing.penalties import Penalty, as_penalties
-from driftlens.editing.rome import as_delta, rome_update
-from driftlens.editing.statistics import KeyCovariance, resolve_covariance
-from driftlens.editing.target import ValueSearch
+from driftlens.editing.defaults import defaults, is_known
+from driftlens.editing.emmet import emmet
+from driftlens.editing.family import as_penalties
+from driftlens.editing.fine_tuning import ft_l, ft_m
+from driftlens.editing.grace import grace
+from driftlens.editing.memit import memit
+from driftlens.editing.outcome import NullSpaceState, Outcome, Resources
+from driftlens.editing.penalties import Penalty
+from driftlens.editing.pmet import pmet
+from driftlens.editing.rome import r_rome, rome
+from driftlens.editing.statistics import resolve_covariances
+from driftlens.editing.target import build_problem
 from driftlens.edits import Edit, make_edit
-from driftlens.errors import RequestError
+from driftlens.errors import EditError, RequestError
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
 from driftlens.reuse import Engine
-from driftlens.weights import Delta
-
-
-@dataclass(frozen=True)
-class RomeConfig(ValueSearch):
-    """Hyperparameters of ROME: those of the value search, and the layer.
-
-    Args:
-        layer: Whose down-projection is edited.
-    """
-
-    layer: int = field(kw_only=True)
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What every method shares."""
-
-    contexts: list[Context]
-    covariance: KeyCovariance
-    penalties: tuple[Penalty, ...]
-    progress: bool
-    engine: Engine | None
-
-
-Outcome = tuple[dict[str, Delta], list[dict[str, Any]], dict[str, Any]]
-
-
-def _rome(
-    model: LensModel, request: EditRequest, config: RomeConfig, resources: Resources
-) -> Outcome:
-    down = model.down_projection(config.layer)
-    update = rome_update(
-        model,
-        request,
-        config.layer,
-        config,
-        resources.contexts,
-        resources.covariance,
-        resources.penalties,
-        resources.progress,
-        resources.engine,
-    )
-    info = {
-        "engine": update.value.engine,
-        "key_alignment": update.alignment,
-        "delta_norm": float(update.value.delta.norm()),
-        "update_norm": float(update.left_output.norm()),
-    }
-    return {down.name: as_delta(update, down.input_first)}, update.value.trace, info
+from driftlens.weights import Delta, combined
 
 
 @dataclass(frozen=True)
 class Method:
-    """An editor: its configuration and its function."""
+    """An editor.
 
-    config: type[RomeConfig]
-    run: Callable[[LensModel, EditRequest, Any, Resources], Outcome]
+    Args:
+        title: Its name and where it was published.
+        config: Its configuration.
+        run: Its function; of one fact, or of a list of facts if it takes several.
+        takes_several: Whether it edits many facts at once.
+        needs_covariance: Whether it needs second moments of other keys.
+    """
+
+    title: str
+    config: type[EditConfig]
+    run: Callable[[LensModel, Any, Any, Resources], Outcome]
+    takes_several: bool = False
+    needs_covariance: bool = True
 
 
-METHODS: dict[str, Method] = {"rome": Method(RomeConfig, _rome)}
+_ENTRIES: list[tuple[str, Method]] = [
+    ("rome", Method("ROME (Meng et al., NeurIPS 2022)", RomeConfig, rome)),
+    ("r-rome", Method("r-ROME (Gupta et al., 2024)", RomeConfig, r_rome)),
+    ("memit", Method("MEMIT (Meng et al., ICLR 2023)", MemitConfig, memit, True)),
+    ("pmet", Method("PMET (Li et al., AAAI 2024)", PmetConfig, pmet, True)),
+    ("emmet", Method("EMMET (Gupta et al., 2024)", EmmetConfig, emmet, True)),
+    ("alphaedit", Method("AlphaEdit (Fang et al., ICLR 2025)", AlphaEditConfig, alphaedit, True)),
+    ("ft-l", Method("FT-L: fine-tuning (Meng et al., 2022)", FtConfig, ft_l, True, False)),
+    ("ft-m", Method("FT-M: fine-tuning (Zhang et al., 2024)", FtConfig, ft_m, True, False)),
+    ("grace", Method("GRACE (Hartvigsen et al., NeurIPS 2023)", GraceConfig, grace, False, False)),
+]
+METHODS: dict[str, Method] = dict(_ENTRIES)
 
 
 def edit(
     model: LensModel,
-    request: EditRequest,
+    request: EditRequest | Sequence[EditRequest],
     method: str = "rome",
     *,
-    config: RomeConfig | None = None,
+    config: EditConfig | None = None,
     penalty: Penalty | Sequence[Penalty] | None = None,
     context_prompts: Sequence[str] | None = None,
     covariance: Any = None,
     seed: int = 0,
     progress: bool = True,
     engine: Engine | None = None,
+    state: NullSpaceState | None = None,
     **overrides: Any,
 ) -> Edit:
-    """Edit one fact.
+    """Edit one fact, or many at once.
 
     The model itself is left unchanged: the returned edit is switched on by
     ``with edit.applied(model):``.
@@ -108,112 +106,258 @@ def edit(
     Args:
         model: From :func:`~driftlens.load_model`. If an edit is applied to it now, the new
             one is made on top of that.
-        request: The fact.
-        method: ``"rome"``.
+        request: The fact; or several, for MEMIT, PMET, EMMET, AlphaEdit and fine-tuning.
+        method: One of ``"rome"``, ``"r-rome"``, ``"memit"``, ``"pmet"``, ``"emmet"``,
+            ``"alphaedit"``, ``"ft-l"``, ``"ft-m"``, ``"grace"``; ``driftlens methods`` lists
+            them with their hyperparameters.
         config: All hyperparameters; by default those for this model.
         penalty: A restriction such as ``SADR(gamma=0.05)``, or several; they add up.
         context_prompts: Templates with one ``{}`` for the prompt, e.g. ``["{}", "Yes. {}"]``;
-            by default the prompt alone and 20 sentences that the model writes itself.
-        covariance: Second moments of the layer's keys: ``None`` (over 100,000 tokens of
+            by default the prompt alone and sentences that the model writes itself (20 for
+            ROME, 5 for MEMIT and its relatives; fine-tuning and GRACE use none).
+        covariance: Second moments of the edited layers' keys: ``None`` (over 100,000 tokens of
             Wikipedia leads, computed once and cached), ``"identity"``, a path to an
-            ``.npz``, a :class:`~driftlens.editing.statistics.KeyCovariance`, or texts.
+            ``.npz``, a :class:`~driftlens.editing.statistics.KeyCovariance`, texts, or a
+            mapping of layers to paths or covariances.
         seed: Of the sampled contexts.
         progress: Whether to show bars.
         engine: ``"suffix"`` reuses at every step what the edit cannot change, ``"plain"`` runs
             whole sequences; ``None`` takes the former wherever it is exact. The edit's
             ``info["engine"]`` says which it was.
+        state: For AlphaEdit: pass the same object to one edit after another; it then protects
+            the facts of the earlier ones.
         overrides: Single hyperparameters, e.g. ``layer=8, steps=40``.
 
     Raises:
-        RequestError: On an unknown method or hyperparameter, or a value out of range.
-        ModelError: If the layer is out of range or cannot be edited.
+        RequestError: On an unknown method or hyperparameter, a value out of range, or several
+            facts for a method that takes one.
+        ModelError: If a layer is out of range or cannot be edited.
         TokenError: If subject or target cannot be tokenized.
         EditError: If the edit cannot be computed.
     """
     started = time.monotonic()
-    if not isinstance(request, EditRequest):
-        raise RequestError(
-            f"request must be an EditRequest, not {type(request).__name__}.",
-            "Edit several facts one after another, each with a call of its own.",
-        )
+    requests = _requests(request)
     chosen = resolve_config(model, method, config, overrides)
-    model.down_projection(chosen.layer)
-    penalties = as_penalties(penalty)
-    contexts = (
-        sample_contexts(model, seed=seed)
-        if context_prompts is None
-        else parse_contexts(context_prompts)
-    )
-    if model.weights.is_edited and covariance is None:
+    if len(requests) > 1 and not METHODS[method].takes_several:
         raise RequestError(
-            "An edit is applied now, and the covariance is that of the unedited model.",
-            "Compute it before with key_covariance(model, layer), and pass it as covariance.",
+            f"{method} edits one fact at a time, and {len(requests)} are given.",
+            "Use edit_sequence, or one of "
+            f"{', '.join(name for name, m in METHODS.items() if m.takes_several)}.",
         )
-    statistics = resolve_covariance(model, chosen.layer, covariance, progress=progress)
-    resources = Resources(contexts, statistics, penalties, progress, engine)
-    deltas, trace, info = METHODS[method].run(model, request, chosen, resources)
+    resources = _resources(
+        model, method, chosen, penalty, context_prompts, covariance, seed, progress, engine, state
+    )
+    outcome = _run(model, requests, method, chosen, resources)
+    return make_edit(
+        model,
+        outcome.deltas,
+        method=method,
+        requests=requests,
+        config=_record(model, chosen, resources, seed),
+        trace=outcome.trace,
+        info={**outcome.info, "seconds": time.monotonic() - started},
+    )
+
+
+def edit_sequence(
+    model: LensModel,
+    requests: Sequence[EditRequest],
+    method: str = "rome",
+    *,
+    config: EditConfig | None = None,
+    penalty: Penalty | Sequence[Penalty] | None = None,
+    context_prompts: Sequence[str] | None = None,
+    covariance: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+    engine: Engine | None = None,
+    state: NullSpaceState | None = None,
+    after_each: Callable[[int, LensModel], None] | None = None,
+    **overrides: Any,
+) -> Edit:
+    """Edit facts one after another, each on top of those before.
+
+    Contexts and second moments are those of the model as it is given. What is returned is one
+    edit that does what all of them do together; its trace has a column ``fact``.
+
+    Args:
+        requests: The facts, in order.
+        state: For AlphaEdit; by default a fresh one that all edits of the sequence share.
+        after_each: Called with the number of edits so far and the model, while these are
+            applied; e.g. to score it.
+
+    The others are those of :func:`edit`.
+
+    Raises:
+        RequestError: As :func:`edit`.
+        ModelError: As :func:`edit`.
+        TokenError: If any subject or target cannot be tokenized; before the first edit.
+        EditError: If an edit cannot be computed, with its number.
+    """
+    started = time.monotonic()
+    facts = _requests(requests)
+    chosen = resolve_config(model, method, config, overrides)
+    for request in facts:
+        build_problem(model, request, [Context()])
+    resources = _resources(
+        model, method, chosen, penalty, context_prompts, covariance, seed, progress, engine, state
+    )
+    deltas: dict[str, Delta] = {}
+    trace: list[dict[str, Any]] = []
+    infos: list[dict[str, Any]] = []
+    ticket: int | None = None
+    try:
+        for i, request in enumerate(tqdm(facts, desc=method, unit="fact", disable=not progress)):
+            try:
+                outcome = _run(model, (request,), method, chosen, resources)
+            except EditError as error:
+                raise EditError(
+                    f"Edit {i} of {len(facts)}: {error.problem}", error.remedy
+                ) from error
+            for name, delta in outcome.deltas.items():
+                deltas[name] = combined(deltas[name], delta) if name in deltas else delta
+            trace += [{**record, "fact": i} for record in outcome.trace]
+            infos.append(outcome.info)
+            if ticket is not None:
+                model.weights.pop(ticket)
+            ticket = model.weights.push(deltas)
+            if after_each is not None:
+                after_each(i + 1, model)
+    finally:
+        if ticket is not None:
+            model.weights.pop(ticket)
     return make_edit(
         model,
         deltas,
         method=method,
-        requests=(request,),
-        config={
-            **asdict(chosen),
-            "penalties": [p.to_dict() for p in penalties],
-            "contexts": [[c.before, c.after] for c in contexts],
-            "covariance": statistics.to_dict(),
-            "seed": seed,
-            "prepends_bos": model.info.prepends_bos,
-            "dtype": model.info.dtype,
-        },
+        requests=facts,
+        config=_record(model, chosen, resources, seed),
         trace=trace,
-        info={**info, "seconds": time.monotonic() - started},
+        info={
+            "engine": infos[-1]["engine"],
+            "sequence": infos,
+            "seconds": time.monotonic() - started,
+        },
     )
 
 
 def resolve_config(
-    model: LensModel, method: str, config: RomeConfig | None, overrides: dict[str, Any]
-) -> RomeConfig:
+    model: LensModel,
+    method: str,
+    config: EditConfig | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> Any:
     """The configuration that is used: given, or the model's defaults, with overrides.
 
     Raises:
         RequestError: On an unknown method or hyperparameter, or a value out of range.
+        ModelError: If a layer is out of range or cannot be edited.
     """
     if method not in METHODS:
         raise RequestError(
-            f"There is no editor {method!r}.", f"Choose one of {', '.join(sorted(METHODS))}."
+            f"There is no editor {method!r}.", f"Choose one of {', '.join(METHODS)}."
         )
-    kind = METHODS[method].config
-    known = [item.name for item in fields(kind)]
-    unknown = sorted(set(overrides) - set(known))
-    if unknown:
-        raise RequestError(
-            f"{method} has no hyperparameter {unknown[0]!r}.", f"It has {', '.join(known)}."
-        )
+    kind, overrides = METHODS[method].config, dict(overrides or {})
     if config is None:
-        if "layer" not in overrides and not is_known(model):
+        if not {"layer", "layers"} & set(overrides) and not is_known(model, method):
             warnings.warn(
-                f"No layer is known to be good for {method} on {model.info.name}; taking one at a "
-                "quarter of its depth. Pass layer=... to choose.",
+                f"No layers are known to be good for {method} on {model.info.name}; taking some "
+                f"by its depth. Pass layer=... (or layers=...) to choose.",
                 stacklevel=3,
             )
-        config = kind(**DEFAULTS[method](model))
-    config = replace(config, **overrides)
-    _check_config(model, config)
-    return config
+        values = defaults(model, method)
+    elif type(config) is kind:
+        values = {item.name: getattr(config, item.name) for item in fields(config)}
+    else:
+        raise RequestError(
+            f"The configuration is a {type(config).__name__}, and {method} needs a {kind.__name__}."
+        )
+    found = checked(kind, {**values, **overrides}, method)
+    for layer in found.edited_layers:
+        model.down_projection(layer)
+    return found
 
 
-def _check_config(model: LensModel, config: RomeConfig) -> None:
-    model.check_layer(config.layer)
-    if not isinstance(config.steps, int) or config.steps < 1:
-        raise RequestError(f"steps is {config.steps!r}.", "Give a whole number of at least 1.")
-    for name in ("lr", "clamp_factor"):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise RequestError(f"{name} is {getattr(config, name)!r}.", "Give a positive number.")
-    if config.early_stop_loss != config.early_stop_loss:
-        raise RequestError("early_stop_loss is NaN.", "Give a number; a negative one never stops.")
-    for name in ("weight_decay", "kl_factor"):
-        if not 0 <= getattr(config, name) < float("inf"):
-            raise RequestError(
-                f"{name} is {getattr(config, name)!r}.", "Give a number of at least 0."
+def _requests(given: EditRequest | Sequence[EditRequest]) -> tuple[EditRequest, ...]:
+    requests = (given,) if isinstance(given, EditRequest) else given
+    if not isinstance(requests, (list, tuple)):
+        raise RequestError(
+            f"request must be an EditRequest or a list of them, not {type(given).__name__}."
+        )
+    for request in requests:
+        if not isinstance(request, EditRequest):
+            raise RequestError(f"request must be an EditRequest, not {type(request).__name__}.")
+    if not requests:
+        raise RequestError("There is no fact to edit.", "Give at least one EditRequest.")
+    return tuple(requests)
+
+
+def _resources(
+    model: LensModel,
+    method: str,
+    config: EditConfig,
+    penalty: Penalty | Sequence[Penalty] | None,
+    context_prompts: Sequence[str] | None,
+    covariance: Any,
+    seed: int,
+    progress: bool,
+    engine: Engine | None,
+    state: NullSpaceState | None,
+) -> Resources:
+    """Everything that an editor needs besides the facts, checked."""
+    penalties = as_penalties(penalty)
+    for item in penalties:
+        item.check(model)
+    if state is not None and method != "alphaedit":
+        raise RequestError(f"{method} carries no state from edit to edit.", "Leave state out.")
+    contexts = [Context()]
+    if isinstance(config, ValueSearch):
+        contexts = (
+            parse_contexts(context_prompts)
+            if context_prompts is not None
+            else sample_contexts(
+                model, lengths=config.context_lengths, per_word=config.contexts_per_word, seed=seed
             )
+        )
+    elif context_prompts is not None:
+        raise RequestError(f"{method} uses no contexts.", "Leave context_prompts out.")
+    state = NullSpaceState() if state is None else state
+    layers = [layer for layer in config.edited_layers if layer not in state.projections]
+    covariances = {}
+    if METHODS[method].needs_covariance and layers:
+        if model.weights.is_edited and covariance is None:
+            raise RequestError(
+                "An edit is applied now, and the covariance is that of the unedited model.",
+                "Compute it before with key_covariances(model, layers), and pass it as covariance.",
+            )
+        covariances = resolve_covariances(model, layers, covariance, progress=progress)
+    return Resources(contexts, covariances, penalties, progress, engine, state)
+
+
+def _run(
+    model: LensModel,
+    requests: tuple[EditRequest, ...],
+    method: str,
+    config: EditConfig,
+    resources: Resources,
+) -> Outcome:
+    entry = METHODS[method]
+    facts = requests if entry.takes_several else requests[0]
+    return entry.run(model, facts, config, resources)
+
+
+def _record(
+    model: LensModel, config: EditConfig, resources: Resources, seed: int
+) -> dict[str, Any]:
+    """What an edit remembers of how it was made, JSON-ready."""
+    record = {
+        **asdict(config),
+        "penalties": [p.to_dict() for p in resources.penalties],
+        "contexts": [[c.before, c.after] for c in resources.contexts],
+        "covariance": {str(y): c.to_dict() for y, c in resources.covariances.items()},
+        "seed": seed,
+        "prepends_bos": model.info.prepends_bos,
+        "dtype": model.info.dtype,
+    }
+    found: dict[str, Any] = json.loads(json.dumps(record))
+    return found

@@ -1,170 +1,148 @@
-"""Penalties that restrict an edit while its value is optimised.
+"""What a penalty is: a restriction of an edit while its vector or weights are optimised.
 
 A penalty names the activations that it looks at, and turns what they are now and what they
 were before the edit into a loss. The optimiser records them in the pass that is running
 anyway, adds all penalties up, and keeps each one's value in the trace.
+
+To add one: a frozen dataclass derived from :class:`Penalty` in a module of its own
+(``sadr.py``, ``rivals.py``), and its entry in ``family.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from driftlens.attention import HeadRule, over_attending_heads, row_kl
 from driftlens.errors import RequestError
-from driftlens.interventions import pattern_name
+from driftlens.models import LensModel
+
+ESSENCE = "essence"
+"""Under this name a penalty finds the log-probabilities ``[essence, d_vocab]`` at the subject in
+"{subject} is a", one row for each fact that is edited."""
 
 
 @dataclass(frozen=True)
 class Sites:
     """Where in the optimiser's batch a penalty has to look.
 
+    The contexts are the first rows of the batch. Query positions are counted from where the
+    pass starts, key positions from the end, so that both fit a pass over cached prefixes.
+
     Args:
-        last_prompt: For each context, the query position of the last prompt token, where the
-            target's first token is predicted.
+        predicting: For each context, the query positions at which the target's tokens are
+            predicted; the first is the last prompt token.
         subject: For each context, the key position of the subject's last token, counted from
             the end (negative).
-        layers: Layers that the edit can influence.
+        real: For each context, which query positions are no padding.
+        layers: Layers whose attention the edit can influence.
+        key_hooks: For each of these layers, the hook that delivers the keys as attention uses
+            them, ``[batch, pos, kv_head, d_head]``.
     """
 
-    last_prompt: Int[torch.Tensor, " context"]
+    predicting: Int[torch.Tensor, "context target"]
     subject: Int[torch.Tensor, " context"]
+    real: Bool[torch.Tensor, "context pos"]
     layers: tuple[int, ...]
+    key_hooks: Mapping[int, str]
+
+    @property
+    def last_prompt(self) -> Int[torch.Tensor, " context"]:
+        """For each context, the query position of the last prompt token."""
+        return self.predicting[:, 0]
 
     @property
     def contexts(self) -> Int[torch.Tensor, " context"]:
         """Row of each context in the batch."""
-        return torch.arange(len(self.last_prompt), device=self.last_prompt.device)
+        return torch.arange(len(self.predicting), device=self.predicting.device)
+
+    def chosen(self, layers: tuple[int, ...] | None) -> list[int]:
+        """Those of the given layers that the edit can influence; ``None`` for all of them."""
+        return [layer for layer in self.layers if layers is None or layer in layers]
+
+    def at_last_prompt(
+        self, activation: Float[torch.Tensor, "batch pos ..."]
+    ) -> Float[torch.Tensor, "context ..."]:
+        """An activation at the last prompt token of each context, in float32 or better."""
+        at = self.last_prompt.to(activation.device)
+        return in_float32(activation[self.contexts.to(activation.device), at])
 
 
 @dataclass(frozen=True)
 class PenaltyTerm:
-    """One penalty at one step: its weighted loss (nats), and what to note in the trace."""
+    """One penalty at one step: its weighted loss, and what to note in the trace."""
 
     loss: torch.Tensor
     notes: dict[str, float]
 
 
-@runtime_checkable
-class Penalty(Protocol):
-    """What the optimiser needs of a penalty."""
+class Penalty(ABC):
+    """What the optimisers need of a penalty. Before the first step its loss must be zero."""
 
-    @property
-    def name(self) -> str:
-        """Column of the trace."""
-        ...
+    kind: ClassVar[str]
+    """Its name: in the trace, in configuration files and on the command line."""
 
+    def check(self, model: LensModel) -> None:
+        """Refuse a model that it does not fit.
+
+        Raises:
+            ModelError: If it names a layer that the model does not have.
+            RequestError: If it names a head that the model does not have.
+        """
+        return None
+
+    @abstractmethod
     def activations(self, sites: Sites) -> list[str]:
         """Names of the hooks whose tensors it looks at."""
-        ...
 
+    @abstractmethod
     def __call__(
         self, now: Mapping[str, torch.Tensor], original: Mapping[str, torch.Tensor], sites: Sites
     ) -> PenaltyTerm:
         """The loss, from the activations now and in the unedited model."""
-        ...
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into an edit's record."""
-        ...
+        """What goes into an edit's record, and what a configuration file holds."""
+        return {"penalty": self.kind, **asdict(self)}  # type: ignore[call-overload]
 
 
-@dataclass(frozen=True)
-class SADR:
-    """Selective attention drift restriction (paper section 4, equation 6).
-
-    ``gamma * mean over contexts of the sum over layers and held heads of
-    KL( original row || row now )``, for the row of the last prompt token. A head is held at a
-    step if it then attends to the subject's last token more than the rule allows; which heads
-    are held is decided anew at each step, and no gradient flows through the decision.
-
-    Args:
-        gamma: Weight of the summed KL, in units of the loss (nats per nat). The released
-            code's flag 100 for ROME on GPT-J is ``gamma=0.01`` here: it scales by 1e-4.
-        heads: ``"max"``: heads above the largest original attention of their layer (the
-            paper); ``"all"``: every head (the paper's ablation, figure 6).
-        layers: Layers to restrict; ``None`` for all.
-    """
-
-    gamma: float = 0.01
-    heads: HeadRule = "max"
-    layers: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.gamma >= 0 or self.gamma == float("inf"):
-            raise RequestError(f"SADR's gamma is {self.gamma}.", "Give a number of at least 0.")
-        if self.heads not in get_args(HeadRule):
-            raise RequestError(
-                f"SADR knows no head-selection rule {self.heads!r}.",
-                f"Choose one of {', '.join(get_args(HeadRule))}.",
-            )
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-
-    @property
-    def name(self) -> str:
-        """Column of the trace."""
-        return "sadr"
-
-    def activations(self, sites: Sites) -> list[str]:
-        """Attention patterns of the restricted layers that the edit can influence."""
-        return [pattern_name(layer) for layer in self._layers(sites)]
-
-    def _layers(self, sites: Sites) -> list[int]:
-        return [x for x in sites.layers if self.layers is None or x in self.layers]
-
-    def __call__(
-        self, now: Mapping[str, torch.Tensor], original: Mapping[str, torch.Tensor], sites: Sites
-    ) -> PenaltyTerm:
-        """The loss, with the mean number of heads held per context as ``held_heads``."""
-        total = torch.zeros((), device=sites.last_prompt.device)
-        held = 0.0
-        for layer in self._layers(sites):
-            rows = _rows(now[pattern_name(layer)], sites)
-            before = _rows(original[pattern_name(layer)], sites)
-            mask = over_attending_heads(
-                _at_subject(rows.detach(), sites), _at_subject(before, sites), self.heads
-            )
-            divergence = row_kl(before, rows)
-            total = total + (divergence * mask).sum(-1).mean().to(total.device)
-            held += float(mask.sum()) / mask.shape[0]
-        return PenaltyTerm(self.gamma * total, {"held_heads": held})
-
-    def to_dict(self) -> dict[str, Any]:
-        """What goes into an edit's record."""
-        return {"penalty": "sadr", **asdict(self)}
-
-
-def _rows(
-    pattern: Float[torch.Tensor, "batch head query key"], sites: Sites
-) -> Float[torch.Tensor, "context head key"]:
-    """Attention rows of the last prompt tokens, in float32 or better."""
-    rows = pattern[sites.contexts.to(pattern.device), :, sites.last_prompt.to(pattern.device)]
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def _at_subject(
-    rows: Float[torch.Tensor, "context head key"], sites: Sites
-) -> Float[torch.Tensor, "context head"]:
-    return rows[sites.contexts.to(rows.device), :, sites.subject.to(rows.device)]
-
-
-def as_penalties(given: Penalty | Sequence[Penalty] | None) -> tuple[Penalty, ...]:
-    """One penalty, several, or none, as a tuple.
+def check_weight(name: str, value: float) -> None:
+    """Refuse a weight that is not a finite number of at least 0.
 
     Raises:
-        RequestError: If something else was given.
+        RequestError: If it is.
     """
-    if given is None:
-        return ()
-    penalties = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-    for penalty in penalties:
-        if not callable(penalty) or not hasattr(penalty, "activations"):
-            raise RequestError(
-                f"{penalty!r} is no penalty.", "Give an object such as driftlens.SADR(gamma=0.05)."
-            )
-    return penalties
+    try:
+        fine = 0 <= value < float("inf")
+    except TypeError:
+        fine = False
+    if not fine or isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r}.", "Give a number of at least 0.")
+
+
+def check_layers(what: str, layers: Any) -> tuple[int, ...] | None:
+    """Layers as a tuple, ``None`` for all.
+
+    Raises:
+        RequestError: If they are not whole numbers, or none is given.
+    """
+    if layers is None:
+        return None
+    try:
+        found = tuple(layers)
+    except TypeError:
+        found = ()
+    if not found or not all(isinstance(y, int) and not isinstance(y, bool) for y in found):
+        raise RequestError(
+            f"{what}'s layers are {layers!r}.", "Give a list of layers, or none for all."
+        )
+    return found
+
+
+def in_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 or better."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -16,8 +16,8 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from driftlens.errors import DataError, EditError
 from driftlens.interventions import down_in_name
 from driftlens.models import LensModel, recording
 from driftlens.packing import ROW, Packed, pack, packing_is_exact, run_packed
+from driftlens.reuse import Engine
 
 DEFAULT_TOKENS = 100_000
 TOKENS_PER_BATCH = 4096
@@ -50,12 +51,16 @@ class KeyCovariance:
         count: Tokens that it was averaged over.
         layer: Whose keys; ``None`` if unknown.
         source: Where it comes from, for the record.
+        engine: How the text was run: ``"suffix"``, packed in full rows, or ``"plain"``, padded;
+            ``None`` if it was not run now.
     """
 
     matrix: Float[torch.Tensor, "d_mlp d_mlp"] | None
     count: int
     layer: int | None
     source: str
+    engine: Engine | None = None
+    _factors: dict[float, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def solve(self, key: Float[torch.Tensor, " d_mlp"]) -> Float[torch.Tensor, " d_mlp"]:
         """``C^-1 key`` in float64.
@@ -64,22 +69,57 @@ class KeyCovariance:
             EditError: If the sizes differ, or there were fewer tokens than dimensions, so
                 that the matrix has no inverse.
         """
+        return self.solve_scaled(key[:, None])[:, 0]
+
+    def solve_with(
+        self, keys: Float[torch.Tensor, "fact d_mlp"], weight: float
+    ) -> Float[torch.Tensor, "d_mlp fact"]:
+        """``(weight C + K K^T)^-1 K`` in float64, with K the keys as columns (MEMIT).
+
+        Computed as ``X (I + K^T X)^-1`` with ``X = (weight C)^-1 K``, which is the same.
+
+        Raises:
+            EditError: As :meth:`solve`.
+        """
+        solved = self.solve_scaled(keys.T, weight)
+        keys = keys.to(solved)
+        inner = torch.eye(len(keys), dtype=solved.dtype, device=solved.device) + keys @ solved
+        return torch.linalg.solve(inner, solved, left=False)
+
+    def solve_scaled(
+        self,
+        columns: Float[torch.Tensor, "d_mlp fact"],
+        weight: float = 1.0,
+        identity: float = 0.0,
+    ) -> Float[torch.Tensor, "d_mlp fact"]:
+        """``(weight C + identity I)^-1 columns`` in float64; the factors are kept for next time.
+
+        Raises:
+            EditError: As :meth:`solve`.
+        """
         if self.matrix is None:
-            return key.double()
+            return columns.double() / (weight + identity)
         size = self.matrix.shape[0]
-        if size != key.shape[0]:
+        if size != columns.shape[0]:
             raise EditError(
-                f"The covariance ({self.source}) is of size {size}, the keys of {key.shape[0]}.",
+                f"The covariance ({self.source}) is of size {size}, the keys of "
+                f"{columns.shape[0]}.",
                 "It was made for another model.",
             )
-        if self.count < size:
+        if self.count < size and not identity:
             raise EditError(
                 f"The covariance ({self.source}) was averaged over {self.count} tokens, fewer than "
                 f"its {size} dimensions, so it cannot be inverted.",
                 'Use more text (ten times as many tokens is a start), or covariance="identity".',
             )
+        ratio = identity / weight
         try:
-            solved = torch.linalg.solve(self.matrix.double().cpu(), key.double().cpu())
+            if ratio not in self._factors:
+                matrix = self.matrix.double().cpu()
+                matrix = matrix + ratio * torch.eye(size, dtype=matrix.dtype)
+                self._factors.clear()
+                self._factors[ratio] = torch.linalg.lu_factor(matrix)
+            solved = torch.linalg.lu_solve(*self._factors[ratio], columns.double().cpu()) / weight
             finite = bool(torch.isfinite(solved).all())
         except RuntimeError:
             finite = False
@@ -88,11 +128,12 @@ class KeyCovariance:
                 f"The covariance ({self.source}) is singular.",
                 'Use more varied text, or covariance="identity".',
             )
-        return solved.to(key.device)
+        return solved.to(columns.device)
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into an edit's record."""
-        return {"source": self.source, "tokens": self.count, "layer": self.layer}
+        known = {"source": self.source, "tokens": self.count, "layer": self.layer}
+        return known if self.engine is None else {**known, "engine": self.engine}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an ``.npz`` that :func:`load_covariance` reads."""
@@ -138,6 +179,7 @@ def load_covariance(path: str | os.PathLike[str], layer: int | None = None) -> K
         else:
             raise KeyError("neither 'cov' nor 'mom2.mom2'")
         own_layer = int(content["layer"]) if "layer" in content else layer
+        engine: Any = str(content["engine"]) if "engine" in content else None
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
         raise DataError(
             f"The covariance {path} holds {sorted(content)}, which cannot be used: {error}.",
@@ -147,34 +189,62 @@ def load_covariance(path: str | os.PathLike[str], layer: int | None = None) -> K
         raise DataError(f"The covariance {path} is not a finite square matrix: {matrix.shape}.")
     if layer is not None and own_layer != layer:
         raise DataError(f"The covariance {path} is of layer {own_layer}, not of layer {layer}.")
-    return KeyCovariance(torch.from_numpy(matrix), count, own_layer, f"file {Path(path).name}")
+    source = f"file {Path(path).name}"
+    return KeyCovariance(torch.from_numpy(matrix), count, own_layer, source, engine)
 
 
-def resolve_covariance(
-    model: LensModel, layer: int, given: Any = None, *, progress: bool = True
-) -> KeyCovariance:
-    """What a user gave as ``covariance``, as a :class:`KeyCovariance`.
+def resolve_covariances(
+    model: LensModel, layers: Sequence[int], given: Any = None, *, progress: bool = True
+) -> dict[int, KeyCovariance]:
+    """What a user gave as ``covariance``, as one :class:`KeyCovariance` for each layer.
 
     Args:
         given: ``None`` (100,000 tokens of the bundled Wikipedia leads), ``"identity"``, a
-            path to an ``.npz``, a :class:`KeyCovariance`, or any iterable of texts.
+            path to an ``.npz``, a :class:`KeyCovariance`, any iterable of texts, or a mapping
+            of layers to paths or :class:`KeyCovariance`.
         progress: Whether to show a bar while text is read.
+
+    Raises:
+        EditError: If something else was given, or it does not fit the layers.
+        DataError: If a file cannot be read.
     """
+    if isinstance(given, Mapping):
+        missing = sorted(set(layers) - set(given))
+        if missing:
+            raise EditError(
+                f"No covariance is given for layer {missing[0]}.",
+                f"Give one for each of the layers {', '.join(map(str, layers))}.",
+            )
+        return {y: _one_covariance(given[y], y) for y in layers}
+    if given is None:
+        return key_covariances(model, layers, progress=progress)
+    if isinstance(given, (str, os.PathLike, KeyCovariance)):
+        if len(layers) > 1 and given != "identity":
+            raise EditError(
+                f"One covariance is given for the layers {', '.join(map(str, layers))}.",
+                "Give a mapping of layers to covariances, or texts.",
+            )
+        return {y: _one_covariance(given, y) for y in layers}
+    if isinstance(given, Iterable):
+        return key_covariances(model, layers, given, source="given texts", progress=progress)
+    raise EditError(
+        f"covariance cannot be {type(given).__name__}.",
+        'Give "identity", a path, a KeyCovariance, texts, or a mapping of layers to these.',
+    )
+
+
+def _one_covariance(given: Any, layer: int) -> KeyCovariance:
     if isinstance(given, KeyCovariance):
         if given.layer not in (None, layer):
             raise EditError(f"The covariance is of layer {given.layer}, not of layer {layer}.")
         return given
-    if given is None:
-        return key_covariance(model, layer, progress=progress)
     if isinstance(given, str) and given == "identity":
         return IDENTITY
     if isinstance(given, (str, os.PathLike)):
         return load_covariance(given, layer)
-    if isinstance(given, Iterable):
-        return key_covariance(model, layer, given, source="given texts", progress=progress)
     raise EditError(
-        f"covariance cannot be {type(given).__name__}.",
-        'Give "identity", a path, a KeyCovariance, or texts.',
+        f"The covariance of layer {layer} cannot be {type(given).__name__}.",
+        'Give "identity", a path or a KeyCovariance.',
     )
 
 
@@ -199,22 +269,41 @@ def key_covariance(
     progress: bool = True,
     cache: bool = True,
 ) -> KeyCovariance:
-    """Second moments of a layer's keys over text, from the cache if they are there.
+    """Second moments of one layer's keys over text; see :func:`key_covariances`."""
+    return key_covariances(
+        model, [layer], texts, max_tokens=max_tokens, source=source, progress=progress, cache=cache
+    )[layer]
 
-    The cache is keyed by the unedited weights, layer, texts, token count, cut-off and BOS.
-    An interrupted run goes on where it was last saved.
+
+def key_covariances(
+    model: LensModel,
+    layers: Sequence[int],
+    texts: Iterable[str] | None = None,
+    *,
+    max_tokens: int = DEFAULT_TOKENS,
+    source: str = "wikipedia-leads",
+    progress: bool = True,
+    cache: bool = True,
+) -> dict[int, KeyCovariance]:
+    """Second moments of the keys of several layers, from one pass over the text.
+
+    What is in the cache is not computed again. The cache is keyed by the unedited weights,
+    layer, texts, token count, cut-off and BOS. An interrupted run goes on where it was last
+    saved.
 
     Args:
+        layers: Whose keys.
         texts: Documents; ``None`` for the bundled Wikipedia leads.
         max_tokens: Where to stop; the last document is cut there.
         source: Name of the texts, for the record.
+        progress: Whether to show a bar.
         cache: Whether to read and write the cache.
 
     Raises:
-        ModelError: If the layer is out of range or has no down-projection.
+        ModelError: If a layer is out of range or has no down-projection.
         EditError: If the model carries an edit now, or there is no text.
     """
-    width = model.down_projection(layer).d_mlp
+    widths = {layer: model.down_projection(layer).d_mlp for layer in layers}
     if isinstance(texts, str):
         raise EditError("The texts are one text.", "Give a list of documents: [text].")
     if not isinstance(max_tokens, int) or max_tokens < 1:
@@ -227,25 +316,35 @@ def key_covariance(
     documents = _documents(model, wikipedia_leads() if texts is None else texts, max_tokens)
     if not documents:
         raise EditError("There is no text to take statistics from.", "Give some documents.")
-    key = _cache_key(model, layer, documents)
     folder = bundled.cache_dir() / "covariance"
-    finished, partial = folder / f"{key}.npz", folder / f"{key}.partial.npz"
-    if cache and finished.is_file():
-        try:
-            found = load_covariance(finished, layer)
-            return KeyCovariance(found.matrix, found.count, layer, source)
-        except DataError:  # damaged: compute it again
-            finished.unlink(missing_ok=True)
-    total = _accumulate(model, layer, documents, width, partial if cache else None, progress)
+    digest = _cache_digest(model, documents)
+    files = {layer: folder / f"{_cache_key(digest, layer)}.npz" for layer in layers}
+    found: dict[int, KeyCovariance] = {}
+    for layer, finished in files.items():
+        if cache and finished.is_file():
+            try:
+                found[layer] = replace(load_covariance(finished, layer), source=source)
+            except DataError:  # damaged: compute it again
+                finished.unlink(missing_ok=True)
+    sums = [
+        _Sum(layer, widths[layer], files[layer].with_suffix(".partial.npz") if cache else None)
+        for layer in sorted(widths)
+        if layer not in found
+    ]
+    if sums:
+        engine = _accumulate(model, documents, sums, progress)
     count = sum(len(document) for document in documents)
-    result = KeyCovariance((total / count).float(), count, layer, source)
-    if cache:
-        try:
-            _save_cached(finished, _npz(result))
-            partial.unlink(missing_ok=True)
-        except DataError as error:
-            warnings.warn(f"{error} The covariance is used, but not kept.", stacklevel=2)
-    return result
+    for part in sums:
+        matrix = part.symmetric() / count
+        result = KeyCovariance(matrix.float(), count, part.layer, source, engine)
+        found[part.layer] = result
+        if cache:
+            try:
+                _save_cached(files[part.layer], _npz(result))
+                part.forget()
+            except DataError as error:
+                warnings.warn(f"{error} The covariance is used, but not kept.", stacklevel=3)
+    return {layer: found[layer] for layer in layers}
 
 
 def _documents(model: LensModel, texts: Iterable[str], max_tokens: int) -> list[list[int]]:
@@ -264,13 +363,19 @@ def _documents(model: LensModel, texts: Iterable[str], max_tokens: int) -> list[
     return documents
 
 
-def _cache_key(model: LensModel, layer: int, documents: Sequence[Sequence[int]]) -> str:
-    """Everything that the result depends on; token ids cover texts, tokenizer, BOS and cuts."""
-    head = f"{model.fingerprint()}:{layer}:{model.info.dtype}:{TOKENS_PER_BATCH}:{ROW}:"
+def _cache_digest(model: LensModel, documents: Sequence[Sequence[int]]) -> Any:
+    """Everything that the results depend on; token ids cover texts, tokenizer, BOS and cuts."""
+    head = f"{model.fingerprint()}:{model.info.dtype}:{TOKENS_PER_BATCH}:{ROW}:"
     digest = hashlib.sha256(head.encode())
     for document in documents:
         digest.update(np.asarray([*document, -1], dtype=np.int64).tobytes())
-    return digest.hexdigest()[:32]
+    return digest
+
+
+def _cache_key(digest: Any, layer: int) -> str:
+    of_layer = digest.copy()
+    of_layer.update(f"layer {layer}".encode())
+    return str(of_layer.hexdigest()[:32])
 
 
 @dataclass(frozen=True)
@@ -281,17 +386,18 @@ class _Batch:
     real: Bool[torch.Tensor, "row pos"]
     packed: Packed | None
 
-    def keys(self, model: LensModel, name: str) -> Float[torch.Tensor, "token d_mlp"]:
-        """The keys of all tokens; the pass ends where they arise."""
+    def keys(
+        self, model: LensModel, names: Sequence[str]
+    ) -> dict[str, Float[torch.Tensor, "token d_mlp"]]:
+        """The keys of all tokens, by hook; the pass ends at the last of them, the topmost."""
         seen: dict[str, torch.Tensor] = {}
-        hooks = recording(seen, [name])
+        hooks = recording(seen, names)
         with torch.no_grad():
             if self.packed is None:
-                model.run(self.ids, hooks, stop_at=name)
+                model.run(self.ids, hooks, stop_at=names[-1])
             else:
-                run_packed(model, self.packed, hooks, stop_at=name)
-        keys = seen[name]
-        return keys[self.real.to(keys.device)]
+                run_packed(model, self.packed, hooks, stop_at=names[-1])
+        return {name: seen[name][self.real.to(seen[name].device)] for name in names}
 
 
 def _packed_batches(model: LensModel, documents: Sequence[list[int]]) -> list[_Batch]:
@@ -315,38 +421,59 @@ def _padded_batches(model: LensModel, documents: Sequence[list[int]]) -> list[_B
     return batches
 
 
+class _Sum:
+    """Sum of k k^T over the tokens of one layer, resumed from and saved to a file."""
+
+    def __init__(self, layer: int, width: int, partial: Path | None) -> None:
+        self.layer = layer
+        self.partial = partial
+        self.total, self.done = _load_partial(partial, width)
+
+    def symmetric(self) -> Float[torch.Tensor, "d_mlp d_mlp"]:
+        return self.total.triu() + self.total.triu(1).T
+
+    def save(self) -> None:
+        if self.partial is not None:
+            with contextlib.suppress(DataError):  # then an interruption costs more
+                _save_cached(
+                    self.partial, _npz_of(total=self.total.numpy(), done=np.int64(self.done))
+                )
+
+    def forget(self) -> None:
+        if self.partial is not None:
+            self.partial.unlink(missing_ok=True)
+
+
 def _accumulate(
-    model: LensModel,
-    layer: int,
-    documents: Sequence[list[int]],
-    width: int,
-    partial: Path | None,
-    progress: bool,
-) -> Float[torch.Tensor, "d_mlp d_mlp"]:
-    """Sum of k k^T over all tokens, resumed from and saved to ``partial``."""
+    model: LensModel, documents: Sequence[list[int]], sums: Sequence[_Sum], progress: bool
+) -> Engine:
+    """Bring the sums to the end of the text; says how the text was run."""
     packs = packing_is_exact(model)
     batches = _packed_batches(model, documents) if packs else _padded_batches(model, documents)
-    total, done = _load_partial(partial, width)
-    name = down_in_name(layer)
     tokens = [int(batch.real.sum()) for batch in batches]
+    first = min(part.done for part in sums)
+    layers = ", ".join(str(part.layer) for part in sums)
     bar = tqdm(
         total=sum(tokens),
-        initial=sum(tokens[:done]),
-        desc=f"key covariance, layer {layer}",
+        initial=sum(tokens[:first]),
+        desc=f"key covariance, layer {layers}",
         unit="tok",
         unit_scale=True,
         disable=not progress,
     )
     saved = time.monotonic()
     with bar:
-        for index in range(done, len(batches)):
-            add_products(total, batches[index].keys(model, name))
+        for index in range(first, len(batches)):
+            behind = {down_in_name(part.layer): part for part in sums if part.done <= index}
+            for name, keys in batches[index].keys(model, list(behind)).items():
+                add_products(behind[name].total, keys)
+                behind[name].done = index + 1
             bar.update(tokens[index])
-            if partial is not None and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                with contextlib.suppress(DataError):  # then an interruption costs more
-                    _save_cached(partial, _npz_of(total=total.numpy(), done=np.int64(index + 1)))
+            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                for part in sums:
+                    part.save()
                 saved = time.monotonic()
-    return total.triu() + total.triu(1).T
+    return "suffix" if packs else "plain"
 
 
 def add_products(
@@ -391,6 +518,7 @@ def _npz(covariance: KeyCovariance) -> bytes:
         cov=covariance.matrix.cpu().numpy(),
         count=np.int64(covariance.count),
         **({} if covariance.layer is None else {"layer": np.int64(covariance.layer)}),
+        **({} if covariance.engine is None else {"engine": np.str_(covariance.engine)}),
     )
 
 

@@ -1,4 +1,4 @@
-"""The optimisation of a value: what the edited layer should say about the subject.
+"""The optimisation of values: what an edited layer should say about the subject.
 
 Shared by all locate-then-edit methods. Find the vector delta which, added at the subject's
 last token, makes the model answer the new target in every context::
@@ -9,27 +9,33 @@ last token, makes the model answer the new target in every context::
              + penalties
 
 by Adam from delta = 0, with delta kept inside a ball of radius clamp_factor * |h_0|. The KL
-term keeps the essence of the subject (ROME, section 3.1, equation 4). Nothing below the
-edited layer and nothing left of the subject's last token depends on delta, so that part is
-computed once (``driftlens.reuse``) instead of at every step.
+term keeps the essence of the subject (ROME, section 3.1, equation 4). Where delta is added is
+the method's business (:class:`Place`): ROME adds it to the output of one down-projection,
+MEMIT to the residual stream after the last edited layer, PMET one vector to the attention's
+output and one to the MLP's, at once. Nothing below and nothing left of such a place depends
+on delta, so that part is computed once (``driftlens.reuse``) instead of at every step.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from tqdm.auto import tqdm
 
 from driftlens.editing.contexts import Context
-from driftlens.editing.penalties import Penalty, Sites
-from driftlens.errors import EditError
+from driftlens.editing.descent import descend
+from driftlens.editing.penalties import ESSENCE, Penalty, Sites, in_float32
 from driftlens.facts import EditRequest, split_template
-from driftlens.interventions import Hook, block_in_name, down_in_name, down_out_name
+from driftlens.interventions import (
+    Hook,
+    attention_out_name,
+    block_in_name,
+    block_out_name,
+    down_out_name,
+)
 from driftlens.models import LensModel, recording
 from driftlens.reuse import Engine, FullPass, SuffixRunner, choose_engine
 from driftlens.scoring import log_probabilities
@@ -37,27 +43,8 @@ from driftlens.scoring import log_probabilities
 ESSENCE_SUFFIX = " is a"
 """What follows the subject in the prompt of the KL term."""
 
-
-@dataclass(frozen=True)
-class ValueSearch:
-    """Hyperparameters of the optimisation.
-
-    Args:
-        steps: Forward passes; the last is not followed by an update, so there are at most
-            ``steps - 1`` updates.
-        lr: Learning rate of Adam.
-        weight_decay: Weight of ``|delta| / |h_0|^2`` (the numerator is not squared).
-        clamp_factor: Radius of the ball around 0 for delta, in units of ``|h_0|``.
-        kl_factor: Weight of the KL term.
-        early_stop_loss: Stop once the total loss is below; a negative number never stops.
-    """
-
-    steps: int = 20
-    lr: float = 0.5
-    weight_decay: float = 0.5
-    clamp_factor: float = 4.0
-    kl_factor: float = 0.0625
-    early_stop_loss: float = 0.05
+Token = Literal["subject", "last_prompt"]
+KlPosition = Literal["subject", "last"]
 
 
 @dataclass(frozen=True)
@@ -69,33 +56,21 @@ class ValueProblem:
         subject: Position of the subject's last token in each row.
         last_prompt: For each context, the position of the last prompt token.
         target: Ids of the target.
+        essence: Where the row of the KL term is read.
     """
 
     rows: list[list[int]]
     subject: list[int]
     last_prompt: list[int]
     target: list[int]
-
-
-@dataclass(frozen=True)
-class Value:
-    """The optimised value.
-
-    Args:
-        delta: What is to be added at the subject.
-        trace: One record per step: ``loss`` and its terms ``nll``, ``kl``, ``decay`` and the
-            penalties' (all weighted, nats), ``target_prob`` (mean over contexts of the
-            target's probability), ``delta_norm``, and the penalties' notes.
-        engine: How the passes were run.
-    """
-
-    delta: Float[torch.Tensor, " d_model"]
-    trace: list[dict[str, Any]]
-    engine: Engine
+    essence: int
 
 
 def build_problem(
-    model: LensModel, request: EditRequest, contexts: Sequence[Context]
+    model: LensModel,
+    request: EditRequest,
+    contexts: Sequence[Context],
+    kl_position: KlPosition = "subject",
 ) -> ValueProblem:
     """Tokenize a request in its contexts.
 
@@ -106,11 +81,14 @@ def build_problem(
     located = [subject_in_context(model, request, context) for context in contexts]
     essence = model.tokens.encode(request.subject + ESSENCE_SUFFIX)
     essence_subject = model.tokens.span_of_characters(essence, 0, len(request.subject)).last
+    read = essence_subject if kl_position == "subject" else len(essence.ids) - 1
     return ValueProblem(
-        rows=[*([*ids, *target[:-1]] for ids, _ in located), essence.ids],
+        # Nothing behind the position that is read matters.
+        rows=[*([*ids, *target[:-1]] for ids, _ in located), essence.ids[: read + 1]],
         subject=[*(subject for _, subject in located), essence_subject],
         last_prompt=[len(ids) - 1 for ids, _ in located],
         target=target,
+        essence=read,
     )
 
 
@@ -126,34 +104,89 @@ def subject_in_context(
     return encoded.ids, span.last
 
 
+# --- where a vector is added ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """The output of a module, to which a vector can be added.
+
+    Args:
+        name: Hook of the output; h_0 is read and, over whole sequences, delta is added there.
+        enters: Lowest layer that depends on delta.
+        shortcut: Hook further up where delta arrives as it is, if there is one.
+    """
+
+    name: str
+    enters: int
+    shortcut: str | None = None
+
+
+def down_projection_out(model: LensModel, layer: int) -> Place:
+    """The output of a layer's down-projection, bias included (ROME)."""
+    above = layer + 1
+    if layer in model.writes_directly and above < model.info.n_layers:
+        return Place(down_out_name(layer), above, block_in_name(above))
+    return Place(down_out_name(layer), layer)
+
+
+def block_out(model: LensModel, layer: int) -> Place:
+    """The residual stream after a layer (MEMIT)."""
+    above = layer + 1
+    if above < model.info.n_layers:
+        return Place(block_out_name(layer), above, block_in_name(above))
+    return Place(block_out_name(layer), layer)
+
+
+def attention_out(model: LensModel, layer: int) -> Place:
+    """The output of a layer's attention (PMET)."""
+    return Place(attention_out_name(layer), layer)
+
+
 @dataclass(frozen=True)
 class Start:
     """What is known before the optimisation.
 
     Args:
         model: The model.
-        layer: Whose down-projection's output delta is added to.
+        layer: The lowest layer to whose outputs a vector is added.
+        places: Where vectors are added.
         problem: The request in its contexts.
-        plain_key: Input of the down-projection at the subject of the plain prompt.
-        plain_output: h_0, its output there.
-        keys: Its inputs at the subject in each context.
-        enters: Lowest layer that depends on delta.
-        base: The whole pass that later ones reuse; ``None`` if they run whole sequences.
+        positions: Where in each row they are added; ``None`` in a row without any.
+        contexts: Activations by hook name, at these positions of each context.
+        plain: The same, for the prompt alone.
+        enters: Lowest layer that depends on the vectors.
+        reused: Passes from there on, over what was kept of the first one; ``None`` if all run
+            whole sequences.
     """
 
     model: LensModel
     layer: int
+    places: tuple[Place, ...]
     problem: ValueProblem
-    plain_key: Float[torch.Tensor, " d_mlp"]
-    plain_output: Float[torch.Tensor, " d_model"]
-    keys: Float[torch.Tensor, "context d_mlp"]
+    positions: list[int | None]
+    contexts: dict[str, Float[torch.Tensor, "context width"]]
+    plain: dict[str, Float[torch.Tensor, " width"]]
     enters: int
-    base: FullPass | None
+    reused: SuffixRunner | None
 
     @property
     def engine(self) -> Engine:
         """How passes are run."""
-        return "plain" if self.base is None else "suffix"
+        return "plain" if self.reused is None else "suffix"
+
+    @property
+    def starts(self) -> list[int]:
+        """The first position of each row that depends on the vectors, or is read."""
+        return [
+            subject if position is None else position
+            for subject, position in zip(self.problem.subject, self.positions, strict=True)
+        ]
+
+    @property
+    def initial(self) -> list[Float[torch.Tensor, " d_model"]]:
+        """h_0 of each place: its output for the prompt alone."""
+        return [self.plain[place.name] for place in self.places]
 
 
 def start(
@@ -161,35 +194,59 @@ def start(
     request: EditRequest,
     contexts: Sequence[Context],
     layer: int,
+    places: Sequence[Place],
+    record: Sequence[str] = (),
+    token: Token = "subject",
+    kl_position: KlPosition = "subject",
     engine: Engine | None = None,
 ) -> Start:
-    """One pass over all contexts, for keys, outputs and whatever later passes can reuse.
+    """One pass over all contexts, for activations and whatever later passes can reuse.
 
     Args:
+        layer: The lowest layer to whose outputs a vector is added.
+        places: Where vectors are added.
+        record: Further hooks whose activations are wanted at the same positions.
+        token: Whether vectors are added at the subject's last token (in the row of the KL term
+            too), or at the last prompt token (and not in the row of the KL term).
+        kl_position: Where the KL term is read.
         engine: ``None`` takes the fast one wherever it is exact.
 
     Raises:
         TokenError: If the subject cannot be located or the target is empty.
     """
-    problem = build_problem(model, request, contexts)
+    problem = build_problem(model, request, contexts, kl_position)
     plain_ids, plain_subject = subject_in_context(model, request, Context())
-    rows, subjects = [*problem.rows, plain_ids], [*problem.subject, plain_subject]
-    names = [down_in_name(layer), down_out_name(layer)]
-    direct = layer in model.writes_directly and layer + 1 < model.info.n_layers
-    enters = layer + 1 if direct else layer
-    base: FullPass | None = None
+    n = len(problem.last_prompt)
+    at_subject = token == "subject"
+    chosen = problem.subject[:n] if at_subject else problem.last_prompt
+    last = plain_subject if at_subject else len(plain_ids) - 1
+    positions = [*chosen, problem.subject[-1] if at_subject else None]
+    rows, seen_at = [*problem.rows, plain_ids], [*chosen, problem.subject[-1], last]
+    names = sorted({*record, *(place.name for place in places)})
+    enters = min(place.enters for place in places)
+    reused: SuffixRunner | None = None
     if choose_engine(model, engine) == "suffix":
-        # The row of the KL term is read at the subject, so nothing behind it matters.
-        rows[-2] = rows[-2][: subjects[-2] + 1]
         seen: dict[str, torch.Tensor] = {}
         base = FullPass(model, rows, [enters], hooks=recording(seen, names))
+        reused = SuffixRunner(base, [*chosen, problem.subject[-1]], range(n + 1))
     else:
-        seen = model.record(model.tokens.pad(rows), names, stop_at=names[-1])
-    at = torch.arange(len(rows)), torch.tensor(subjects)
-    keys, outputs = (_wide(seen[name][tuple(i.to(seen[name].device) for i in at)])
-                     for name in names)  # fmt: skip
-    n = len(problem.last_prompt)
-    return Start(model, layer, problem, keys[-1], outputs[-1], keys[:n], enters, base)
+        seen = model.record(model.tokens.pad(rows), names)
+    at = torch.arange(len(rows)), torch.tensor(seen_at)
+    found = {
+        name: in_float32(tensor[tuple(i.to(tensor.device) for i in at)])
+        for name, tensor in seen.items()
+    }
+    return Start(
+        model,
+        layer,
+        tuple(places),
+        problem,
+        positions,
+        {name: tensor[:n] for name, tensor in found.items()},
+        {name: tensor[-1] for name, tensor in found.items()},
+        enters,
+        reused,
+    )
 
 
 class _PlainRunner:
@@ -197,149 +254,228 @@ class _PlainRunner:
 
     def __init__(self, start: Start) -> None:
         problem = start.problem
-        self.model, self.layer = start.model, start.layer
+        self.model = start.model
         self.ids = self.model.tokens.pad(problem.rows, self.model.device)
-        self.query_shift = [0] * len(problem.rows)
-        self.subject_key = [position - self.ids.shape[1] for position in problem.subject]
-        self.subject = torch.tensor(problem.subject, device=self.model.device)
+        self.shift = [0] * len(problem.rows)
+        self.width = self.ids.shape[1]
+        self.subject_key = [position - self.width for position in problem.subject]
+        self.hooks = [place.name for place in start.places]
 
-    def run(
-        self, delta: Float[torch.Tensor, " d_model"], hooks: Sequence[Hook], at: torch.Tensor
-    ) -> torch.Tensor:
-        added = _add_at(down_out_name(self.layer), self.subject, delta)
-        return self.model.run(self.ids, [added, *hooks], at=at)
+    def run(self, hooks: Sequence[Hook], at: torch.Tensor) -> torch.Tensor:
+        return self.model.run(self.ids, hooks, at=at)
 
 
 class _ReusingRunner:
-    """From the edited layer and the subject's last token on."""
+    """From the lowest place and the first position that depends on the vectors on."""
 
     def __init__(self, start: Start) -> None:
-        problem, model, base = start.problem, start.model, start.base
-        assert base is not None
-        self.runner = SuffixRunner(base, problem.subject, range(len(problem.rows)))
-        self.query_shift = [-subject for subject in problem.subject]
-        self.subject_key = [-self.runner.width] * len(problem.rows)
-        self.subject = torch.zeros(len(problem.rows), dtype=torch.long, device=model.device)
-        # Where a layer's MLP adds its output to the residual stream as it is, so does delta.
-        direct = start.enters > start.layer
-        self.name = block_in_name(start.enters) if direct else down_out_name(start.layer)
+        problem, starts = start.problem, start.starts
+        assert start.reused is not None
+        self.runner = start.reused
+        self.shift = [-first for first in starts]
+        self.width = self.runner.width
+        self.subject_key = [
+            subject - first - self.width
+            for subject, first in zip(problem.subject, starts, strict=True)
+        ]
+        # Where a module's output reaches the entered layer as it is, so does what is added.
+        self.hooks = [
+            place.shortcut if place.shortcut and place.enters == start.enters else place.name
+            for place in start.places
+        ]
         self.enters = start.enters
 
-    def run(
-        self, delta: Float[torch.Tensor, " d_model"], hooks: Sequence[Hook], at: torch.Tensor
-    ) -> torch.Tensor:
-        added = _add_at(self.name, self.subject, delta)
-        return self.runner.run([added, *hooks], at, joins=[self.enters])
+    def run(self, hooks: Sequence[Hook], at: torch.Tensor) -> torch.Tensor:
+        return self.runner.run(hooks, at, joins=[self.enters])
+
+
+# --- the search ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How values are searched; the fields of configurations of the same names say more.
+
+    Args:
+        stops: When to stop, given a record of the trace.
+        nll_weight: Weight of the likelihood term, given whether greedy decoding would give the
+            target in every context.
+    """
+
+    steps: int
+    lr: float
+    weight_decay: float
+    clamp_factor: float
+    kl_factor: float
+    stops: Callable[[dict[str, Any]], bool]
+    nll_weight: Callable[[bool], float] = lambda is_greedy: 1.0
+
+
+@dataclass(frozen=True)
+class Value:
+    """The optimised values.
+
+    Args:
+        deltas: What is to be added at each place.
+        trace: One record per step: ``loss`` and its terms ``nll``, ``kl``, ``decay`` and the
+            penalties' (all weighted, nats), ``target_prob`` (mean over contexts of the
+            target's probability), ``delta_norm`` (of all deltas as one vector), and the
+            penalties' notes.
+        engine: How the passes were run.
+    """
+
+    deltas: list[Float[torch.Tensor, " d_model"]]
+    trace: list[dict[str, Any]]
+    engine: Engine
+
+    @property
+    def delta(self) -> Float[torch.Tensor, " d_model"]:
+        """The first one."""
+        return self.deltas[0]
+
+
+def optimise_value(
+    start: Start,
+    search: Descent,
+    penalties: Sequence[Penalty] = (),
+    progress: bool = True,
+) -> Value:
+    """Find what to add at each place.
+
+    Raises:
+        EditError: If the loss stops being a number.
+    """
+    model, problem, initial = start.model, start.problem, start.initial
+    n_contexts = len(problem.last_prompt)
+    runner = (_PlainRunner if start.reused is None else _ReusingRunner)(start)
+    device = initial[0].device
+    at = _predicting(model, problem, runner.shift)
+    sites = make_sites(model, at[:n_contexts], runner, problem.rows[:n_contexts], start.layer)
+    observer = Observer(penalties, sites)
+    target_ids = torch.tensor(problem.target, device=device).expand(n_contexts, -1)[..., None]
+    positions = [None if p is None else p + s
+                 for p, s in zip(start.positions, runner.shift, strict=True)]  # fmt: skip
+    deltas = [torch.zeros_like(vector, requires_grad=True) for vector in initial]
+    adding = [_add_at(name, positions, delta)
+              for name, delta in zip(runner.hooks, deltas, strict=True)]  # fmt: skip
+
+    def evaluate(step: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        now: dict[str, torch.Tensor] = {}
+        logits = runner.run([*adding, *recording(now, observer.names)], at)
+        logprobs = log_probabilities(logits.to(device))  # of several devices, one
+        now[ESSENCE] = logprobs[-1:, 0]
+        original = observer.original(now)[ESSENCE]
+        target = logprobs[:-1].gather(-1, target_ids)[..., 0]
+        is_greedy = bool((target >= logprobs[:-1].amax(-1)).all())
+        divergence = (now[ESSENCE].exp() * (now[ESSENCE] - original)).sum()
+        ratios = [d.norm() / h.norm() ** 2 for d, h in zip(deltas, initial, strict=True)]
+        penalty_terms, notes = observer.terms(now, device)
+        terms = {
+            "nll": -search.nll_weight(is_greedy) * target.mean(),
+            "kl": search.kl_factor * divergence,
+            "decay": search.weight_decay * torch.stack(ratios).sum(),
+            **penalty_terms,
+        }
+        norms = torch.stack([delta.detach().norm() for delta in deltas])
+        return terms, {
+            "target_prob": float(target.detach().sum(-1).exp().mean()),
+            "target_is_greedy": float(is_greedy),
+            "delta_norm": float(norms.norm()),
+            **notes,
+        }
+
+    def confine() -> None:
+        for delta, vector in zip(deltas, initial, strict=True):
+            radius, norm = search.clamp_factor * float(vector.norm()), float(delta.norm())
+            if norm > radius:
+                delta.mul_(radius / norm)
+
+    trace = descend(
+        model, deltas, evaluate, steps=search.steps, lr=search.lr, stops=search.stops,
+        confine=confine, description="optimising the value", progress=progress,
+    )  # fmt: skip
+    return Value([delta.detach() for delta in deltas], trace, start.engine)
+
+
+class Observer:
+    """Records what the penalties look at, before the first step and now, and adds them up."""
+
+    def __init__(self, penalties: Sequence[Penalty], sites: Sites) -> None:
+        self.penalties = penalties
+        self.sites = sites
+        self.names = sorted({name for p in penalties for name in p.activations(sites)})
+        self._original: dict[str, torch.Tensor] = {}
+
+    def original(self, now: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The activations of the first evaluation, in which nothing has changed yet."""
+        if not self._original:
+            self._original = {name: tensor.detach() for name, tensor in now.items()}
+        return self._original
+
+    def terms(
+        self, now: Mapping[str, torch.Tensor], device: torch.device
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """The loss of each kind of penalty under its name, and their notes; equals add up."""
+        terms: dict[str, torch.Tensor] = {}
+        notes: dict[str, float] = {}
+        for penalty in self.penalties:
+            term = penalty(now, self.original(now), self.sites)
+            terms[penalty.kind] = terms.get(penalty.kind, 0) + term.loss.to(device)
+            for name, value in term.notes.items():
+                notes[name] = notes.get(name, 0.0) + value
+        return terms, notes
+
+
+def make_sites(
+    model: LensModel,
+    predicting: Int[torch.Tensor, "context target"],
+    runner: Any,
+    rows: Sequence[Sequence[int]],
+    layer: int,
+) -> Sites:
+    """Where penalties look, in the coordinates of a runner's passes.
+
+    Args:
+        runner: With ``shift`` (what to add to a position to get the pass's), ``width`` (of a
+            pass) and ``subject_key`` (key positions of the subjects, from the end).
+        rows: Token ids of the contexts.
+        layer: The edited one, or the lowest of them.
+    """
+    device = predicting.device
+    ends = torch.tensor([len(row) + s for row, s in zip(rows, runner.shift, strict=False)])
+    real = torch.arange(runner.width)[None] < ends[:, None]
+    layers = tuple(range(layer + 1, model.info.n_layers))
+    return Sites(
+        predicting=predicting,
+        subject=torch.tensor(runner.subject_key[: len(rows)], device=device),
+        real=real.to(device),
+        layers=layers,
+        key_hooks={y: model.key_hook(y) for y in layers},
+    )
 
 
 def _predicting(
     model: LensModel, problem: ValueProblem, shift: Sequence[int]
 ) -> Int[torch.Tensor, "row target"]:
-    """Where each row is read: contexts where the target is predicted, the last at the subject."""
+    """Where each row is read: contexts where the target is predicted, the last where the KL is."""
     n = len(problem.target)
     rows = [[last + i for i in range(n)] for last in problem.last_prompt]
-    rows.append([problem.subject[-1]] * n)
+    rows.append([problem.essence] * n)
     return (
         torch.tensor(rows, device=model.device) + torch.tensor(shift, device=model.device)[:, None]
     )
 
 
-def optimise_value(
-    start: Start,
-    search: ValueSearch,
-    penalties: Sequence[Penalty] = (),
-    progress: bool = True,
-) -> Value:
-    """Find delta for the output of the down-projection.
-
-    Raises:
-        EditError: If the loss stops being a number.
-    """
-    model, problem, initial = start.model, start.problem, start.plain_output
-    n_contexts = len(problem.last_prompt)
-    runner = (_PlainRunner if start.base is None else _ReusingRunner)(start)
-    at = _predicting(model, problem, runner.query_shift)
-    sites = Sites(
-        last_prompt=at[:n_contexts, 0],
-        subject=torch.tensor(runner.subject_key[:n_contexts], device=initial.device),
-        layers=tuple(range(start.layer + 1, model.info.n_layers)),
-    )
-    target_ids = torch.tensor(problem.target, device=initial.device)
-    target_ids = target_ids.expand(n_contexts, -1)[..., None]
-    watched = sorted({name for p in penalties for name in p.activations(sites)})
-    delta = torch.zeros_like(initial, requires_grad=True)
-    optimiser = torch.optim.Adam([delta], lr=search.lr)
-    radius = search.clamp_factor * float(initial.norm())
-    original: dict[str, torch.Tensor] = {}
-    essence: torch.Tensor | None = None
-    trace: list[dict[str, Any]] = []
-    bar = tqdm(total=search.steps, desc="optimising the value", disable=not progress, leave=False)
-    with model.frozen(), bar, torch.enable_grad():
-        for step in range(search.steps):
-            now: dict[str, torch.Tensor] = {}
-            logits = runner.run(delta, recording(now, watched), at)
-            logprobs = log_probabilities(logits.to(delta.device))  # of several devices, one
-            if step == 0:
-                original = {name: tensor.detach() for name, tensor in now.items()}
-                essence = logprobs[-1, 0].detach()
-            assert essence is not None
-            target = logprobs[:-1].gather(-1, target_ids)[..., 0]
-            terms = {
-                "nll": -target.mean(),
-                "kl": search.kl_factor
-                * (logprobs[-1, 0].exp() * (logprobs[-1, 0] - essence)).sum(),
-                "decay": search.weight_decay * delta.norm() / initial.norm() ** 2,
-            }
-            notes: dict[str, float] = {}
-            for penalty in penalties:
-                term = penalty(now, original, sites)
-                terms[penalty.name] = terms.get(penalty.name, 0) + term.loss.to(delta.device)
-                notes.update(term.notes)
-            loss = torch.stack(list(terms.values())).sum()
-            trace.append(
-                {
-                    "step": step,
-                    "loss": float(loss.detach()),
-                    **{name: float(value.detach()) for name, value in terms.items()},
-                    "target_prob": float(target.detach().sum(-1).exp().mean()),
-                    "delta_norm": float(delta.detach().norm()),
-                    **notes,
-                }
-            )
-            bar.update()
-            total = trace[-1]["loss"]
-            bar.set_postfix(loss=f"{total:.3f}", p=f"{trace[-1]['target_prob']:.3f}", refresh=False)
-            if not math.isfinite(total):
-                raise EditError(
-                    f"The loss became {total} at step {step}.",
-                    "Lower lr or clamp_factor, or load the model in float32.",
-                )
-            if total < search.early_stop_loss or step == search.steps - 1:
-                break
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            with torch.no_grad():
-                norm = float(delta.norm())
-                if norm > radius:
-                    delta.mul_(radius / norm)
-    return Value(delta.detach(), trace, start.engine)
-
-
 def _add_at(
-    name: str, position: Int[torch.Tensor, " row"], delta: Float[torch.Tensor, " d_model"]
+    name: str, positions: Sequence[int | None], delta: Float[torch.Tensor, " d_model"]
 ) -> Hook:
-    """A hook that adds delta at one position of each row of an activation."""
+    """A hook that adds delta at one position of each row of an activation, or at none."""
+    rows = torch.tensor([row for row, position in enumerate(positions) if position is not None])
+    columns = torch.tensor([position for position in positions if position is not None])
 
     def add(out: Float[torch.Tensor, "row pos d_model"], hook: Any) -> torch.Tensor:
-        rows = torch.arange(out.shape[0], device=out.device)
         added = torch.zeros_like(out)
-        added[rows, position.to(out.device)] = delta.to(out)
+        added[rows.to(out.device), columns.to(out.device)] = delta.to(out)
         return out + added
 
     return name, add
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32 or better."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

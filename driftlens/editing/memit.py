@@ -1,0 +1,72 @@
+"""MEMIT: mass-editing memory in a transformer (Meng et al., ICLR 2023, algorithm 1).
+
+1. For each fact, z = h + delta: what the residual stream after the last edited layer should
+   be at the subject, by optimisation, before anything is changed.
+2. For each edited layer, ascending, with the layers below already changed:
+   K, the facts' keys; H, what the residual stream is now; R = (Z - H) / (layers left);
+   W' = W + R K^T (lambda C + K K^T)^-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from driftlens.editing.configs import MemitConfig, ValueSearch
+from driftlens.editing.outcome import Outcome, Resources, find_value
+from driftlens.editing.spreading import Facts, spreading
+from driftlens.editing.target import block_out
+from driftlens.facts import EditRequest
+from driftlens.interventions import block_out_name
+from driftlens.models import LensModel
+
+
+def memit(
+    model: LensModel, requests: Sequence[EditRequest], config: MemitConfig, resources: Resources
+) -> Outcome:
+    """MEMIT's update for one fact or many.
+
+    Raises:
+        EditError: If second moments cannot be used, or the change is not finite.
+    """
+    layers, top = config.edited_layers, config.edited_layers[-1]
+
+    # 1. What is wanted.
+    wanted, trace, info = wanted_residuals(model, requests, top, config, resources)
+
+    # 2. Layer by layer.
+    facts = Facts(model, requests, resources.contexts)
+    with spreading(model, layers, resources.progress) as change:
+        for layer, left in change.layers():
+            keys = facts.keys(layer)
+            residual = (wanted - facts.now(block_out_name(top))) / left
+            change.write(layer, residual, resources.covariances[layer].solve_with(
+                keys, config.cov_weight))  # fmt: skip
+    return Outcome(change.deltas, trace, {**info, "layers": change.info})
+
+
+def wanted_residuals(
+    model: LensModel,
+    requests: Sequence[EditRequest],
+    top: int,
+    config: ValueSearch,
+    resources: Resources,
+) -> tuple[Float[torch.Tensor, "fact d_model"], list[dict[str, Any]], dict[str, Any]]:
+    """Z, in float64, with the trace of all searches and what is worth keeping."""
+    wanted: list[torch.Tensor] = []
+    trace: list[dict[str, Any]] = []
+    norms: list[float] = []
+    info: dict[str, Any] = {}
+    several = len(requests) > 1
+    for i, request in enumerate(tqdm(requests, desc="values", unit="fact",
+                                     disable=not (resources.progress and several))):  # fmt: skip
+        begun, value = find_value(model, request, top, [block_out(model, top)], config, resources)
+        wanted.append(begun.initial[0].double() + value.delta.double())
+        trace += [{"fact": i, **record} for record in value.trace]
+        norms.append(float(value.delta.norm()))
+        info["engine"] = value.engine
+    return torch.stack(wanted), trace, {**info, "delta_norms": norms}

@@ -1,0 +1,197 @@
+"""SADR: selective attention drift restriction (paper section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+
+from driftlens.attention import (
+    Divergence,
+    HeadRule,
+    head_name,
+    over_attending_heads,
+    parse_head,
+    row_divergence,
+)
+from driftlens.editing.penalties import (
+    Penalty,
+    PenaltyTerm,
+    Sites,
+    check_layers,
+    check_weight,
+    in_float32,
+)
+from driftlens.errors import RequestError
+from driftlens.interventions import pattern_name
+from driftlens.models import LensModel
+
+Queries = Literal["last_prompt", "target", "all"]
+
+
+@dataclass(frozen=True)
+class SADR(Penalty):
+    """Selective attention drift restriction (paper section 4, equation 6).
+
+    ``gamma * mean over contexts of the sum over layers and held heads of
+    KL( original row || row now )``, for the row of the last prompt token. A head is held at a
+    step if it then attends to the subject's last token more than the rule allows; which heads
+    are held is decided anew at each step, and no gradient flows through the decision.
+
+    Args:
+        gamma: Weight of the summed divergence, in units of the loss (nats per nat). The
+            released code's flag 100 for ROME on GPT-J is ``gamma=0.01`` here: it scales by 1e-4.
+        heads: Which heads are held: a rule (``"max"``, the paper's; ``"all"``, its ablation of
+            figure 6; ``"quantile"``, ``"mean_std"``, ``"drift"``: see
+            :func:`driftlens.attention.over_attending_heads`), or a list of heads such as
+            ``["L9H6", (12, 3)]``, which are then held at every step.
+        threshold: What the rule compares with; ``None`` takes the rule's own
+            (:data:`driftlens.attention.THRESHOLDS`).
+        divergence: ``"kl"`` (the paper's), ``"reverse_kl"``, ``"js"`` or ``"l2"``: see
+            :func:`driftlens.attention.row_divergence`.
+        layers: Layers to restrict; ``None`` for all.
+        queries: Rows to restrict: ``"last_prompt"`` (the paper's), ``"target"`` (every row
+            that predicts a token of the target), ``"all"`` (every row). Which heads are held is
+            decided at the last prompt token in any case; the rows of a head are summed.
+    """
+
+    kind: ClassVar[str] = "sadr"
+
+    gamma: float = 0.01
+    heads: HeadRule | Sequence[str | tuple[int, int]] = "max"
+    threshold: float | None = None
+    divergence: Divergence = "kl"
+    layers: tuple[int, ...] | None = None
+    queries: Queries = "last_prompt"
+
+    def __post_init__(self) -> None:
+        check_weight("SADR's gamma", self.gamma)
+        if isinstance(self.heads, str):
+            _check_choice("head-selection rule", self.heads, HeadRule)
+        else:
+            object.__setattr__(self, "heads", _parse_heads(self.heads))
+        _check_choice("divergence", self.divergence, Divergence)
+        _check_choice("query positions", self.queries, Queries)
+        _check_threshold(self.heads, self.threshold)
+        object.__setattr__(self, "layers", check_layers("SADR", self.layers))
+
+    def check(self, model: LensModel) -> None:
+        """See :meth:`Penalty.check`."""
+        for layer in self.layers or ():
+            model.check_layer(layer)
+        for layer, head in () if isinstance(self.heads, str) else self._pairs():
+            model.check_layer(layer)
+            if head >= model.info.n_heads:
+                raise RequestError(
+                    f"{model.info.name} has no head {head_name(layer, head)}.",
+                    f"Heads are 0 to {model.info.n_heads - 1}.",
+                )
+
+    def activations(self, sites: Sites) -> list[str]:
+        """Attention patterns of the restricted layers that the edit can influence."""
+        return [pattern_name(layer) for layer in sites.chosen(self.layers)]
+
+    def __call__(
+        self, now: Mapping[str, torch.Tensor], original: Mapping[str, torch.Tensor], sites: Sites
+    ) -> PenaltyTerm:
+        """The loss, with the mean number of heads held per context as ``held_heads``."""
+        total = torch.zeros((), device=sites.predicting.device)
+        held = 0.0
+        for layer in sites.chosen(self.layers):
+            patterns, before = now[pattern_name(layer)], original[pattern_name(layer)]
+            mask = self._held(layer, patterns.detach(), before, sites)
+            divergence = self._divergence(patterns, before, sites)
+            total = total + (divergence * mask).sum(-1).mean().to(total.device)
+            held += float(mask.sum()) / mask.shape[0]
+        return PenaltyTerm(self.gamma * total, {"held_heads": held})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into an edit's record, with heads by name."""
+        heads = self.heads
+        if not isinstance(heads, str):
+            heads = [head_name(*pair) for pair in self._pairs()]
+        return {"penalty": self.kind, **asdict(self), "heads": heads}
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        return [(int(pair[0]), int(pair[1])) for pair in self.heads]
+
+    def _held(
+        self, layer: int, now: torch.Tensor, before: torch.Tensor, sites: Sites
+    ) -> Bool[torch.Tensor, "context head"]:
+        if not isinstance(self.heads, str):
+            mask = torch.zeros(len(sites.predicting), now.shape[1], dtype=torch.bool)
+            mask[:, [x for y, x in self._pairs() if y == layer]] = True
+            return mask.to(now.device)
+        current, original = (_at_subject(_last_rows(x, sites), sites) for x in (now, before))
+        return over_attending_heads(current, original, self.heads, self.threshold)
+
+    def _divergence(
+        self, now: torch.Tensor, before: torch.Tensor, sites: Sites
+    ) -> Float[torch.Tensor, "context head"]:
+        """Of each head, summed over the restricted rows."""
+        if self.queries == "last_prompt":
+            return row_divergence(_last_rows(before, sites), _last_rows(now, sites),
+                                  self.divergence)  # fmt: skip
+        n = len(sites.predicting)
+        counted = _rows_of(self.queries, sites).to(now.device)[:, None]
+        rows = row_divergence(in_float32(before[:n]), in_float32(now[:n]), self.divergence)
+        return torch.where(counted, rows, 0.0).sum(-1)
+
+
+def _rows_of(queries: Queries, sites: Sites) -> Bool[torch.Tensor, "context pos"]:
+    """Which query positions are restricted."""
+    if queries == "all":
+        return sites.real
+    return torch.zeros_like(sites.real).scatter(1, sites.predicting, True)
+
+
+def _last_rows(
+    pattern: Float[torch.Tensor, "batch head query key"], sites: Sites
+) -> Float[torch.Tensor, "context head key"]:
+    """Attention rows of the last prompt tokens, in float32 or better."""
+    return sites.at_last_prompt(pattern.transpose(1, 2))
+
+
+def _at_subject(
+    rows: Float[torch.Tensor, "context head key"], sites: Sites
+) -> Float[torch.Tensor, "context head"]:
+    return rows[sites.contexts.to(rows.device), :, sites.subject.to(rows.device)]
+
+
+def _parse_heads(heads: Any) -> tuple[tuple[int, int], ...]:
+    """Heads as (layer, head) pairs."""
+    found: list[tuple[int, int]] = []
+    for head in heads:
+        if isinstance(head, str):
+            found.append(parse_head(head))
+        elif isinstance(head, (list, tuple)) and len(head) == 2 and min(head) >= 0:
+            found.append((int(head[0]), int(head[1])))
+        else:
+            raise RequestError(f"{head!r} is no head.", 'Write it like "L9H6" or (9, 6).')
+    if not found:
+        raise RequestError("SADR is given no head to hold.", "Name at least one, or a rule.")
+    return tuple(sorted(set(found)))
+
+
+def _check_choice(what: str, value: Any, allowed: Any) -> None:
+    if value not in get_args(allowed):
+        raise RequestError(
+            f"SADR knows no {what} {value!r}.", f"Choose one of {', '.join(get_args(allowed))}."
+        )
+
+
+def _check_threshold(heads: Any, threshold: float | None) -> None:
+    if threshold is None:
+        return
+    if heads not in ("quantile", "mean_std", "drift"):
+        raise RequestError(
+            f"SADR's threshold is {threshold!r}, but heads={heads!r} compares with none.",
+            "Leave it out, or choose quantile, mean_std or drift.",
+        )
+    if not isinstance(threshold, (int, float)) or threshold != threshold:
+        raise RequestError(f"SADR's threshold is {threshold!r}.", "Give a number.")
+    if heads == "quantile" and not 0 <= threshold <= 1:
+        raise RequestError(f"The quantile {threshold} does not exist.", "Give one from 0 to 1.")

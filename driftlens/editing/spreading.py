@@ -1,0 +1,140 @@
+"""A change that several layers share, ascending: the frame of MEMIT and its relatives.
+
+For each layer the editors need the keys of all facts and what the model says now, with the
+layers below already edited; and each changes one down-projection by ``R X^T``, where R is the
+residual that the layer is to contribute and X says how it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from driftlens.editing.contexts import Context
+from driftlens.editing.outcome import outer
+from driftlens.editing.target import subject_in_context
+from driftlens.errors import EditError
+from driftlens.facts import EditRequest
+from driftlens.interventions import down_in_name
+from driftlens.models import LensModel, recording
+from driftlens.reuse import in_batches
+from driftlens.weights import Delta
+
+TOKENS_PER_BATCH = 4096
+
+
+class Facts:
+    """Facts as token ids in contexts, and the activations at their subjects.
+
+    Args:
+        requests: The facts.
+        contexts: In which keys are taken. The prompt alone counts half, the others share the
+            other half, as in MEMIT's code.
+    """
+
+    def __init__(
+        self, model: LensModel, requests: Sequence[EditRequest], contexts: Sequence[Context]
+    ) -> None:
+        self.model = model
+        self.n_facts = len(requests)
+        plain = [subject_in_context(model, request, Context()) for request in requests]
+        self._plain = plain
+        self._located = [
+            subject_in_context(model, request, context)
+            for request in requests
+            for context in contexts
+        ]
+        is_plain = torch.tensor([context.is_plain for context in contexts])
+        weights = torch.zeros(len(contexts), dtype=torch.float64)
+        for kind in (is_plain, ~is_plain):
+            if kind.any():
+                weights[kind] = 1.0 / kind.sum()
+        self._weights = weights / weights.sum()
+
+    def keys(self, layer: int) -> Float[torch.Tensor, "fact d_mlp"]:
+        """The facts' keys in a layer, averaged over the contexts, in float64."""
+        found = self._read(self._located, down_in_name(layer))
+        per_fact = found.reshape(self.n_facts, len(self._weights), -1)
+        return torch.einsum("c,fcd->fd", self._weights.to(found.device), per_fact)
+
+    def now(self, name: str) -> Float[torch.Tensor, "fact width"]:
+        """An activation at the subjects of the prompts alone, in float64."""
+        return self._read(self._plain, name)
+
+    def _read(
+        self, located: Sequence[tuple[list[int], int]], name: str
+    ) -> Float[torch.Tensor, "row width"]:
+        """An activation at one position of each row."""
+        order = sorted(range(len(located)), key=lambda i: -len(located[i][0]))
+        size = max(1, TOKENS_PER_BATCH // len(located[order[0]][0]))
+
+        def run(chosen: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
+            ids = self.model.tokens.pad([located[i][0] for i in chosen])
+            seen: dict[str, torch.Tensor] = {}
+            with torch.no_grad():
+                self.model.run(ids, recording(seen, [name]), stop_at=name)
+            rows = seen[name][torch.arange(len(chosen)), [located[i][1] for i in chosen]]
+            return list(zip(chosen, rows.double(), strict=True))
+
+        found = dict(pair for part in in_batches(order, size, run) for pair in part)
+        return torch.stack([found[i] for i in range(len(located))])
+
+
+class Spreading:
+    """The changes so far, applied while the next one is computed."""
+
+    def __init__(self, model: LensModel, layers: Sequence[int], progress: bool) -> None:
+        self._model = model
+        self._layers = layers
+        self._progress = progress
+        self._tickets: list[int] = []
+        self.deltas: dict[str, Delta] = {}
+        self.info: dict[str, dict[str, Any]] = {}
+
+    def layers(self) -> Iterator[tuple[int, int]]:
+        """Each layer, and how many are left with it."""
+        bar = tqdm(self._layers, desc="spreading over layers", disable=not self._progress,
+                   leave=False)  # fmt: skip
+        for index, layer in enumerate(bar):
+            yield layer, len(self._layers) - index
+
+    def write(
+        self,
+        layer: int,
+        residual: Float[torch.Tensor, "fact d_model"],
+        right: Float[torch.Tensor, "d_mlp fact"],
+        **notes: Any,
+    ) -> None:
+        """Add ``residual^T right^T`` to a layer's down-projection, at once.
+
+        Raises:
+            EditError: If it is not finite.
+        """
+        down = self._model.down_projection(layer)
+        right = right.to(residual.device)
+        delta = outer(down, residual.T, right)
+        gram = (residual @ residual.T) * (right.T @ right)
+        norm = float(gram.sum().clamp_min(0).sqrt())
+        if not torch.isfinite(torch.tensor(norm)):
+            raise EditError(
+                f"The change of layer {layer} is not finite.", "Use other facts or more text."
+            )
+        self._tickets.append(self._model.weights.push({down.name: delta}))
+        self.deltas[down.name] = delta
+        self.info[str(layer)] = {"norm": norm, "rank": delta.rank, **notes}
+
+
+@contextmanager
+def spreading(model: LensModel, layers: Sequence[int], progress: bool) -> Iterator[Spreading]:
+    """Inside, changes are applied as they are written; afterwards none is."""
+    state = Spreading(model, layers, progress)
+    try:
+        yield state
+    finally:
+        for ticket in state._tickets:
+            model.weights.pop(ticket)

@@ -1,0 +1,188 @@
+"""Every editor, with and without SADR, on the same cases: one table.
+
+    python -m driftlens.experiments.editors --data FILE --cases 60
+
+Cases are those of the paper's file that no hyperparameter was chosen on (``--data`` names it;
+it is not part of the project). Each (method, restriction, case) is written as soon as it is
+finished, and a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+import driftlens as dl
+from driftlens.cases import METRICS, Case, balanced, read_merged, tuning_split
+from driftlens.editing.defaults import sadr_gamma
+from driftlens.editing.methods import METHODS, resolve_config
+from driftlens.edits import write_atomically
+from driftlens.errors import DriftLensError
+from driftlens.evaluation import Answer, answers, rates
+from driftlens.journal import Journal
+
+RESTRICTIONS = ("none", "sadr")
+
+
+def edit_case(
+    model: dl.LensModel,
+    case: Case,
+    method: str,
+    config: Any,
+    penalties: Sequence[dl.Penalty] = (),
+) -> dict[str, Any]:
+    """Edit a case, ask everything, and undo it: a JSON-ready record."""
+    edit = dl.edit(
+        model, case.request, method, config=config, penalty=list(penalties), progress=False
+    )
+    with edit.applied(model):
+        found = answers(model, case)
+    return {
+        "answers": [answer.to_dict() for answer in found],
+        "seconds": edit.info["seconds"],
+        "steps": len(edit.trace),
+        "target_prob": edit.trace[-1]["target_prob"],
+    }
+
+
+def run(model_name: str, cases: Sequence[Case], methods: Sequence[str], out: Path) -> Path:
+    """Everything that is not in the journal yet, and the table of what is."""
+    model = dl.load_model(model_name)
+    fingerprint = model.fingerprint()
+    journal = Journal(out / f"editors-{model_name}.cases.jsonl")
+    configs = {method: resolve_config(model, method) for method in methods}
+    gammas = {method: sadr_gamma(model, method) for method in methods}
+    units = []
+    for method in methods:
+        for restriction in RESTRICTIONS:
+            penalties = [dl.SADR(gamma=gammas[method])] if restriction == "sadr" else []
+            for case in cases:
+                unit = {
+                    "model": fingerprint[:16],
+                    "method": method,
+                    "config": json.loads(json.dumps(asdict(configs[method]))),
+                    "penalties": [penalty.to_dict() for penalty in penalties],
+                    "case": case.id,
+                }
+                units.append((json.loads(json.dumps(unit)), case, penalties))
+    original = {"model": fingerprint[:16], "method": "none"}
+    for case in tqdm(cases, desc="unedited"):
+        unit = {**original, "case": case.id}
+        if unit not in journal:
+            journal.add(unit, answers=[answer.to_dict() for answer in answers(model, case)])
+    # Case by case, so that a stopped run has something of every method.
+    for unit, case, penalties in tqdm(sorted(units, key=lambda u: u[1].id), desc="edits"):
+        if unit in journal:
+            continue
+        method = unit["method"]
+        try:
+            record = edit_case(model, case, method, configs[method], penalties)
+        except DriftLensError as error:
+            record = {"error": str(error)}
+        journal.add(unit, **record)
+        if model.fingerprint() != fingerprint:
+            raise SystemExit("The model's weights are not what they were before the edit.")
+    rows = [_row("none", "none", [journal[{**original, "case": c.id}] for c in cases])]
+    for method in methods:
+        for restriction in RESTRICTIONS:
+            chosen = [
+                journal[unit]
+                for unit, _, penalties in units
+                if unit["method"] == method and bool(penalties) == (restriction == "sadr")
+            ]
+            rows.append(_row(method, restriction, chosen))
+    result = {
+        "model": model.info.to_dict(),
+        "fingerprint": fingerprint,
+        "cases": [case.id for case in cases],
+        "configs": {m: json.loads(json.dumps(asdict(c))) for m, c in configs.items()},
+        "sadr_gamma": gammas,
+        "command": f"python -m driftlens.experiments.editors --model {model_name} "
+        f"--data FILE --cases {len(cases)}",
+        "versions": {
+            "driftlens": dl.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        },
+        "rows": rows,
+    }
+    target = out / f"editors-{model_name}.json"
+    write_atomically(target, (json.dumps(result, indent=1) + "\n").encode())
+    return target
+
+
+def _row(method: str, restriction: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    finished = [record for record in records if "answers" in record]
+    found = rates([[Answer(**a) for a in record["answers"]] for record in finished])
+    row: dict[str, Any] = {
+        "method": method,
+        "restriction": restriction,
+        "cases": len(finished),
+        "failed": [record["error"] for record in records if "error" in record],
+        "rates": {metric: asdict(rate) for metric, rate in found.items()},
+    }
+    seconds = [record["seconds"] for record in finished if "seconds" in record]
+    if seconds:
+        row["seconds_per_edit"] = float(np.median(seconds))
+    return row
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Success in per cent with 95 % intervals, and median seconds per edit."""
+    lines = [
+        f"| editor | SADR | {' | '.join(METRICS)} | seconds |",
+        "|---" * (3 + len(METRICS)) + "|",
+    ]
+    for row in result["rows"]:
+        cells = []
+        for metric in METRICS:
+            rate = row["rates"].get(metric)
+            cells.append(
+                "-" if rate is None
+                else f"{rate['value']:.1f} [{rate['low']:.1f}, {rate['high']:.1f}]"
+            )  # fmt: skip
+        seconds = f"{row['seconds_per_edit']:.1f}" if "seconds_per_edit" in row else "-"
+        gamma = result["sadr_gamma"].get(row["method"]) if row["restriction"] == "sadr" else "-"
+        lines.append(f"| {row['method']} | {gamma} | {' | '.join(cells)} | {seconds} |")
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Command line."""
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", required=True, help="the paper's merged file")
+    parser.add_argument("--cases", type=int, default=60)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--out", type=Path, default=Path("assets/results"))
+    options = parser.parse_args()
+    try:
+        _, reported = tuning_split(read_merged(options.data))
+        cases = balanced(reported, options.cases)
+        target = run(options.model, cases, options.methods, options.out)
+    except DriftLensError as error:
+        sys.exit(f"Error: {error}")
+    _say(markdown(json.loads(target.read_text("utf-8"))))
+    _say(f"wrote {target} ({time.monotonic() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

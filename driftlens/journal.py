@@ -1,0 +1,79 @@
+"""Finished units of work, one JSON line each, so that a stopped run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from driftlens.errors import DataError
+
+
+class Journal:
+    """An append-only file of records; the unit of each is its identity.
+
+    Args:
+        path: The file; made at the first record.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._records = {self._key(record["unit"]): record for record in self._read()}
+
+    def __contains__(self, unit: Any) -> bool:
+        return self._key(unit) in self._records
+
+    def __getitem__(self, unit: Any) -> dict[str, Any]:
+        return self._records[self._key(unit)]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._records.values())
+
+    def add(self, unit: Any, **fields: Any) -> dict[str, Any]:
+        """Write a record at once.
+
+        Raises:
+            DataError: If the file cannot be written; what was in it stays.
+        """
+        record = {"unit": unit, **fields}
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A line that was cut off must not swallow the next one.
+            starts = b"" if self._ends_whole() else b"\n"
+            with self.path.open("ab") as file:
+                file.write(starts + line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be written: {error.strerror or error}.",
+                "Free some space or choose another folder; what was finished is kept.",
+            ) from error
+        self._records[self._key(unit)] = json.loads(line)
+        return self[unit]
+
+    def _ends_whole(self) -> bool:
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            return True
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read() == b"\n"
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        """Whole records; what was cut off is left out."""
+        if not self.path.is_file():
+            return
+        for line in self.path.read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and "unit" in record:
+                yield record
+
+    @staticmethod
+    def _key(unit: Any) -> str:
+        return json.dumps(unit, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,264 @@
+"""Cases, their probes, success rates, and the journal of finished work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+import driftlens as dl
+from driftlens.cases import Case, balanced, read_merged, tuning_split
+from driftlens.errors import DataError
+from driftlens.evaluation import Answer, answers, harmonic_mean, rates
+from driftlens.experiments import editors, tuning
+from driftlens.journal import Journal
+
+DATA = Path(__file__).parent.parent.parent / "shared/data/counterfact_wikidata_dev.json"
+RECORD: dict[str, Any] = {
+    "requested_rewrite": {
+        "prompt": "The Louvre is in the city of",
+        "subject": "The Louvre",
+        "target_new": "Rome",
+        "target_true": "Paris",
+    },
+    "p-paraphrase": {"prompts": ["Where is The Louvre? In"], "targets": ["Rome"]},
+    "l-neighbor": {"prompts": ["The Eiffel Tower is in"], "targets": ["Paris"]},
+    "l-relation": {"prompts": ["The Louvre is a"], "targets": ["museum"]},
+}
+
+
+def write(path: Path, *records: Any) -> Path:
+    path.write_text(json.dumps(list(records)))
+    return path
+
+
+def test_a_record_becomes_a_case(tmp_path: Path) -> None:
+    (case,) = read_merged(write(tmp_path / "data.json", RECORD))
+    assert case.id == "data-0"
+    assert case.request == dl.EditRequest("{} is in the city of", "The Louvre", "Rome", "Paris")
+    assert [(p.metric, p.prompt, p.right, p.wrong) for p in case.probes()] == [
+        ("ES", "The Louvre is in the city of", "Rome", "Paris"),
+        ("PS", "Where is The Louvre? In", "Rome", "Paris"),
+        ("NS", "The Eiffel Tower is in", "Paris", "Rome"),
+        ("RS", "The Louvre is a", "museum", "Rome"),
+        ("DNS", "The Louvre is in the city of Rome. The Eiffel Tower is in", "Paris", "Rome"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"requested_rewrite": None}, "requested_rewrite: there is none"),
+        ({"p-paraphrase": {"prompts": ["x"], "targets": []}}, "1 prompts and 0 targets"),
+        ({"l-neighbor": ["x"]}, "l-neighbor: prompts or targets are no list"),
+        ({"l-relation": {"prompts": [""], "targets": ["x"]}}, "l-relation: '' or 'x' is no text"),
+    ],
+)
+def test_a_bad_record_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"Record 1, .*{message}|Record 1, {message}"):
+        read_merged(write(tmp_path / "data.json", RECORD, {**RECORD, **change}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("target_new", "", "target_new: '' is no text"),
+        ("subject", 3, "subject: 3 is no text"),
+        ("subject", "The Prado", "holds the subject 0 times"),
+        ("prompt", "The Louvre and The Louvre are", "holds the subject 2 times"),
+    ],
+)
+def test_a_bad_edit_is_named(field: str, value: Any, message: str, tmp_path: Path) -> None:
+    rewrite = {**RECORD["requested_rewrite"], field: value}
+    with pytest.raises(DataError, match=message):
+        read_merged(write(tmp_path / "data.json", {**RECORD, "requested_rewrite": rewrite}))
+
+
+def test_files_that_are_no_cases(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        read_merged(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(DataError, match="no JSON"):
+        read_merged(tmp_path / "bad.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(DataError, match="no list"):
+        read_merged(tmp_path / "other.json")
+
+
+@pytest.mark.skipif(not DATA.is_file(), reason="the paper's file is not beside the project")
+def test_the_papers_file() -> None:
+    cases = read_merged(DATA)
+    assert len(cases) == 1229
+    assert sum(bool(case.neighbours) for case in cases) == 542  # others have an empty list
+    for_tuning, reported = tuning_split(cases)
+    assert not {c.id for c in for_tuning} & {c.id for c in reported}
+    assert len(for_tuning) + len(reported) == 1229
+    assert 0.2 < len(for_tuning) / 1229 < 0.3
+    chosen = balanced(reported, 60)
+    assert len(chosen) == 60
+    assert sum(bool(case.neighbours) for case in chosen) == 30
+    assert sum(bool(case.relations) for case in chosen) == 30
+    # More cases are those and others, so that results can be added to.
+    assert {c.id for c in chosen} <= {c.id for c in balanced(reported, 100)}
+
+
+def test_rates_by_hand() -> None:
+    win, loss, tie = Answer("ES", -1.0, -2.0), Answer("ES", -2.0, -1.0), Answer("ES", -1.0, -1.0)
+    found = rates([[win, win, loss], [tie], [Answer("NS", -1.0, -3.0)]])
+    assert set(found) == {"ES", "NS"}
+    assert (found["ES"].value, found["ES"].prompts, found["ES"].cases) == (50.0, 4, 2)
+    assert (found["NS"].value, found["NS"].low, found["NS"].high) == (100.0, 100.0, 100.0)
+    assert found["ES"].low == 0.0
+    assert found["ES"].high == pytest.approx(200 / 3)
+
+
+def test_prompts_of_one_case_belong_together() -> None:
+    """The interval is that of 20 cases, not of 400 prompts."""
+    rng = np.random.default_rng(0)
+    groups = [[Answer("NS", 1.0 if rng.random() < 0.5 else -1.0, 0.0)] * 20 for _ in range(20)]
+    rate = rates(groups)["NS"]
+    alone = rates([[a] for group in groups for a in group])["NS"]
+    assert rate.value == alone.value
+    assert rate.high - rate.low > 3 * (alone.high - alone.low)
+
+
+def test_the_harmonic_mean() -> None:
+    # ROME on GPT-J, from the paper's table 3; its own columns give 33.53.
+    assert harmonic_mean([99.88, 99.58, 80.26, 11.94, 30.43]) == pytest.approx(33.53, abs=0.01)
+    assert harmonic_mean([100.0, 50.0]) == pytest.approx(200 / 3)
+    assert harmonic_mean([100.0, 0.0]) == 0.0
+    assert harmonic_mean([]) == 0.0
+
+
+@pytest.fixture(scope="module")
+def model() -> dl.LensModel:
+    return dl.load_model(tiny.hf_model("gpt2", 1), tiny.tokenizer(), name="tiny")
+
+
+def test_answers_are_scores(model: dl.LensModel, tmp_path: Path) -> None:
+    (case,) = read_merged(write(tmp_path / "data.json", RECORD))
+    for probe, answer in zip(case.probes(), answers(model, case), strict=True):
+        scores = dl.score_details(model, probe.prompt, [probe.right, probe.wrong])
+        assert answer.metric == probe.metric
+        assert answer.right == pytest.approx(scores[probe.right].mean_logprob, abs=1e-5)
+        assert answer.wrong == pytest.approx(scores[probe.wrong].mean_logprob, abs=1e-5)
+
+
+# --- the journal -----------------------------------------------------------------------------
+
+
+def test_a_journal_remembers(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "journal.jsonl"
+    journal = Journal(path)
+    journal.add({"b": 1, "a": [1, 2]}, value=3.5)
+    assert {"a": [1, 2], "b": 1} in journal
+    again = Journal(path)
+    assert again[{"a": [1, 2], "b": 1}]["value"] == 3.5
+    assert {"a": [1, 2], "b": 2} not in again
+    assert len(list(again)) == 1
+
+
+@given(st.integers(0, 200), st.binary(max_size=8))
+def test_a_torn_journal_loses_one_record_at_most(cut: int, rubbish: bytes) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "journal.jsonl"
+        journal = Journal(path)
+        for i in range(3):
+            journal.add(i, text="é" * i)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: max(0, len(whole) - cut)] + rubbish)
+        before = {record["unit"] for record in Journal(path)}
+        assert before <= {0, 1, 2}
+        Journal(path).add(7, text="new")
+        after = {record["unit"] for record in Journal(path)}
+        assert before | {7} <= after
+
+
+def test_a_journal_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        Journal(tmp_path / "file" / "journal.jsonl").add(1)
+
+
+# --- the experiments -------------------------------------------------------------------------
+
+
+def test_the_table_resumes_and_counts_failures(
+    model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = read_merged(write(tmp_path / "data.json", RECORD))
+    cases.append(Case("long", dl.EditRequest("{} is", "The Louvre", "Rome", "x " * 200)))
+    monkeypatch.setattr(editors.dl, "load_model", lambda name: model)
+    asked = []
+    made = dl.edit
+
+    def small(*args: Any, **options: Any) -> dl.Edit:
+        asked.append(options["method"] if "method" in options else args[2])
+        return made(*args, **options)
+
+    monkeypatch.setattr(editors.dl, "edit", small)
+    with pytest.warns(UserWarning, match="known to be good"):
+        target = editors.run("tiny", cases[:1], ["ft-m", "grace"], tmp_path)
+    assert asked == ["ft-m", "ft-m", "grace", "grace"]
+    result = json.loads(target.read_text())
+    assert [(r["method"], r["restriction"]) for r in result["rows"]] == [
+        ("none", "none"), ("ft-m", "none"), ("ft-m", "sadr"), ("grace", "none"), ("grace", "sadr"),
+    ]  # fmt: skip
+    assert all(set(row["rates"]) == {"ES", "PS", "NS", "RS", "DNS"} for row in result["rows"])
+    table = editors.markdown(result)
+    assert table.count("\n") == 6
+    assert "| ft-m | 0.01 |" in table
+    with pytest.warns(UserWarning, match="known to be good"):
+        assert json.loads(editors.run("tiny", cases[:1], ["ft-m", "grace"], tmp_path).read_text())
+    assert len(asked) == 4
+
+
+def test_tuning_takes_what_works_first(tmp_path: Path) -> None:
+    good = {"rates": {"ES": 100.0, "PS": 96.0, "NS": 50.0}}
+    better = {"rates": {"ES": 99.0, "PS": 95.0, "NS": 80.0}}
+    weak = {"rates": {"ES": 90.0, "PS": 99.0, "NS": 99.0}}
+    broken = {"error": "x"}
+    ranked = sorted([good, weak, broken, better], key=tuning.value_of)
+    assert ranked == [broken, weak, good, better]
+
+
+def test_tuning_is_recorded(model: dl.LensModel, tmp_path: Path, monkeypatch: Any) -> None:
+    cases = read_merged(write(tmp_path / "data.json", RECORD))
+    stage = [{"lr": [1e-4, 5e-2]}]
+    monkeypatch.setattr(tuning, "stages", lambda method, n: stage)
+    monkeypatch.setattr(tuning, "GAMMAS", (0.0, 0.5))
+    search = tuning.Search(model, "ft-m", cases, tmp_path)
+    best = search.best(dl.FtConfig(layer=1, steps=4))
+    assert best.lr in (1e-4, 5e-2)
+    assert search.best_gamma(best) in (0.0, 0.5)
+    lines = (tmp_path / "tuning-tiny-ft-m.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    again = tuning.Search(model, "ft-m", cases, tmp_path)
+    again.best(dl.FtConfig(layer=1, steps=4))
+    assert len((tmp_path / "tuning-tiny-ft-m.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("method", ["rome", "r-rome", "memit", "pmet", "emmet", "alphaedit",
+                                    "ft-l", "ft-m", "grace"])  # fmt: skip
+def test_every_method_has_valid_trials(method: str) -> None:
+    from dataclasses import replace
+
+    from driftlens.editing.configs import checked
+    from driftlens.editing.methods import METHODS
+
+    kind = METHODS[method].config
+    where = {"layer": 1} if "layer" in kind.__dataclass_fields__ else {"layers": (1,)}
+    config = checked(kind, where, method)
+    for stage in tuning.stages(method, 18):
+        for name, values in stage.items():
+            for value in values:
+                found = replace(config, **{name: value})
+                checked(kind, {n: getattr(found, n) for n in kind.__dataclass_fields__}, method)

@@ -1,0 +1,401 @@
+"""The family of penalties: their formulas, their gradients, and in every editor."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+import driftlens as dl
+from driftlens.attention import over_attending_heads, row_divergence, row_kl
+from driftlens.editing.family import PENALTIES, as_penalties, penalty_from_dict
+from driftlens.editing.methods import METHODS
+from driftlens.editing.penalties import ESSENCE, Penalty, PenaltyTerm, Sites
+from driftlens.errors import ModelError, RequestError
+from driftlens.interventions import block_out_name, pattern_name
+
+REQUEST = dl.EditRequest("{} is located in the city of", "The Eiffel Tower", "New Rome")
+LAYERS = (1, 2)
+N_CONTEXTS, N_HEADS, N_POS, N_KEYS = 2, 4, 5, 7
+SITES = Sites(
+    predicting=torch.tensor([[3, 4], [2, 3]]),
+    subject=torch.tensor([-6, -5]),
+    real=torch.tensor([[True] * 5, [True] * 4 + [False]]),
+    layers=LAYERS,
+    key_hooks={y: f"keys {y}" for y in LAYERS},
+)
+VARIANTS: list[Penalty] = [
+    dl.SADR(gamma=0.3),
+    dl.SADR(gamma=0.3, heads="all"),
+    dl.SADR(gamma=0.3, heads="quantile", threshold=0.4),
+    dl.SADR(gamma=0.3, heads="mean_std", threshold=-0.5),
+    dl.SADR(gamma=0.3, heads="drift", threshold=0.01),
+    dl.SADR(gamma=0.3, heads=["L1H0", (2, 3)]),
+    dl.SADR(gamma=0.3, heads="all", divergence="reverse_kl"),
+    dl.SADR(gamma=0.3, heads="all", divergence="js"),
+    dl.SADR(gamma=0.3, heads="all", divergence="l2"),
+    dl.SADR(gamma=0.3, heads="all", layers=(2,)),
+    dl.SADR(gamma=0.3, heads="all", queries="target"),
+    dl.SADR(gamma=0.3, heads="all", queries="all"),
+    dl.KeyDrift(weight=0.3),
+    dl.KeyDrift(weight=0.3, layers=(1,)),
+    dl.HiddenDrift(weight=0.3),
+    dl.EssenceKL(weight=0.3),
+]
+
+
+def name_of(penalty: Penalty) -> str:
+    return "-".join(str(v) for v in penalty.to_dict().values() if v is not None)
+
+
+def raw(seed: int) -> dict[str, torch.Tensor]:
+    """What the model would compute: scores of rows, keys, hidden states, scores of words."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rows = N_CONTEXTS + 1
+    found = {ESSENCE: random(1, 11)}
+    for layer in LAYERS:
+        found[pattern_name(layer)] = random(rows, N_HEADS, N_POS, N_KEYS)
+        found[f"keys {layer}"] = random(rows, N_POS, 2, 3)
+        found[block_out_name(layer)] = random(rows, N_POS, 6)
+    return found
+
+
+def activations(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As distributions, where they are some."""
+    return {
+        name: tensor.log_softmax(-1) if name == ESSENCE
+        else tensor.softmax(-1) if "pattern" in name
+        else tensor
+        for name, tensor in given.items()
+    }  # fmt: skip
+
+
+BEFORE = activations(raw(0))
+
+
+# --- formulas --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("penalty", VARIANTS, ids=name_of)
+def test_the_gradient_is_that_of_finite_differences(penalty: Penalty) -> None:
+    start = raw(1)
+    names = sorted(start)
+
+    def loss(*tensors: torch.Tensor) -> torch.Tensor:
+        now = activations(dict(zip(names, tensors, strict=True)))
+        return penalty(now, BEFORE, SITES).loss
+
+    inputs = [start[name].requires_grad_() for name in names]
+    assert gradcheck(loss, inputs, fast_mode=True)
+    gradients = torch.autograd.grad(loss(*inputs), inputs, allow_unused=True)
+    assert sum(float(g.abs().sum()) for g in gradients if g is not None) > 0
+
+
+@pytest.mark.parametrize("penalty", VARIANTS, ids=name_of)
+def test_a_penalty_looks_at_what_it_names_and_is_zero_where_nothing_changed(
+    penalty: Penalty,
+) -> None:
+    named = {name: BEFORE[name] for name in [*penalty.activations(SITES), ESSENCE]}
+    assert float(penalty(named, named, SITES).loss) == 0.0
+    for seed in range(5):
+        now = activations(raw(seed + 1))
+        assert float(penalty({n: now[n] for n in named}, named, SITES).loss) >= 0.0
+
+
+@pytest.mark.parametrize("penalty", VARIANTS, ids=name_of)
+def test_padding_and_other_rows_do_not_count(penalty: Penalty) -> None:
+    start = raw(1)
+    expected = float(penalty(activations(start), BEFORE, SITES).loss)
+    other = raw(2)
+    changed = {name: tensor.clone() for name, tensor in start.items()}
+    for name, tensor in changed.items():
+        if name == ESSENCE:
+            continue
+        tensor[2] = other[name][2]  # the row of the KL term
+        (tensor[1, :, 4] if "pattern" in name else tensor[1, 4])[:] = 3.0  # padding
+    assert float(penalty(activations(changed), BEFORE, SITES).loss) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("penalty", VARIANTS, ids=name_of)
+def test_what_is_watched_counts(penalty: Penalty) -> None:
+    """A change at the last prompt token of the first context, in layer 2, changes the loss."""
+    start, other = raw(1), raw(2)
+    if isinstance(penalty, dl.KeyDrift) and penalty.layers == (1,):
+        pytest.skip("watches layer 1 alone")
+    before = float(penalty(activations(start), BEFORE, SITES).loss)
+    for name, tensor in start.items():
+        if name == ESSENCE:
+            tensor[0] = other[name][0]
+        elif "2" in name:
+            at = (0, slice(None), 3) if "pattern" in name else (0, 3)
+            tensor[at] = other[name][at]
+    assert float(penalty(activations(start), BEFORE, SITES).loss) != pytest.approx(before)
+
+
+def test_formulas_by_hand() -> None:
+    now = activations(raw(1))
+    at = [(0, 3), (1, 2)]
+
+    def by_hand(divergence: str, rows: list[list[int]]) -> float:
+        total = 0.0
+        for layer in LAYERS:
+            for context in range(N_CONTEXTS):
+                for head in range(N_HEADS):
+                    for position in rows[context]:
+                        p = BEFORE[pattern_name(layer)][context, head, position].tolist()
+                        q = now[pattern_name(layer)][context, head, position].tolist()
+                        total += DIVERGENCES[divergence](p, q) / N_CONTEXTS
+        return total
+
+    for kind in DIVERGENCES:
+        found = dl.SADR(gamma=1.0, heads="all", divergence=kind)(now, BEFORE, SITES)  # type: ignore[arg-type]
+        assert float(found.loss) == pytest.approx(by_hand(kind, [[3], [2]]), abs=1e-5)
+        assert found.notes == {"held_heads": 8.0}
+    rows = {"target": [[3, 4], [2, 3]], "all": [[0, 1, 2, 3, 4], [0, 1, 2, 3]]}
+    for queries, chosen in rows.items():
+        found = dl.SADR(gamma=1.0, heads="all", queries=queries)(now, BEFORE, SITES)  # type: ignore[arg-type]
+        assert float(found.loss) == pytest.approx(by_hand("kl", chosen), abs=1e-5)
+    keys = sum(
+        math.sqrt(sum(
+            float((now[f"keys {y}"][c, p] - BEFORE[f"keys {y}"][c, p]).square().sum())
+            for p in range(5 - c)
+        )) / N_CONTEXTS
+        for y in LAYERS for c in range(N_CONTEXTS)
+    )  # fmt: skip
+    assert float(dl.KeyDrift(weight=2.0)(now, BEFORE, SITES).loss) == pytest.approx(2 * keys)
+    hidden = sum(
+        math.sqrt(sum(
+            float((now[block_out_name(y)][c, p] - BEFORE[block_out_name(y)][c, p]).square().sum())
+            for c, p in at
+        ))
+        for y in LAYERS
+    )  # fmt: skip
+    assert float(dl.HiddenDrift(weight=2.0)(now, BEFORE, SITES).loss) == pytest.approx(2 * hidden)
+    p, q = now[ESSENCE][0].exp(), BEFORE[ESSENCE][0].exp()
+    essence = sum(float(a * math.log(a / b)) for a, b in zip(p, q, strict=True))
+    assert float(dl.EssenceKL(2.0)(now, BEFORE, SITES).loss) == pytest.approx(2 * essence)
+
+
+def _kl(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+DIVERGENCES = {
+    "kl": _kl,
+    "reverse_kl": lambda p, q: _kl(q, p),
+    "js": lambda p, q: sum(
+        _kl(x, [(a + b) / 2 for a, b in zip(p, q, strict=True)]) / 2 for x in (p, q)
+    ),
+    "l2": lambda p, q: sum((a - b) ** 2 for a, b in zip(p, q, strict=True)),
+}
+
+
+@given(st.integers(0, 10_000))
+def test_divergences_are_not_negative_and_js_is_bounded_and_symmetric(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    p, q = (3 * torch.randn(2, 9, generator=generator, dtype=torch.float64)).softmax(-1)
+    for kind in DIVERGENCES:
+        assert float(row_divergence(p, q, kind)) >= -1e-12  # type: ignore[arg-type]
+    js = float(row_divergence(p, q, "js"))
+    assert js == pytest.approx(float(row_divergence(q, p, "js")))
+    assert js <= math.log(2) + 1e-9
+    assert torch.equal(row_divergence(p, q), row_kl(p, q))
+
+
+def test_head_rules_by_hand() -> None:
+    original = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    now = torch.tensor([0.35, 0.2, 0.32, 0.45])
+    held = {
+        ("max", None): [False, False, False, True],
+        ("all", None): [True] * 4,
+        ("quantile", 0.5): [True, False, True, True],  # above 0.25
+        ("quantile", 1.0): [False, False, False, True],
+        ("mean_std", 0.0): [True, False, True, True],
+        ("mean_std", 0.8): [True, False, False, True],  # above 0.25 + 0.8 * 0.1118
+        ("drift", 0.1): [True, False, False, False],
+        ("drift", None): [True, False, False, False],
+        ("drift", 0.04): [True, False, False, True],
+    }
+    for (rule, threshold), expected in held.items():
+        assert over_attending_heads(now, original, rule, threshold).tolist() == expected
+
+
+# --- in every editor -------------------------------------------------------------------------
+
+
+@cache
+def lens(architecture: str = "gpt2", dtype: torch.dtype = torch.float64) -> dl.LensModel:
+    model = tiny.hf_model(architecture, 1, scale=12.0, noise=0.3).to(dtype)
+    return dl.load_model(model, tiny.tokenizer(), name=f"tiny {architecture}")
+
+
+def options_for(method: str) -> dict[str, Any]:
+    common: dict[str, Any] = {"progress": False, "steps": 4}
+    if method in ("ft-l", "ft-m"):
+        return {**common, "layer": 0, "lr": 0.05, "stop_loss": -1.0}
+    if method == "grace":
+        return {**common, "layer": 0, "lr": 1.0, "stop_loss": -1.0}
+    common |= {"context_prompts": ["{}", "Yes. {}"], "early_stop_loss": -1.0, "lr": 1.0}
+    common |= {"covariance": "identity", "clamp_factor": 20.0, "weight_decay": 0.01}
+    if method in ("rome", "r-rome"):
+        return {**common, "layer": 0}
+    if method == "alphaedit":
+        size = lens().down_projection(0).d_mlp
+        moments = torch.linspace(0.001, 3, size).diag()
+        given = {0: dl.KeyCovariance(moments, 10**6, 0, "diagonal")}
+        return {**common, "layers": [0], "covariance": given, "nullspace_threshold": 1.5}
+    return {**common, "layers": [0]}
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_penalty_works_in_every_editor(method: str, kind: str) -> None:
+    weight = "gamma" if kind == "sadr" else "weight"
+    more = {"heads": "all"} if kind == "sadr" else {}
+    traces = {}
+    for engine in ("plain", "suffix"):
+        made = [
+            dl.edit(
+                lens(), REQUEST, method, penalty=PENALTIES[kind](**{weight: strength}, **more),
+                engine=engine, **options_for(method),
+            )
+            for strength in (0.0, 3.0)
+        ]  # fmt: skip
+        assert [len(edit.trace) for edit in made] == [4, 4]
+        for edit in made:
+            assert abs(edit.trace[0][kind]) < 1e-12
+            assert edit.config["penalties"][0]["penalty"] == kind
+        traces[engine] = made[1].trace
+        restrained, free = made[1].trace[-1], made[0].trace[-1]
+        if (method, kind) == ("grace", "essence-kl"):
+            assert restrained[kind] == 0.0  # the adapter does not act there
+            assert restrained["loss"] == free["loss"]
+        else:
+            assert all(record[kind] > 0 for record in made[1].trace[1:])
+            assert restrained["delta_norm"] != free["delta_norm"]
+    for mine, other in zip(traces["plain"], traces["suffix"], strict=True):
+        assert mine[kind] == pytest.approx(other[kind], rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["gptj", "gemma3", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_every_penalty_works_on_other_architectures(architecture: str, kind: str) -> None:
+    model = lens(architecture, torch.float32)
+    traces = []
+    for engine in ("plain", "suffix"):
+        edit = dl.edit(
+            model, REQUEST, "rome", penalty=PENALTIES[kind](), engine=engine, **options_for("rome")
+        )
+        traces.append([record[kind] for record in edit.trace])
+    assert traces[0][0] == pytest.approx(0.0, abs=1e-6)
+    assert all(value >= 0 for value in traces[0])
+    assert sum(traces[0]) > 0 or kind == "sadr"
+    assert traces[1] == pytest.approx(traces[0], rel=5e-3, abs=1e-6)
+
+
+def test_penalties_add_up() -> None:
+    penalties = [dl.SADR(0.5, "all"), dl.KeyDrift(0.3), dl.HiddenDrift(0.2), dl.EssenceKL(0.7)]
+    edit = dl.edit(lens(), REQUEST, "memit", penalty=penalties, **options_for("memit"))
+    for record in edit.trace:
+        parts = [record[name] for name in ("nll", "kl", "decay", *PENALTIES)]
+        assert record["loss"] == pytest.approx(sum(parts), rel=1e-9)
+    assert [p["penalty"] for p in edit.config["penalties"]] == list(PENALTIES)
+    names = {trace.name for trace in edit.plot().data}
+    assert set(PENALTIES) <= names
+
+
+def test_fine_tunings_reference_is_the_model_before() -> None:
+    """SADR's rows come from the unedited model, whatever the steps so far were."""
+    penalty = dl.SADR(gamma=1.0, heads="all")
+    edit = dl.edit(lens(), REQUEST, "ft-m", penalty=penalty, **options_for("ft-m"))
+    model = lens()
+    ids = model.tokens.encode(REQUEST.text).ids
+    names = [pattern_name(y) for y in range(1, model.info.n_layers)]
+    before = model.record(torch.tensor([ids]), names)
+    with edit.applied(model):
+        after = model.record(torch.tensor([ids]), names)
+    expected = sum(float(row_kl(before[n][0, :, -1], after[n][0, :, -1]).sum()) for n in names)
+    # The last record is that of the weights that the edit keeps.
+    assert edit.trace[-1]["sadr"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_penalty_of_ones_own() -> None:
+    class OnlyOnce(Penalty):
+        kind = "mine"
+
+        def activations(self, sites: Sites) -> list[str]:
+            return [block_out_name(sites.layers[-1])]
+
+        def __call__(self, now: Any, original: Any, sites: Sites) -> PenaltyTerm:
+            name = block_out_name(sites.layers[-1])
+            change = sites.at_last_prompt(now[name]) - sites.at_last_prompt(original[name])
+            return PenaltyTerm(change.square().sum(), {"mine too": 1.0})
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"penalty": "mine"}
+
+    edit = dl.edit(lens(), REQUEST, penalty=OnlyOnce(), **options_for("rome"))
+    assert edit.trace[0]["mine"] == 0.0
+    assert edit.trace[-1]["mine"] > 0.0
+    assert edit.trace[0]["mine too"] == 1.0
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("penalty", VARIANTS, ids=name_of)
+def test_records_can_be_read_back(penalty: Penalty) -> None:
+    import json
+
+    record = json.loads(json.dumps(penalty.to_dict()))
+    assert penalty_from_dict(record) == penalty
+    assert penalty_from_dict(record).to_dict() == penalty.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dl.SADR(gamma=-1), "gamma is -1"),
+        (lambda: dl.SADR(gamma=float("nan")), "gamma is nan"),
+        (lambda: dl.SADR(gamma="much"), "gamma is 'much'"),  # type: ignore[arg-type]
+        (lambda: dl.SADR(heads="some"), "no head-selection rule 'some'"),  # type: ignore[arg-type]
+        (lambda: dl.SADR(heads=[]), "no head to hold"),
+        (lambda: dl.SADR(heads=["9.6"]), "'9.6' is no head"),
+        (lambda: dl.SADR(heads=[(1, -2)]), r"\(1, -2\) is no head"),
+        (lambda: dl.SADR(divergence="wasserstein"), "no divergence"),  # type: ignore[arg-type]
+        (lambda: dl.SADR(queries="first"), "no query positions"),  # type: ignore[arg-type]
+        (lambda: dl.SADR(threshold=0.5), "compares with none"),
+        (lambda: dl.SADR(heads="quantile", threshold=1.5), "quantile 1.5 does not exist"),
+        (lambda: dl.SADR(heads="drift", threshold=float("nan")), "threshold is nan"),
+        (lambda: dl.SADR(layers=()), r"layers are \(\)"),
+        (lambda: dl.KeyDrift(weight=-2), "weight is -2"),
+        (lambda: dl.HiddenDrift(layers=3), "layers are 3"),  # type: ignore[arg-type]
+        (lambda: dl.EssenceKL(weight=float("inf")), "weight is inf"),
+        (lambda: penalty_from_dict({"penalty": "dropout"}), "no penalty 'dropout'"),
+        (lambda: penalty_from_dict({"penalty": "sadr", "gama": 1}), "no field 'gama'"),
+        (lambda: as_penalties("sadr"), "'sadr' is no penalty"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_penalties_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        make()
+
+
+def test_a_penalty_must_fit_the_model() -> None:
+    for penalty in (dl.SADR(layers=(7,)), dl.KeyDrift(layers=(7,)), dl.HiddenDrift(layers=(7,)),
+                    dl.SADR(heads=["L7H0"])):  # fmt: skip
+        with pytest.raises(ModelError, match="no layer 7"):
+            dl.edit(lens(), REQUEST, penalty=penalty, **options_for("rome"))
+    with pytest.raises(RequestError, match="no head L1H9"):
+        dl.edit(lens(), REQUEST, penalty=dl.SADR(heads=["L1H9"]), **options_for("rome"))
