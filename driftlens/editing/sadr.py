@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -126,7 +126,8 @@ class SADR(Penalty):
             mask[:, [x for y, x in self._pairs() if y == layer]] = True
             return mask.to(now.device)
         current, original = (_at_subject(_last_rows(x, sites), sites) for x in (now, before))
-        return over_attending_heads(current, original, self.heads, self.threshold)
+        rule = cast("HeadRule", self.heads)
+        return over_attending_heads(current, original, rule, self.threshold)
 
     def _divergence(
         self, now: torch.Tensor, before: torch.Tensor, sites: Sites
