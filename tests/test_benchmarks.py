@@ -53,3 +53,27 @@ def test_the_table_has_a_column_for_each_model() -> None:
     table = speed.table([result, result])
     assert table.count("| 2.00 (50%) | 2.00 (50%) |") == len(ITEMS)
     assert table.startswith("| | some | some |")
+
+
+STORED = [
+    REPOSITORY / "assets" / "results" / f"speed-{name}.json"
+    for name in ("smollm2-135m", "gemma-3-270m")
+]
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_stored_results_are_whole_and_equal(path: Path) -> None:
+    result = json.loads(path.read_text())
+    for item in ITEMS:
+        assert result[item]["ratio"] > 0
+        assert result[item]["equal"] is (None if item == "memory" else True)
+    assert result["pairs"] >= 5
+    assert len(result["rome_edit"]["ratios"]) == result["pairs"]
+    assert (result["rome_edit"]["steps"], result["rome_edit"]["contexts"]) == (20, 21)
+    for item in ITEMS[:-1]:
+        assert 0 < result[item]["floor_share"] < 1
+
+
+def test_the_readme_shows_the_stored_results() -> None:
+    results = [json.loads(path.read_text()) for path in STORED]
+    assert speed.table(results) in (REPOSITORY / "README.md").read_text(encoding="utf-8")

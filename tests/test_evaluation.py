@@ -16,7 +16,7 @@ import driftlens as dl
 from driftlens.cases import Case, balanced, read_merged, tuning_split
 from driftlens.errors import DataError
 from driftlens.evaluation import Answer, answers, harmonic_mean, rates
-from driftlens.experiments import editors, tuning
+from driftlens.experiments import editors, many, tuning
 from driftlens.journal import Journal
 
 DATA = Path(__file__).parent.parent.parent / "shared/data/counterfact_wikidata_dev.json"
@@ -219,6 +219,29 @@ def test_the_table_resumes_and_counts_failures(
     with pytest.warns(UserWarning, match="known to be good"):
         assert json.loads(editors.run("tiny", cases[:1], ["ft-m", "grace"], tmp_path).read_text())
     assert len(asked) == 4
+
+
+def test_many_facts_at_once_and_in_a_row(
+    model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = json.loads(json.dumps(RECORD).replace("The Louvre", "The Prado"))
+    cases = read_merged(write(tmp_path / "data.json", RECORD, other))
+    monkeypatch.setattr(many.dl, "load_model", lambda name: model)
+    with pytest.warns(UserWarning, match="known to be good"):
+        target = many.run("tiny", cases, ["ft-m", "grace"], tmp_path)
+    result = json.loads(target.read_text())
+    assert [(r["method"], r["way"]) for r in result["rows"]] == [
+        ("ft-m", "batch"), ("ft-m", "sequence"), ("grace", "sequence")
+    ]  # fmt: skip
+    for row in result["rows"]:
+        assert row["rates"]["ES"]["prompts"] == 2
+    assert list(result["rows"][1]["checkpoints"]) == ["1", "2"]
+    assert result["rows"][1]["checkpoints"]["2"] == result["rows"][1]["rates"]
+    assert many.markdown(result).count("\n") == 4
+    monkeypatch.setattr(many.dl, "edit", None)  # nothing is edited again
+    monkeypatch.setattr(many.dl, "edit_sequence", None)
+    with pytest.warns(UserWarning, match="known to be good"):
+        assert json.loads(many.run("tiny", cases, ["ft-m", "grace"], tmp_path).read_text())
 
 
 def test_tuning_takes_what_works_first(tmp_path: Path) -> None:

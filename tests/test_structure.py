@@ -56,6 +56,7 @@ ORDER = [
     "experiments.survey",
     "experiments.editors",
     "experiments.tuning",
+    "experiments.many",
     "cli",
 ]
 
