@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from driftlens.edits import Edit, write_atomically
 from driftlens.errors import DataError, RequestError
 from driftlens.interventions import Hook, pattern_name
 from driftlens.models import LensModel
-from driftlens.reuse import FullPass, choose_engine
+from driftlens.reuse import Engine, FullPass, choose_engine
 from driftlens.tokens import Encoded, Span
 
 PROMPTS_PER_BATCH = 16
@@ -93,11 +93,14 @@ class Drift:
     """Attention before and after an edit, for one prompt or many.
 
     Arrays are ``[prompt, layer, head]``, attention in probability, divergence in nats.
+    ``engine`` says how it was measured: ``"suffix"``, the edited model from the edited layer on,
+    or ``"plain"``, both models as a whole; ``None`` if unknown.
     """
 
     prompts: tuple[PromptDrift, ...]
     model_name: str
     edit_label: str
+    engine: Engine | None = field(default=None, compare=False)
 
     @property
     def original(self) -> Float[np.ndarray, "prompt layer head"]:
@@ -202,6 +205,7 @@ class Drift:
         record = {
             "model_name": self.model_name,
             "edit_label": self.edit_label,
+            "engine": self.engine,
             "prompts": [
                 {
                     "prompt": p.prompt,
@@ -247,7 +251,8 @@ def load_drift(path: str | os.PathLike[str]) -> Drift:
                 )
                 for i, p in enumerate(record["prompts"])
             )
-            return Drift(prompts, record["model_name"], record["edit_label"])
+            engine = record.get("engine")
+            return Drift(prompts, record["model_name"], record["edit_label"], engine)
     except Exception as error:  # zipfile, json and numpy each raise types of their own
         raise DataError(f"There is no drift in {path}: {error!r}.") from error
 
@@ -291,7 +296,8 @@ def measure_drift(
         model.tokens.find_subject(e, s, occurrence) for e, s in zip(encoded, subjects, strict=True)
     ]
     queries = [resolve_query(e, query, span) for e, span in zip(encoded, spans, strict=True)]
-    original, edited = _rows(model, edit, encoded, queries)
+    engine = choose_engine(model, None)
+    original, edited = _rows(model, edit, encoded, queries, engine)
     return Drift(
         tuple(
             PromptDrift(e.text, tuple(model.tokens.labels(e)), span, q, before, after)
@@ -301,6 +307,7 @@ def measure_drift(
         ),
         model.info.name,
         label or _label(edit),
+        engine,
     )
 
 
@@ -355,13 +362,17 @@ def resolve_query(encoded: Encoded, query: int, subject: Span) -> int:
 
 
 def _rows(
-    model: LensModel, edit: Edit, encoded: Sequence[Encoded], queries: Sequence[int]
+    model: LensModel,
+    edit: Edit,
+    encoded: Sequence[Encoded],
+    queries: Sequence[int],
+    engine: Engine,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Rows ``[layer, head, key]`` of each prompt at its query, original and edited.
 
     Keys are cut at the prompt's length. What the edit cannot change is computed once.
     """
-    reuses = choose_engine(model, None) == "suffix"
+    reuses = engine == "suffix"
     lowest = edit.lowest_layer(model) if reuses else None
     original: list[np.ndarray] = []
     edited: list[np.ndarray] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -26,11 +26,14 @@ class ContinuationScore:
         text: The continuation.
         token_logprobs: Natural log-probability of each of its tokens, given all before it.
         token_ranks: How many vocabulary items are more likely, for each token.
+        engine: How it was found: ``"suffix"``, prefixes that several texts share run once;
+            ``"plain"``, padded batches; ``None`` if from another pass, e.g. a patched one.
     """
 
     text: str
     token_logprobs: tuple[float, ...]
     token_ranks: tuple[int, ...]
+    engine: Engine | None = field(default=None, compare=False)
 
     @property
     def logprob(self) -> float:
@@ -167,7 +170,9 @@ def score_questions(
             batches of like length; ``None`` takes the former wherever it is exact.
     """
     packs = engine == "suffix" or (engine is None and packing_is_exact(model))
-    return (_score_packed if packs else _score_padded)(model, questions)
+    used: Engine = "suffix" if packs else "plain"
+    found = (_score_packed if packs else _score_padded)(model, questions)
+    return [replace(score, engine=used) for score in found]
 
 
 def _score_packed(model: LensModel, questions: Sequence[Question]) -> list[ContinuationScore]:

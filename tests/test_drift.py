@@ -336,6 +336,7 @@ def test_a_drift_survives_the_disk(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["drift.npz"]
     back = dl.load_drift(path)
     assert (back.model_name, back.edit_label) == (drift.model_name, "mine")
+    assert back.engine == drift.engine == "suffix"
     for old, new in zip(drift.prompts, back.prompts, strict=True):
         assert (old.prompt, old.labels, old.subject, old.query) == (
             new.prompt, new.labels, new.subject, new.query,

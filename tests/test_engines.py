@@ -215,6 +215,7 @@ def test_a_model_that_cannot_reuse_falls_back_and_says_so(monkeypatch: pytest.Mo
     experiment = dl.PatchExperiment(model, edit, PROMPT, SUBJECT, "Paris")  # says it no more
     assert experiment.sweep(progress=False).engine == "plain"
     assert experiment.attention(heads=["L1H0"]).engine == "plain"
+    assert dl.measure_drift(model, edit, PROMPT, SUBJECT).engine == "plain"
 
 
 def test_wrong_logits_are_noticed(monkeypatch: pytest.MonkeyPatch):

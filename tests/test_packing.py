@@ -123,6 +123,7 @@ def test_packed_scores_are_the_padded_ones(architecture: str) -> None:
     questions = [ask(model, p, t) for p in PROMPTS for t in ("Rome", "Paris of France", "English")]
     plain, packed = (score_questions(model, questions, e) for e in ("plain", "suffix"))
     for one, other in zip(plain, packed, strict=True):
+        assert (one.engine, other.engine) == ("plain", "suffix")
         assert one.text == other.text
         assert one.token_logprobs == pytest.approx(other.token_logprobs, abs=2e-5)
         assert one.token_ranks == other.token_ranks
@@ -160,7 +161,8 @@ def test_a_model_that_cannot_be_packed_falls_back_and_says_so(
     right = packing.run_packed
     monkeypatch.setattr(packing, "run_packed", wrong)
     with pytest.warns(UserWarning, match="cannot run packed sequences"):
-        found = dl.score(model, PROMPTS[0], ["Rome"])
-    assert found["Rome"] == pytest.approx(
+        found = dl.score_details(model, PROMPTS[0], ["Rome"])
+    assert found["Rome"].engine == "plain"
+    assert found["Rome"].logprob == pytest.approx(
         score_questions(model, [ask(model, PROMPTS[0], "Rome")], "plain")[0].logprob
     )

@@ -13,18 +13,18 @@ positive definite. P and M are kept by the caller in a :class:`NullSpaceState`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 
 from driftlens.editing.configs import AlphaEditConfig
-from driftlens.editing.memit import wanted_residuals
+from driftlens.editing.memit import spread
 from driftlens.editing.outcome import NullSpaceState, Outcome, Resources
-from driftlens.editing.spreading import Facts, spreading
+from driftlens.editing.spreading import Facts
 from driftlens.editing.statistics import KeyCovariance
 from driftlens.errors import EditError
 from driftlens.facts import EditRequest
-from driftlens.interventions import block_out_name
 from driftlens.models import LensModel
 
 
@@ -39,29 +39,30 @@ def alphaedit(
     Raises:
         EditError: If the null space is empty, or the change is not finite.
     """
-    layers, top = config.edited_layers, config.edited_layers[-1]
-    state = resources.state
+    layers, state = config.edited_layers, resources.state
     for layer in layers:
         if layer not in state.projections:
             project(state, layer, resources.covariances[layer], config.nullspace_threshold)
-    wanted, trace, info = wanted_residuals(model, requests, top, config, resources)
-    facts = Facts(model, requests, resources.contexts)
-    with spreading(model, layers, resources.progress) as change:
-        for layer, left in change.layers():
-            keys = facts.keys(layer)
-            residual = (wanted - facts.now(block_out_name(top))) / left
-            right = null_space_right(
-                keys, state.projections[layer], state.key_sums.get(layer), config.ridge
-            )
-            change.write(layer, residual, right, null_space=state.ranks[layer])
-        # Keys as they are after the whole edit count as earlier ones from now on.
-        after = {layer: facts.keys(layer).cpu() for layer in layers}
-    for layer, keys in after.items():
-        products = keys.T @ keys
-        state.key_sums[layer] = state.key_sums.get(layer, 0) + products
-    info = {**info, "earlier_facts": state.facts, "layers": change.info}
+
+    def right(layer: int, keys: Float[torch.Tensor, "fact d_mlp"]) -> torch.Tensor:
+        earlier = state.key_sums.get(layer)
+        return null_space_right(keys, state.projections[layer], earlier, config.ridge)
+
+    # Keys as they are after the whole edit count as earlier ones from then on.
+    products: dict[int, torch.Tensor] = {}
+
+    def look(facts: Facts) -> None:
+        for layer in layers:
+            keys = facts.keys(layer).cpu()
+            products[layer] = keys.T @ keys
+
+    outcome = spread(model, requests, config, resources, right, look)
+    for layer, product in products.items():
+        state.key_sums[layer] = state.key_sums.get(layer, 0) + product
+    null_space = {str(layer): state.ranks[layer] for layer in layers}
+    info = {**outcome.info, "null_space": null_space, "earlier_facts": state.facts}
     state.facts += len(requests)
-    return Outcome(change.deltas, trace, info)
+    return replace(outcome, info=info)
 
 
 def project(state: NullSpaceState, layer: int, covariance: KeyCovariance, threshold: float) -> None:

@@ -16,12 +16,10 @@ import torch
 from jaxtyping import Float
 
 from driftlens.editing.configs import EmmetConfig
-from driftlens.editing.memit import wanted_residuals
+from driftlens.editing.memit import spread
 from driftlens.editing.outcome import Outcome, Resources
-from driftlens.editing.spreading import Facts, spreading
 from driftlens.editing.statistics import KeyCovariance
 from driftlens.facts import EditRequest
-from driftlens.interventions import block_out_name
 from driftlens.models import LensModel
 
 
@@ -33,16 +31,11 @@ def emmet(
     Raises:
         EditError: If second moments cannot be used, or the change is not finite.
     """
-    layers, top = config.edited_layers, config.edited_layers[-1]
-    wanted, trace, info = wanted_residuals(model, requests, top, config, resources)
-    facts = Facts(model, requests, resources.contexts)
-    with spreading(model, layers, resources.progress) as change:
-        for layer, left in change.layers():
-            keys = facts.keys(layer)
-            residual = (wanted - facts.now(block_out_name(top))) / left
-            change.write(layer, residual, equality_right(
-                keys, resources.covariances[layer], config))  # fmt: skip
-    return Outcome(change.deltas, trace, {**info, "layers": change.info})
+
+    def right(layer: int, keys: Float[torch.Tensor, "fact d_mlp"]) -> torch.Tensor:
+        return equality_right(keys, resources.covariances[layer], config)
+
+    return spread(model, requests, config, resources, right)
 
 
 def equality_right(

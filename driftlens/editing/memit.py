@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,27 @@ def memit(
     Raises:
         EditError: If second moments cannot be used, or the change is not finite.
     """
+
+    def right(layer: int, keys: Float[torch.Tensor, "fact d_mlp"]) -> torch.Tensor:
+        return resources.covariances[layer].solve_with(keys, config.cov_weight)
+
+    return spread(model, requests, config, resources, right)
+
+
+def spread(
+    model: LensModel,
+    requests: Sequence[EditRequest],
+    config: ValueSearch,
+    resources: Resources,
+    right: Callable[[int, Float[torch.Tensor, "fact d_mlp"]], torch.Tensor],
+    afterwards: Callable[[Facts], None] | None = None,
+) -> Outcome:
+    """MEMIT's two steps, with any way of writing residuals.
+
+    Args:
+        right: X of a layer, ``[d_mlp, fact]``, from its keys; its change is then ``R X^T``.
+        afterwards: Called with the facts while the whole change is applied.
+    """
     layers, top = config.edited_layers, config.edited_layers[-1]
 
     # 1. What is wanted.
@@ -44,8 +65,9 @@ def memit(
         for layer, left in change.layers():
             keys = facts.keys(layer)
             residual = (wanted - facts.now(block_out_name(top))) / left
-            change.write(layer, residual, resources.covariances[layer].solve_with(
-                keys, config.cov_weight))  # fmt: skip
+            change.write(layer, residual, right(layer, keys))
+        if afterwards is not None:
+            afterwards(facts)
     return Outcome(change.deltas, trace, {**info, "layers": change.info})
 
 

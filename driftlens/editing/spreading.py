@@ -108,7 +108,6 @@ class Spreading:
         layer: int,
         residual: Float[torch.Tensor, "fact d_model"],
         right: Float[torch.Tensor, "d_mlp fact"],
-        **notes: Any,
     ) -> None:
         """Add ``residual^T right^T`` to a layer's down-projection, at once.
 
@@ -126,7 +125,7 @@ class Spreading:
             )
         self._tickets.append(self._model.weights.push({down.name: delta}))
         self.deltas[down.name] = delta
-        self.info[str(layer)] = {"norm": norm, "rank": delta.rank, **notes}
+        self.info[str(layer)] = {"norm": norm, "rank": delta.rank}
 
 
 @contextmanager
