@@ -31,7 +31,7 @@ from driftlens.interventions import (
     z_name,
 )
 from driftlens.tokens import Tokens
-from driftlens.weights import WeightStack, fingerprint
+from driftlens.weights import WeightStack, fingerprint, quick_digest
 
 _BRIDGE = "_driftlens_bridge"
 _WEIGHTS = "_driftlens_weights"
@@ -218,9 +218,14 @@ class LensModel:
         return rotated if rotated in self.memo["rotated keys"] else keys_name(layer)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights without any active edit."""
+        """SHA-256 of the weights without any active edit; computed anew only if they changed."""
         stack = self.weights
-        return fingerprint({name: stack.original(name) for name in stack.parameters})
+        originals = {name: stack.original(name) for name in stack.parameters}
+        state = quick_digest(originals)
+        known: tuple[str, str] = self.memo.get("fingerprint", ("", ""))
+        if known[0] != state:
+            known = self.memo["fingerprint"] = (state, fingerprint(originals))
+        return known[1]
 
     def run(
         self,

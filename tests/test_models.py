@@ -22,7 +22,7 @@ import transformers as hf
 from transformer_lens.model_bridge import TransformerBridge
 
 import driftlens as dl
-from driftlens import interventions, models
+from driftlens import interventions, models, weights
 from driftlens.interventions import pattern_name, replace_heads, values_name, z_name
 
 PROMPT = "The Eiffel Tower is located in the city of"
@@ -250,6 +250,25 @@ def test_frozen_parameters_get_their_flags_back() -> None:
         assert [parameter.requires_grad for parameter in parameters] == flags
     finally:
         parameters[0].requires_grad_(True)
+
+
+def test_the_fingerprint_notices_every_way_of_changing_a_weight() -> None:
+    model = dl.load_model(build("llama"), tiny.tokenizer())
+    seen = {model.fingerprint()}
+    weight = model.down_projection(1).weight
+    weight.data[0, 0] += 1  # behind autograd's back
+    seen.add(model.fingerprint())
+    weight.detach().numpy()[3, 3] += 1
+    seen.add(model.fingerprint())
+    with torch.no_grad():
+        weight[5, 5] += 1
+    seen.add(model.fingerprint())
+    assert len(seen) == 4
+    weight.data[0, 0] -= 1
+    weight.data[3, 3] -= 1
+    weight.data[5, 5] -= 1
+    again = weights.fingerprint(model.weights.parameters)
+    assert model.fingerprint() == again
 
 
 def test_the_fingerprint_is_that_of_the_unedited_weights() -> None:
