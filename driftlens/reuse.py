@@ -29,6 +29,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from driftlens.interventions import Hook, block_in_name
@@ -199,6 +200,48 @@ class SuffixRunner:
                 keys, values = (x.repeat(copies, 1, 1, 1) for x in (keys, values))
             cache.layers.append(_Prefix(keys, values))
         return cache
+
+
+class SideBySide(SuffixRunner):
+    """Several runners as one, their sequences one after another, aligned at their starts.
+
+    Args:
+        runners: Of one model, with the same layers to enter at.
+        prefix_width: Of the whole, at least the widest one's.
+        width: Of the suffix of the whole, at least the widest one's.
+    """
+
+    def __init__(self, runners: Sequence[SuffixRunner], prefix_width: int, width: int) -> None:
+        self.model = runners[0].model
+        self.n_rows = sum(runner.n_rows for runner in runners)
+        self.prefix_width, self.width = prefix_width, width
+        self._same = False
+
+        def on_the_right(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+            """Whole width, by repeating what stands last: no real position sees it."""
+            tensor = tensor.expand(rows, *tensor.shape[1:])
+            more = tensor[:, -1:].expand(-1, width - tensor.shape[1], *tensor.shape[2:])
+            return torch.cat([tensor, more], dim=1)
+
+        def on_the_left(tensor: torch.Tensor) -> torch.Tensor:
+            return pad(tensor, (0, 0, prefix_width - tensor.shape[-2], 0))
+
+        self._entering = {
+            layer: torch.cat([on_the_right(r._entering[layer], r.n_rows) for r in runners])
+            for layer in runners[0]._entering
+        }
+        self._cache = [
+            (torch.cat([on_the_left(keys) for keys, _ in layer]),
+             torch.cat([on_the_left(values) for _, values in layer]))
+            for layer in zip(*(runner._cache for runner in runners), strict=True)
+        ]  # fmt: skip
+        self._ids = torch.cat([on_the_right(r._ids, r.n_rows) for r in runners])
+        self._positions = torch.cat([on_the_right(r._positions, r.n_rows) for r in runners])
+        masks = [r._mask.expand(r.n_rows, -1) for r in runners]
+        masks = [pad(m, (prefix_width - r.prefix_width, 0)) for m, r in zip(masks, runners,
+                                                                          strict=True)]  # fmt: skip
+        self._mask = torch.cat([pad(m, (0, prefix_width + width - m.shape[1]), value=1)
+                                for m in masks])  # fmt: skip
 
 
 def reuse_is_exact(model: LensModel) -> bool:

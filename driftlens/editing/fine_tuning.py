@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 
 from driftlens.editing.configs import FtConfig
 from driftlens.editing.contexts import Context
-from driftlens.editing.descent import descend
+from driftlens.editing.descent import Notes, Terms, descend
 from driftlens.editing.outcome import Outcome, Resources
 from driftlens.editing.penalties import ESSENCE, in_float32
 from driftlens.editing.target import Observer, ValueProblem, build_problem, make_sites
@@ -77,7 +77,7 @@ def _fine_tune(
     adding = _beside(down, config.layer, trained)
     observer = Observer(resources.penalties, batch.sites)
 
-    def evaluate(step: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    def evaluate(step: int, active: list[int]) -> list[tuple[Terms, Notes]]:
         now: dict[str, torch.Tensor] = {}
         logits = batch.run([*adding, *recording(now, observer.names)])
         logprobs = log_probabilities(logits.to(device))
@@ -87,24 +87,22 @@ def _fine_tune(
         penalties, notes = observer.terms(now, device)
         terms = {"nll": -batch.mean_per_fact(target).mean(), **penalties}
         sums = torch.stack([x.detach().sum() for x in batch.per_fact(target)])
-        return terms, {
-            "target_prob": float(sums.exp().mean()),
-            "delta_norm": float(change.detach().norm()),
-            **notes,
-        }
+        notes["target_prob"] = float(sums.exp().mean())
+        notes["delta_norm"] = float(change.detach().norm())
+        return [(terms, notes)]
 
-    def decay() -> None:
+    def decay(task: int) -> None:
         for tensor, start in zip(trained, held, strict=True):
             assert tensor.grad is not None
             tensor.grad.add_(start + tensor.detach(), alpha=config.weight_decay)
 
-    def confine() -> None:
+    def confine(task: int) -> None:
         if config.norm_constraint is not None:
             for tensor in trained:
                 tensor.clamp_(-config.norm_constraint, config.norm_constraint)
 
-    trace = descend(
-        model, trained, evaluate, steps=config.steps, lr=config.lr,
+    (trace,) = descend(
+        model, [trained], evaluate, steps=config.steps, lr=config.lr,
         stops=lambda record: record["nll"] < config.stop_loss, confine=confine,
         decay=decay if config.weight_decay else None,
         description="fine-tuning", progress=resources.progress,
@@ -140,8 +138,6 @@ class _Batch:
         self.model = model
         self.engine = choose_engine(model, resources.engine)
         self.ids = model.tokens.pad(rows, model.device)
-        self.shift, self.width = [0] * len(rows), self.ids.shape[1]
-        self.subject_key = [subject - self.width for subject in subjects]
         self._layer = config.layer
         self._runner: SuffixRunner | None = None
         if self.engine == "suffix":
@@ -149,7 +145,8 @@ class _Batch:
             self._runner = SuffixRunner(base, [0] * len(rows))
         self._at = _read_at(self.problems, teacher_forced).to(model.device)
         n = len(requests)
-        self.sites = make_sites(model, self._at[:n], self, prompts, config.layer)
+        self.sites = make_sites(model, self._at[:n], subjects, prompts, [0] * n,
+                                self.ids.shape[1], config.layer)  # fmt: skip
         longest = self._at.shape[1]
         self._targets = torch.tensor(
             [[*p.target, *[0] * (longest - len(p.target))] for p in self.problems]

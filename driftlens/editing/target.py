@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 
 from driftlens.editing.contexts import Context
-from driftlens.editing.descent import descend
+from driftlens.editing.descent import Notes, Terms, descend
 from driftlens.editing.penalties import ESSENCE, Penalty, Sites, in_float32
 from driftlens.facts import EditRequest, split_template
 from driftlens.interventions import (
@@ -37,7 +37,7 @@ from driftlens.interventions import (
     down_out_name,
 )
 from driftlens.models import LensModel, recording
-from driftlens.reuse import Engine, FullPass, SuffixRunner, choose_engine
+from driftlens.reuse import Engine, FullPass, SideBySide, SuffixRunner, choose_engine
 from driftlens.scoring import log_probabilities
 
 ESSENCE_SUFFIX = " is a"
@@ -249,44 +249,58 @@ def start(
     )
 
 
-class _PlainRunner:
-    """Whole sequences, padded on the right: the reference that the fast way is tested against."""
+class _Runner:
+    """Passes over the rows of several facts, one fact after another.
 
-    def __init__(self, start: Start) -> None:
-        problem = start.problem
-        self.model = start.model
-        self.ids = self.model.tokens.pad(problem.rows, self.model.device)
-        self.shift = [0] * len(problem.rows)
-        self.width = self.ids.shape[1]
-        self.subject_key = [position - self.width for position in problem.subject]
-        self.hooks = [place.name for place in start.places]
+    Widths are those of all facts together, and stay as they are when some are finished, so
+    that what was recorded in the first pass can be compared with what later ones give.
+    """
 
-    def run(self, hooks: Sequence[Hook], at: torch.Tensor) -> torch.Tensor:
-        return self.model.run(self.ids, hooks, at=at)
+    def __init__(self, starts: Sequence[Start]) -> None:
+        self.model = starts[0].model
+        self._starts = starts
+        self._reused = [s.reused for s in starts if s.reused is not None]
+        self.enters = starts[0].enters
+        if self._reused:
+            self.prefix_width = max(r.prefix_width for r in self._reused)
+            self.width = max(r.width for r in self._reused)
+            # Where an output reaches the entered layer as it is, so does what is added to it.
+            self.hooks = [
+                place.shortcut if place.shortcut and place.enters == self.enters else place.name
+                for place in starts[0].places
+            ]
+        else:
+            self.prefix_width = 0
+            self.width = max(len(row) for s in starts for row in s.problem.rows)
+            self.hooks = [place.name for place in starts[0].places]
+        self._passes: SuffixRunner | torch.Tensor | None = None
+        self._chosen: list[int] = []
 
+    def shift(self, start: Start) -> list[int]:
+        """What to add to a position to have that of a pass."""
+        return [-first for first in start.starts] if self._reused else [0] * len(start.starts)
 
-class _ReusingRunner:
-    """From the lowest place and the first position that depends on the vectors on."""
-
-    def __init__(self, start: Start) -> None:
-        problem, starts = start.problem, start.starts
-        assert start.reused is not None
-        self.runner = start.reused
-        self.shift = [-first for first in starts]
-        self.width = self.runner.width
-        self.subject_key = [
-            subject - first - self.width
-            for subject, first in zip(problem.subject, starts, strict=True)
-        ]
-        # Where a module's output reaches the entered layer as it is, so does what is added.
-        self.hooks = [
-            place.shortcut if place.shortcut and place.enters == start.enters else place.name
-            for place in start.places
-        ]
-        self.enters = start.enters
-
-    def run(self, hooks: Sequence[Hook], at: torch.Tensor) -> torch.Tensor:
-        return self.runner.run(hooks, at, joins=[self.enters])
+    def run(
+        self, chosen: list[int], hooks: Sequence[Hook], at: Int[torch.Tensor, "row read"]
+    ) -> torch.Tensor:
+        """One pass over the rows of the chosen facts."""
+        if chosen != self._chosen:
+            self._chosen = list(chosen)
+            if self._reused:
+                runners = [self._reused[i] for i in chosen]
+                alone = len(self._starts) == 1
+                self._passes = (
+                    runners[0] if alone else SideBySide(runners, self.prefix_width, self.width)
+                )
+            else:
+                rows = [row for i in chosen for row in self._starts[i].problem.rows]
+                ids = self.model.tokens.pad(rows, self.model.device)
+                more = self.width - ids.shape[1]
+                self._passes = torch.nn.functional.pad(ids, (0, more))
+        if isinstance(self._passes, SuffixRunner):
+            return self._passes.run(hooks, at, joins=[self.enters])
+        assert self._passes is not None
+        return self.model.run(self._passes, hooks, at=at)
 
 
 # --- the search ----------------------------------------------------------------------------
@@ -340,43 +354,107 @@ def optimise_value(
     penalties: Sequence[Penalty] = (),
     progress: bool = True,
 ) -> Value:
-    """Find what to add at each place.
+    """Find what to add at each place, for one fact.
 
     Raises:
         EditError: If the loss stops being a number.
     """
-    model, problem, initial = start.model, start.problem, start.initial
-    n_contexts = len(problem.last_prompt)
-    runner = (_PlainRunner if start.reused is None else _ReusingRunner)(start)
-    device = initial[0].device
-    at = _predicting(model, problem, runner.shift)
-    sites = make_sites(model, at[:n_contexts], runner, problem.rows[:n_contexts], start.layer)
-    observer = Observer(penalties, sites)
-    target_ids = torch.tensor(problem.target, device=device).expand(n_contexts, -1)[..., None]
-    positions = [None if p is None else p + s
-                 for p, s in zip(start.positions, runner.shift, strict=True)]  # fmt: skip
-    deltas = [torch.zeros_like(vector, requires_grad=True) for vector in initial]
-    adding = [_add_at(name, positions, delta)
-              for name, delta in zip(runner.hooks, deltas, strict=True)]  # fmt: skip
+    return optimise_values([start], search, penalties, progress)[0]
 
-    def evaluate(step: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+
+def optimise_values(
+    starts: Sequence[Start],
+    search: Descent,
+    penalties: Sequence[Penalty] = (),
+    progress: bool = True,
+) -> list[Value]:
+    """The same for several facts, each on its own but in shared passes.
+
+    Args:
+        starts: Of one model, at the same places.
+
+    Raises:
+        EditError: If a loss stops being a number.
+    """
+    runner = _Runner(starts)
+    tasks = [_Task(start, search, penalties, runner) for start in starts]
+
+    def evaluate(step: int, active: list[int]) -> list[tuple[Terms, Notes]]:
+        chosen = [tasks[i] for i in active]
+        longest = max(task.at.shape[1] for task in chosen)
+        at = torch.cat([task.reading(longest) for task in chosen])
         now: dict[str, torch.Tensor] = {}
-        logits = runner.run([*adding, *recording(now, observer.names)], at)
+        adding = [_add_at(name, [(t.positions, t.deltas[k]) for t in chosen])
+                  for k, name in enumerate(runner.hooks)]  # fmt: skip
+        names = chosen[0].observer.names
+        logits = runner.run(active, [*adding, *recording(now, names)], at)
+        found, first = [], 0
+        for task in chosen:
+            rows = slice(first, first + len(task.positions))
+            first = rows.stop
+            own = {name: tensor[rows] for name, tensor in now.items()}
+            found.append(task.terms(logits[rows, : task.at.shape[1]], own))
+        return found
+
+    traces = descend(
+        runner.model, [task.deltas for task in tasks], evaluate, steps=search.steps, lr=search.lr,
+        stops=search.stops, confine=lambda i: tasks[i].confine(),
+        description="optimising the value", progress=progress,
+    )  # fmt: skip
+    return [
+        Value([delta.detach() for delta in task.deltas], trace, task.start.engine)
+        for task, trace in zip(tasks, traces, strict=True)
+    ]
+
+
+class _Task:
+    """The search of one fact: its vectors, and its loss from what its rows gave."""
+
+    def __init__(
+        self, start: Start, search: Descent, penalties: Sequence[Penalty], runner: _Runner
+    ) -> None:
+        problem, shift = start.problem, runner.shift(start)
+        n_contexts = len(problem.last_prompt)
+        self.start, self.search = start, search
+        self.deltas = [torch.zeros_like(vector, requires_grad=True) for vector in start.initial]
+        self.at = _predicting(start.model, problem, shift)
+        self.positions = [
+            None if p is None else p + s for p, s in zip(start.positions, shift, strict=True)
+        ]
+        rows = problem.rows[:n_contexts]
+        subjects = [p + s for p, s in zip(problem.subject, shift, strict=True)]
+        sites = make_sites(start.model, self.at[:n_contexts], subjects, rows, shift, runner.width,
+                           start.layer)  # fmt: skip
+        self.observer = Observer(penalties, sites)
+        target = torch.tensor(problem.target, device=start.initial[0].device)
+        self._target = target.expand(n_contexts, -1)[..., None]
+
+    def reading(self, width: int) -> Int[torch.Tensor, "row read"]:
+        """Where its rows are read, the last position repeated."""
+        more = self.at[:, -1:].expand(-1, width - self.at.shape[1])
+        return torch.cat([self.at, more], dim=1)
+
+    def terms(
+        self, logits: Float[torch.Tensor, "row target d_vocab"], now: dict[str, torch.Tensor]
+    ) -> tuple[Terms, Notes]:
+        """The terms of the loss, and what to note."""
+        search, initial = self.search, self.start.initial
+        device = initial[0].device
         logprobs = log_probabilities(logits.to(device))  # of several devices, one
         now[ESSENCE] = logprobs[-1:, 0]
-        original = observer.original(now)[ESSENCE]
-        target = logprobs[:-1].gather(-1, target_ids)[..., 0]
+        original = self.observer.original(now)[ESSENCE]
+        target = logprobs[:-1].gather(-1, self._target)[..., 0]
         is_greedy = bool((target >= logprobs[:-1].amax(-1)).all())
         divergence = (now[ESSENCE].exp() * (now[ESSENCE] - original)).sum()
-        ratios = [d.norm() / h.norm() ** 2 for d, h in zip(deltas, initial, strict=True)]
-        penalty_terms, notes = observer.terms(now, device)
+        ratios = [d.norm() / h.norm() ** 2 for d, h in zip(self.deltas, initial, strict=True)]
+        penalty_terms, notes = self.observer.terms(now, device)
         terms = {
             "nll": -search.nll_weight(is_greedy) * target.mean(),
             "kl": search.kl_factor * divergence,
             "decay": search.weight_decay * torch.stack(ratios).sum(),
             **penalty_terms,
         }
-        norms = torch.stack([delta.detach().norm() for delta in deltas])
+        norms = torch.stack([delta.detach().norm() for delta in self.deltas])
         return terms, {
             "target_prob": float(target.detach().sum(-1).exp().mean()),
             "target_is_greedy": float(is_greedy),
@@ -384,17 +462,12 @@ def optimise_value(
             **notes,
         }
 
-    def confine() -> None:
-        for delta, vector in zip(deltas, initial, strict=True):
-            radius, norm = search.clamp_factor * float(vector.norm()), float(delta.norm())
+    def confine(self) -> None:
+        """Bring the vectors back into their balls."""
+        for delta, vector in zip(self.deltas, self.start.initial, strict=True):
+            radius, norm = self.search.clamp_factor * float(vector.norm()), float(delta.norm())
             if norm > radius:
                 delta.mul_(radius / norm)
-
-    trace = descend(
-        model, deltas, evaluate, steps=search.steps, lr=search.lr, stops=search.stops,
-        confine=confine, description="optimising the value", progress=progress,
-    )  # fmt: skip
-    return Value([delta.detach() for delta in deltas], trace, start.engine)
 
 
 class Observer:
@@ -429,25 +502,30 @@ class Observer:
 def make_sites(
     model: LensModel,
     predicting: Int[torch.Tensor, "context target"],
-    runner: Any,
+    subjects: Sequence[int],
     rows: Sequence[Sequence[int]],
+    shift: Sequence[int],
+    width: int,
     layer: int,
 ) -> Sites:
-    """Where penalties look, in the coordinates of a runner's passes.
+    """Where penalties look, in the coordinates of a pass.
 
     Args:
-        runner: With ``shift`` (what to add to a position to get the pass's), ``width`` (of a
-            pass) and ``subject_key`` (key positions of the subjects, from the end).
+        predicting: Query positions in the pass.
+        subjects: Positions in the pass of the subjects' last tokens, negative if cached.
         rows: Token ids of the contexts.
+        shift: What to add to a position to have that of the pass.
+        width: Of the pass.
         layer: The edited one, or the lowest of them.
     """
     device = predicting.device
-    ends = torch.tensor([len(row) + s for row, s in zip(rows, runner.shift, strict=False)])
-    real = torch.arange(runner.width)[None] < ends[:, None]
+    n = len(rows)
+    ends = torch.tensor([len(row) + s for row, s in zip(rows, shift, strict=False)])
+    real = torch.arange(width)[None] < ends[:, None]
     layers = tuple(range(layer + 1, model.info.n_layers))
     return Sites(
         predicting=predicting,
-        subject=torch.tensor(runner.subject_key[: len(rows)], device=device),
+        subject=torch.tensor([p - width for p in subjects[:n]], device=device),
         real=real.to(device),
         layers=layers,
         key_hooks={y: model.key_hook(y) for y in layers},
@@ -467,15 +545,25 @@ def _predicting(
 
 
 def _add_at(
-    name: str, positions: Sequence[int | None], delta: Float[torch.Tensor, " d_model"]
+    name: str,
+    vectors: Sequence[tuple[Sequence[int | None], Float[torch.Tensor, " d_model"]]],
 ) -> Hook:
-    """A hook that adds delta at one position of each row of an activation, or at none."""
-    rows = torch.tensor([row for row, position in enumerate(positions) if position is not None])
-    columns = torch.tensor([position for position in positions if position is not None])
+    """A hook that adds vectors to an activation.
+
+    Args:
+        vectors: For each fact, at which position of each of its rows (or at none), and what.
+    """
+    places, first = [], 0
+    for positions, vector in vectors:
+        rows = [first + row for row, p in enumerate(positions) if p is not None]
+        columns = [p for p in positions if p is not None]
+        places.append((torch.tensor(rows), torch.tensor(columns), vector))
+        first += len(positions)
 
     def add(out: Float[torch.Tensor, "row pos d_model"], hook: Any) -> torch.Tensor:
         added = torch.zeros_like(out)
-        added[rows.to(out.device), columns.to(out.device)] = delta.to(out)
+        for rows, columns, vector in places:
+            added[rows.to(out.device), columns.to(out.device)] = vector.to(out)
         return out + added
 
     return name, add
