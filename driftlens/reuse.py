@@ -339,11 +339,11 @@ MEMORY_BUDGET = 128 * 2**20
 """Bytes that the batch of one pass may take on the CPU; does not change results."""
 
 
-def budget(model: LensModel) -> int:
+def budget(model: LensModel, on_cpu: int = MEMORY_BUDGET) -> int:
     """Bytes that the batch of one pass may take: on a GPU, a quarter of what is free."""
     if model.device.type == "cuda":
-        return max(MEMORY_BUDGET, torch.cuda.mem_get_info(model.device)[0] // 4)
-    return MEMORY_BUDGET
+        return max(on_cpu, torch.cuda.mem_get_info(model.device)[0] // 4)
+    return on_cpu
 
 
 # --- parts ---------------------------------------------------------------------------------

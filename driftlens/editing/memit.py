@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
 from driftlens.editing.configs import MemitConfig, ValueSearch
-from driftlens.editing.outcome import Outcome, Resources, find_value
+from driftlens.editing.outcome import Outcome, Query, Resources, find_values
 from driftlens.editing.spreading import Facts, spreading
 from driftlens.editing.target import block_out
 from driftlens.facts import EditRequest
@@ -57,7 +56,7 @@ def spread(
     layers, top = config.edited_layers, config.edited_layers[-1]
 
     # 1. What is wanted.
-    wanted, trace, info = wanted_residuals(model, requests, top, config, resources)
+    wanted, trace, info = wanted_residuals(model, requests, config, resources)
 
     # 2. Layer by layer.
     facts = Facts(model, requests, resources.contexts)
@@ -71,10 +70,15 @@ def spread(
     return Outcome(change.deltas, trace, {**info, "layers": change.info})
 
 
+def query(model: LensModel, config: ValueSearch) -> Query:
+    """The vector is added to the residual stream after the last edited layer."""
+    top = config.edited_layers[-1]
+    return Query(top, (block_out(model, top),))
+
+
 def wanted_residuals(
     model: LensModel,
     requests: Sequence[EditRequest],
-    top: int,
     config: ValueSearch,
     resources: Resources,
 ) -> tuple[Float[torch.Tensor, "fact d_model"], list[dict[str, Any]], dict[str, Any]]:
@@ -83,10 +87,8 @@ def wanted_residuals(
     trace: list[dict[str, Any]] = []
     norms: list[float] = []
     info: dict[str, Any] = {}
-    several = len(requests) > 1
-    for i, request in enumerate(tqdm(requests, desc="values", unit="fact",
-                                     disable=not (resources.progress and several))):  # fmt: skip
-        begun, value = find_value(model, request, top, [block_out(model, top)], config, resources)
+    found = find_values(model, requests, query(model, config), config, resources)
+    for i, (begun, value) in enumerate(found):
         wanted.append(begun.initial[0].double() + value.delta.double())
         trace += [{"fact": i, **record} for record in value.trace]
         norms.append(float(value.delta.norm()))

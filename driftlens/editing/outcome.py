@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from tqdm.auto import tqdm
 
 from driftlens.editing.configs import ValueSearch
 from driftlens.editing.contexts import Context
 from driftlens.editing.penalties import Penalty
 from driftlens.editing.statistics import KeyCovariance
-from driftlens.editing.target import Descent, Place, Start, Value, optimise_value, start
+from driftlens.editing.target import Descent, Place, Start, Value, optimise_values, start
 from driftlens.facts import EditRequest
 from driftlens.models import DownProjection, LensModel
-from driftlens.reuse import Engine
+from driftlens.reuse import Engine, budget
 from driftlens.weights import Delta, LowRankDelta
+
+Found = tuple[Start, Value]
+"""What was known before a search, and what it found."""
+
+VALUE_BUDGET = 512 * 2**20
+"""Bytes that value searches in one pass may keep on the CPU; does not change results."""
 
 
 @dataclass
@@ -48,6 +55,7 @@ class Resources:
         progress: Whether to show bars.
         engine: How passes are run; ``None``: the fast way wherever it is exact.
         state: What AlphaEdit carries from edit to edit.
+        found: Values that are known already.
     """
 
     contexts: Sequence[Context]
@@ -56,6 +64,7 @@ class Resources:
     progress: bool = True
     engine: Engine | None = None
     state: NullSpaceState = field(default_factory=NullSpaceState)
+    found: Mapping[EditRequest, Found] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,28 +94,103 @@ def descent_of(config: ValueSearch) -> Descent:
     )
 
 
+@dataclass(frozen=True)
+class Query:
+    """What a method lets the search look for.
+
+    Args:
+        layer: The lowest layer to whose outputs a vector is added.
+        places: Where vectors are added.
+        record: Further hooks whose activations are wanted at the subject.
+        search: How; ``None``: as the configuration says.
+    """
+
+    layer: int
+    places: tuple[Place, ...]
+    record: tuple[str, ...] = ()
+    search: Descent | None = None
+
+
 def find_value(
     model: LensModel,
     request: EditRequest,
-    layer: int,
-    places: Sequence[Place],
+    query: Query,
     config: ValueSearch,
     resources: Resources,
-    record: Sequence[str] = (),
-    search: Descent | None = None,
-) -> tuple[Start, Value]:
+) -> Found:
     """What is known before the search for one fact's values, and what it found.
 
     Raises:
         TokenError: If the subject cannot be located or the target is empty.
         EditError: If the loss stops being a number.
     """
-    begun = start(
-        model, request, resources.contexts, layer, places, record,
-        kl_position=config.kl_position, engine=resources.engine,
-    )  # fmt: skip
-    search = descent_of(config) if search is None else search
-    return begun, optimise_value(begun, search, resources.penalties, resources.progress)
+    return next(iter(find_values(model, [request], query, config, resources)))
+
+
+def find_values(
+    model: LensModel,
+    requests: Sequence[EditRequest],
+    query: Query,
+    config: ValueSearch,
+    resources: Resources,
+) -> Iterator[Found]:
+    """The same for many facts: as many in one pass as memory allows, in their order.
+
+    Raises:
+        TokenError: If a subject cannot be located or a target is empty.
+        EditError: If a loss stops being a number.
+    """
+    search = descent_of(config) if query.search is None else query.search
+    room = budget(model, VALUE_BUDGET)
+    group: list[Start] = []
+    with tqdm(total=len(requests), desc="values", unit="fact",
+              disable=not resources.progress or len(requests) == 1) as bar:  # fmt: skip
+
+        def finished() -> Iterator[Found]:
+            values = _in_one_pass(group, search, resources)
+            for begun, value in zip(group, values, strict=True):
+                bar.update()
+                yield replace(begun, reused=None), value
+            group.clear()
+
+        for request in requests:
+            if request in resources.found:
+                yield from finished() if group else ()
+                bar.update()
+                yield resources.found[request]
+                continue
+            begun = start(
+                model, request, resources.contexts, query.layer, query.places, query.record,
+                kl_position=config.kl_position, engine=resources.engine,
+            )  # fmt: skip
+            if group and sum(map(_bytes_of, [*group, begun])) > room:
+                yield from finished()
+            group.append(begun)
+        if group:
+            yield from finished()
+
+
+def _in_one_pass(starts: Sequence[Start], search: Descent, resources: Resources) -> list[Value]:
+    """Values of several facts; halves if they do not fit into memory together."""
+    try:
+        return optimise_values(starts, search, resources.penalties, resources.progress)
+    except torch.OutOfMemoryError:
+        if len(starts) == 1:
+            raise
+        torch.cuda.empty_cache()
+        middle = len(starts) // 2
+        halves = starts[:middle], starts[middle:]
+        return [value for half in halves for value in _in_one_pass(half, search, resources)]
+
+
+def _bytes_of(start: Start) -> int:
+    """About what one step keeps for its gradient."""
+    model, rows = start.model, start.problem.rows
+    starts = start.starts if start.reused is not None else [0] * len(rows)
+    width = max(len(row) - first for row, first in zip(rows, starts, strict=True))
+    per_token = 12 * model.info.d_model + 4 * model.down_projection(start.layer).d_mlp
+    layers = model.info.n_layers - start.enters
+    return 4 * len(rows) * width * (layers * per_token + 4 * model.info.d_vocab // width)
 
 
 def outer(

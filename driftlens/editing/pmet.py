@@ -16,15 +16,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from driftlens.editing.configs import PmetConfig
-from driftlens.editing.outcome import Outcome, Resources, descent_of, find_value
+from driftlens.editing.outcome import Outcome, Query, Resources, descent_of, find_values
 from driftlens.editing.spreading import Facts, spreading
 from driftlens.editing.target import Descent, attention_out, down_projection_out
 from driftlens.facts import EditRequest
 from driftlens.interventions import down_out_name
 from driftlens.models import LensModel
+
+
+def query(model: LensModel, config: PmetConfig) -> Query:
+    """One vector is added to the MLP's output, and one to the attention's."""
+    top = config.edited_layers[-1]
+    places = (down_projection_out(model, top), attention_out(model, top))
+    return Query(top, places, search=_search(config))
 
 
 def pmet(
@@ -38,14 +44,12 @@ def pmet(
     layers, top = config.edited_layers, config.edited_layers[-1]
 
     # 1. What is wanted of the last layer's MLP.
-    places = [down_projection_out(model, top), attention_out(model, top)]
-    search, wanted = _search(config), []
+    wanted: list[torch.Tensor] = []
     trace: list[dict[str, Any]] = []
     norms: list[list[float]] = []
-    several = len(requests) > 1
-    for i, request in enumerate(tqdm(requests, desc="values", unit="fact",
-                                     disable=not (resources.progress and several))):  # fmt: skip
-        begun, value = find_value(model, request, top, places, config, resources, search=search)
+    for i, (begun, value) in enumerate(
+        find_values(model, requests, query(model, config), config, resources)
+    ):
         wanted.append(begun.initial[0].double() + value.deltas[0].double())
         trace += [{"fact": i, **record} for record in value.trace]
         norms.append([float(delta.norm()) for delta in value.deltas])

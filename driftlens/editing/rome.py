@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from driftlens.editing.configs import RomeConfig
-from driftlens.editing.outcome import Outcome, Resources, find_value, outer
+from driftlens.editing.outcome import Outcome, Query, Resources, find_value, outer
 from driftlens.editing.target import down_projection_out
 from driftlens.errors import EditError
 from driftlens.facts import EditRequest
@@ -24,6 +24,12 @@ from driftlens.interventions import down_in_name, down_out_name
 from driftlens.models import LensModel
 
 SMALLEST_ALIGNMENT = 1e-6
+
+
+def query(model: LensModel, config: RomeConfig) -> Query:
+    """The vector is added to the down-projection's output; keys are wanted, too."""
+    place = down_projection_out(model, config.layer)
+    return Query(config.layer, (place,), (down_in_name(config.layer),))
 
 
 def rome(
@@ -60,8 +66,7 @@ def _rank_one(
     keys_name, out_name = down_in_name(layer), down_out_name(layer)
 
     # 1. and 2. Keys and outputs, of the plain prompt and of the contexts; the value.
-    place = down_projection_out(model, layer)
-    begun, value = find_value(model, request, layer, [place], config, resources, [keys_name])
+    begun, value = find_value(model, request, query(model, config), config, resources)
     mean_key = begun.contexts[keys_name].mean(0)
 
     # 3. The direction.
