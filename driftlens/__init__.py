@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         PmetConfig,
         RomeConfig,
     )
-    from driftlens.editing.methods import edit, edit_sequence
+    from driftlens.editing.methods import edit, edit_each, edit_sequence
     from driftlens.editing.outcome import NullSpaceState
     from driftlens.editing.penalties import Penalty, PenaltyTerm, Sites
     from driftlens.editing.rivals import EssenceKL, HiddenDrift, KeyDrift
@@ -81,6 +81,7 @@ _HOME = {
     "PmetConfig": "editing.configs",
     "RomeConfig": "editing.configs",
     "edit": "editing.methods",
+    "edit_each": "editing.methods",
     "edit_sequence": "editing.methods",
     "NullSpaceState": "editing.outcome",
     "Penalty": "editing.penalties",
@@ -160,6 +161,7 @@ __all__ = [
     "Sites",
     "TokenError",
     "edit",
+    "edit_each",
     "edit_sequence",
     "key_covariance",
     "key_covariances",

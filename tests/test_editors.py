@@ -14,6 +14,7 @@ import tiny
 import torch
 
 import driftlens as dl
+import driftlens.editing.outcome as outcome
 from driftlens.editing.alphaedit import null_space_right, project
 from driftlens.editing.configs import EmmetConfig
 from driftlens.editing.emmet import equality_right
@@ -447,6 +448,59 @@ def test_a_sequence_is_one_edit_after_another(method: str) -> None:
     assert [n for n, _ in seen] == [1, 2, 3]
     assert seen[2][1]["Rome"] == pytest.approx(found[0], abs=1e-6)
     assert found == pytest.approx(by_hand, abs=5e-3)
+
+
+@pytest.mark.parametrize("engine", ["plain", "suffix"])
+@pytest.mark.parametrize("method", METHODS)
+def test_edits_of_each_are_those_of_single_calls(method: str, engine: str) -> None:
+    model = lens("gpt2")
+    options = {**options_for(method, model), "engine": engine, "penalty": dl.SADR(0.5, "all")}
+    if "early_stop_loss" in options:  # so that some stop earlier than others
+        free = [dl.edit(model, request, method, **options) for request in REQUESTS]
+        lowest = [min(r["loss"] for r in edit.trace[:-1]) for edit in free]
+        options["early_stop_loss"] = sorted(lowest)[1] + 1e-6
+    single = [dl.edit(model, request, method, **options) for request in REQUESTS]
+    each = list(dl.edit_each(model, REQUESTS, method, **options))
+    assert [edit.requests for edit in each] == [(request,) for request in REQUESTS]
+    for mine, expected in zip(each, single, strict=True):
+        assert len(mine.trace) == len(expected.trace)
+        assert [r["sadr"] for r in mine.trace] == pytest.approx(
+            [r["sadr"] for r in expected.trace], rel=1e-6, abs=1e-12
+        )
+        for name, delta in expected.deltas.items():
+            for field, tensor in delta.tensors().items():
+                error = (mine.deltas[name].tensors()[field] - tensor).norm()
+                assert error <= 1e-6 * tensor.norm()  # both are 0 where a search stops at once
+        assert mine.info["seconds"] > 0
+    if "early_stop_loss" in options:
+        assert len({len(edit.trace) for edit in single}) > 1
+
+
+def test_values_are_searched_in_parts_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lens("gpt2")
+    options = LOCATED["memit"]
+    expected = dl.edit(model, REQUESTS, "memit", **options)
+    sizes: list[int] = []
+    limit = 0
+    search = outcome.optimise_values
+
+    def watched(starts: Any, *args: Any) -> Any:
+        sizes.append(len(starts))
+        if len(starts) > limit:
+            raise torch.OutOfMemoryError
+        return search(starts, *args)
+
+    monkeypatch.setattr(outcome, "optimise_values", watched)
+    for most, room, parts in ((9, 2**30, [3]), (9, 1, [1, 1, 1]), (2, 2**30, [3, 1, 2])):
+        sizes.clear()
+        limit = most
+        monkeypatch.setattr(outcome, "VALUE_BUDGET", room)
+        found = dl.edit(model, REQUESTS, "memit", **options)
+        assert sizes == parts
+        for layer in LAYERS:
+            assert (
+                relative(change_of(model, found, layer), change_of(model, expected, layer)) < 1e-6
+            )
 
 
 def test_a_sequence_refuses_a_bad_fact_before_the_first_edit() -> None:

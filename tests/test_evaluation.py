@@ -195,16 +195,15 @@ def test_the_table_resumes_and_counts_failures(
     model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = read_merged(write(tmp_path / "data.json", RECORD))
-    cases.append(Case("long", dl.EditRequest("{} is", "The Louvre", "Rome", "x " * 200)))
     monkeypatch.setattr(editors.dl, "load_model", lambda name: model)
     asked = []
-    made = dl.edit
+    made = dl.edit_each
 
-    def small(*args: Any, **options: Any) -> dl.Edit:
-        asked.append(options["method"] if "method" in options else args[2])
+    def watched(*args: Any, **options: Any) -> Any:
+        asked.append(args[2])
         return made(*args, **options)
 
-    monkeypatch.setattr(editors.dl, "edit", small)
+    monkeypatch.setattr(editors.dl, "edit_each", watched)
     with pytest.warns(UserWarning, match="known to be good"):
         target = editors.run("tiny", cases[:1], ["ft-m", "grace"], tmp_path)
     assert asked == ["ft-m", "ft-m", "grace", "grace"]
@@ -219,6 +218,17 @@ def test_the_table_resumes_and_counts_failures(
     with pytest.warns(UserWarning, match="known to be good"):
         assert json.loads(editors.run("tiny", cases[:1], ["ft-m", "grace"], tmp_path).read_text())
     assert len(asked) == 4
+
+
+def test_a_case_that_cannot_be_edited_is_recorded(model: dl.LensModel, tmp_path: Path) -> None:
+    good = read_merged(write(tmp_path / "data.json", RECORD))
+    long = Case("long", dl.EditRequest("{} is " + "x " * 300 + "in", "The Louvre", "Rome", "Oslo"))
+    config = dl.FtConfig(layer=1, steps=2)
+    edited = editors.edit_cases(model, [long, *good], "ft-m", config)
+    found = {case.id: record for case, record in edited}
+    assert set(found) == {"long", "data-0"}
+    assert "more than the 128 of tiny" in found["long"]["error"]
+    assert len(found["data-0"]["answers"]) == 5
 
 
 def test_many_facts_at_once_and_in_a_row(

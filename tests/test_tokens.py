@@ -439,7 +439,7 @@ def test_target_is_concatenated_and_never_decoded(
         monkeypatch.setattr(tokenizer, name, never)
     tokens = tokens_of(kind)
     ids = tokens.target_ids(target)
-    model: Any = SimpleNamespace(tokens=tokens, device="cpu")
+    model: Any = SimpleNamespace(tokens=tokens, device="cpu", check_length=lambda n, text: None)
     request = EditRequest("{} is in", "The Eiffel Tower", target)
     problem = build_problem(model, request, [Context(), Context(before="Yes, and. ")])
     assert problem.rows[:2] == [prompt + ids[:-1] for prompt in prompts]

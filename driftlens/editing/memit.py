@@ -70,7 +70,7 @@ def spread(
     return Outcome(change.deltas, trace, {**info, "layers": change.info})
 
 
-def query(model: LensModel, config: ValueSearch) -> Query:
+def residual_query(model: LensModel, config: ValueSearch) -> Query:
     """The vector is added to the residual stream after the last edited layer."""
     top = config.edited_layers[-1]
     return Query(top, (block_out(model, top),))
@@ -87,7 +87,7 @@ def wanted_residuals(
     trace: list[dict[str, Any]] = []
     norms: list[float] = []
     info: dict[str, Any] = {}
-    found = find_values(model, requests, query(model, config), config, resources)
+    found = find_values(model, requests, residual_query(model, config), config, resources)
     for i, (begun, value) in enumerate(found):
         wanted.append(begun.initial[0].double() + value.delta.double())
         trace += [{"fact": i, **record} for record in value.trace]

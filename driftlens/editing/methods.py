@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -35,11 +35,11 @@ from driftlens.editing.emmet import emmet
 from driftlens.editing.family import as_penalties
 from driftlens.editing.fine_tuning import ft_l, ft_m
 from driftlens.editing.grace import grace
-from driftlens.editing.memit import memit
-from driftlens.editing.outcome import NullSpaceState, Outcome, Resources
+from driftlens.editing.memit import memit, residual_query
+from driftlens.editing.outcome import NullSpaceState, Outcome, Query, Resources, find_values
 from driftlens.editing.penalties import Penalty
-from driftlens.editing.pmet import pmet
-from driftlens.editing.rome import r_rome, rome
+from driftlens.editing.pmet import pmet, pmet_query
+from driftlens.editing.rome import r_rome, rome, rome_query
 from driftlens.editing.statistics import resolve_covariances
 from driftlens.editing.target import build_problem
 from driftlens.edits import Edit, make_edit
@@ -60,6 +60,7 @@ class Method:
         run: Its function; of one fact, or of a list of facts if it takes several.
         takes_several: Whether it edits many facts at once.
         needs_covariance: Whether it needs second moments of other keys.
+        query: What it searches values of, if it does.
     """
 
     title: str
@@ -67,19 +68,23 @@ class Method:
     run: Callable[[LensModel, Any, Any, Resources], Outcome]
     takes_several: bool = False
     needs_covariance: bool = True
+    query: Callable[[LensModel, Any], Query] | None = None
 
 
 _ENTRIES: list[tuple[str, Method]] = [
-    ("rome", Method("ROME (Meng et al., NeurIPS 2022)", RomeConfig, rome)),
-    ("r-rome", Method("r-ROME (Gupta et al., 2024)", RomeConfig, r_rome)),
-    ("memit", Method("MEMIT (Meng et al., ICLR 2023)", MemitConfig, memit, True)),
-    ("pmet", Method("PMET (Li et al., AAAI 2024)", PmetConfig, pmet, True)),
-    ("emmet", Method("EMMET (Gupta et al., 2024)", EmmetConfig, emmet, True)),
-    ("alphaedit", Method("AlphaEdit (Fang et al., ICLR 2025)", AlphaEditConfig, alphaedit, True)),
+    ("rome", Method("ROME (Meng et al., NeurIPS 2022)", RomeConfig, rome, query=rome_query)),
+    ("r-rome", Method("r-ROME (Gupta et al., 2024)", RomeConfig, r_rome, query=rome_query)),
+    ("memit", Method("MEMIT (Meng et al., ICLR 2023)", MemitConfig, memit, True,
+                     query=residual_query)),
+    ("pmet", Method("PMET (Li et al., AAAI 2024)", PmetConfig, pmet, True,
+                    query=pmet_query)),
+    ("emmet", Method("EMMET (Gupta et al., 2024)", EmmetConfig, emmet, True, query=residual_query)),
+    ("alphaedit", Method("AlphaEdit (Fang et al., ICLR 2025)", AlphaEditConfig, alphaedit, True,
+                         query=residual_query)),
     ("ft-l", Method("FT-L: fine-tuning (Meng et al., 2022)", FtConfig, ft_l, True, False)),
     ("ft-m", Method("FT-M: fine-tuning (Zhang et al., 2024)", FtConfig, ft_m, True, False)),
     ("grace", Method("GRACE (Hartvigsen et al., NeurIPS 2023)", GraceConfig, grace, False, False)),
-]
+]  # fmt: skip
 METHODS: dict[str, Method] = dict(_ENTRIES)
 
 
@@ -157,6 +162,64 @@ def edit(
         trace=outcome.trace,
         info={**outcome.info, "seconds": time.monotonic() - started},
     )
+
+
+def edit_each(
+    model: LensModel,
+    requests: Sequence[EditRequest],
+    method: str = "rome",
+    *,
+    config: EditConfig | None = None,
+    penalty: Penalty | Sequence[Penalty] | None = None,
+    context_prompts: Sequence[str] | None = None,
+    covariance: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+    engine: Engine | None = None,
+    **overrides: Any,
+) -> Iterator[Edit]:
+    """Edit facts independently of one another: an edit of the given model for each.
+
+    The same as calling :func:`edit` for each fact, but values of many facts are searched in
+    shared passes, which takes less time. An edit's ``info["seconds"]`` is its share of that.
+
+    Args:
+        requests: The facts; their edits come in this order, once all values are found.
+
+    The others are those of :func:`edit`. AlphaEdit treats each fact as the first one.
+
+    Raises:
+        RequestError: As :func:`edit`.
+        ModelError: As :func:`edit`.
+        TokenError: If any subject or target cannot be tokenized.
+        EditError: If an edit cannot be computed.
+    """
+    facts = _requests(requests)
+    chosen = resolve_config(model, method, config, overrides)
+    state = NullSpaceState() if method == "alphaedit" else None
+    resources = _resources(
+        model, method, chosen, penalty, context_prompts, covariance, seed, progress, engine, state
+    )
+    query = METHODS[method].query
+    searched: Sequence[Any] = [None] * len(facts)
+    if query is not None:
+        searched = find_values(model, facts, query(model, chosen), chosen, resources)
+    for request, value in zip(facts, searched, strict=True):
+        started = time.monotonic()
+        known = {} if value is None else {request: value}
+        fresh = NullSpaceState(resources.state.projections, resources.state.ranks)
+        own = replace(resources, found=known, state=fresh)
+        outcome = _run(model, (request,), method, chosen, own)
+        before = 0.0 if value is None else value[1].seconds
+        yield make_edit(
+            model,
+            outcome.deltas,
+            method=method,
+            requests=(request,),
+            config=_record(model, chosen, resources, seed),
+            trace=outcome.trace,
+            info={**outcome.info, "seconds": before + time.monotonic() - started},
+        )
 
 
 def edit_sequence(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +15,18 @@ from driftlens.editing.configs import ValueSearch
 from driftlens.editing.contexts import Context
 from driftlens.editing.penalties import Penalty
 from driftlens.editing.statistics import KeyCovariance
-from driftlens.editing.target import Descent, Place, Start, Value, optimise_values, start
+from driftlens.editing.target import (
+    Descent,
+    Place,
+    Start,
+    Value,
+    build_problem,
+    optimise_values,
+    start,
+)
 from driftlens.facts import EditRequest
 from driftlens.models import DownProjection, LensModel
-from driftlens.reuse import Engine, budget
+from driftlens.reuse import Engine, budget, choose_engine
 from driftlens.weights import Delta, LowRankDelta
 
 Found = tuple[Start, Value]
@@ -124,7 +133,7 @@ def find_value(
         TokenError: If the subject cannot be located or the target is empty.
         EditError: If the loss stops being a number.
     """
-    return next(iter(find_values(model, [request], query, config, resources)))
+    return find_values(model, [request], query, config, resources)[0]
 
 
 def find_values(
@@ -133,8 +142,8 @@ def find_values(
     query: Query,
     config: ValueSearch,
     resources: Resources,
-) -> Iterator[Found]:
-    """The same for many facts: as many in one pass as memory allows, in their order.
+) -> list[Found]:
+    """The same for many facts: those of like length, as many in one pass as memory allows.
 
     Raises:
         TokenError: If a subject cannot be located or a target is empty.
@@ -142,32 +151,33 @@ def find_values(
     """
     search = descent_of(config) if query.search is None else query.search
     room = budget(model, VALUE_BUDGET)
-    group: list[Start] = []
+    found = {i: resources.found[r] for i, r in enumerate(requests) if r in resources.found}
+    missing = [i for i in range(len(requests)) if i not in found]
+    widths = {i: _width(model, requests[i], query, config, resources) for i in missing}
+    groups: list[list[int]] = []
+    for i in sorted(missing, key=widths.__getitem__):
+        # Rows are padded to the last one's width.
+        group = [*(groups[-1] if groups else []), i]
+        fits = len(group) * _bytes_of_step(model, query, widths[i], resources) <= room
+        groups = [*groups[:-1], group] if groups and fits else [*groups, [i]]
     with tqdm(total=len(requests), desc="values", unit="fact",
               disable=not resources.progress or len(requests) == 1) as bar:  # fmt: skip
-
-        def finished() -> Iterator[Found]:
-            values = _in_one_pass(group, search, resources)
-            for begun, value in zip(group, values, strict=True):
-                bar.update()
-                yield replace(begun, reused=None), value
-            group.clear()
-
-        for request in requests:
-            if request in resources.found:
-                yield from finished() if group else ()
-                bar.update()
-                yield resources.found[request]
-                continue
-            begun = start(
-                model, request, resources.contexts, query.layer, query.places, query.record,
-                kl_position=config.kl_position, engine=resources.engine,
-            )  # fmt: skip
-            if group and sum(map(_bytes_of, [*group, begun])) > room:
-                yield from finished()
-            group.append(begun)
-        if group:
-            yield from finished()
+        bar.update(len(found))
+        for group in groups:
+            started = time.monotonic()
+            starts = [
+                start(
+                    model, requests[i], resources.contexts, query.layer, query.places,
+                    query.record, kl_position=config.kl_position, engine=resources.engine,
+                )
+                for i in group
+            ]  # fmt: skip
+            values = _in_one_pass(starts, search, resources)
+            share = (time.monotonic() - started) / len(group)
+            for i, begun, value in zip(group, starts, values, strict=True):
+                found[i] = replace(begun, reused=None), replace(value, seconds=share)
+            bar.update(len(group))
+    return [found[i] for i in range(len(requests))]
 
 
 def _in_one_pass(starts: Sequence[Start], search: Descent, resources: Resources) -> list[Value]:
@@ -183,14 +193,26 @@ def _in_one_pass(starts: Sequence[Start], search: Descent, resources: Resources)
         return [value for half in halves for value in _in_one_pass(half, search, resources)]
 
 
-def _bytes_of(start: Start) -> int:
-    """About what one step keeps for its gradient."""
-    model, rows = start.model, start.problem.rows
-    starts = start.starts if start.reused is not None else [0] * len(rows)
-    width = max(len(row) - first for row, first in zip(rows, starts, strict=True))
-    per_token = 12 * model.info.d_model + 4 * model.down_projection(start.layer).d_mlp
-    layers = model.info.n_layers - start.enters
-    return 4 * len(rows) * width * (layers * per_token + 4 * model.info.d_vocab // width)
+def _width(
+    model: LensModel,
+    request: EditRequest,
+    query: Query,
+    config: ValueSearch,
+    resources: Resources,
+) -> int:
+    """How many positions of a row a step runs."""
+    problem = build_problem(model, request, resources.contexts, config.kl_position)
+    whole = choose_engine(model, resources.engine) == "plain"
+    firsts = [0] * len(problem.rows) if whole else problem.subject
+    return max(len(row) - first for row, first in zip(problem.rows, firsts, strict=True))
+
+
+def _bytes_of_step(model: LensModel, query: Query, width: int, resources: Resources) -> int:
+    """About what one step of one fact keeps for its gradient."""
+    per_token = 12 * model.info.d_model + 4 * model.down_projection(query.layer).d_mlp
+    layers = model.info.n_layers - min(place.enters for place in query.places)
+    rows = len(resources.contexts) + 1
+    return 4 * rows * (width * layers * per_token + 4 * model.info.d_vocab)
 
 
 def outer(

@@ -26,7 +26,7 @@ from driftlens.interventions import down_out_name
 from driftlens.models import LensModel
 
 
-def query(model: LensModel, config: PmetConfig) -> Query:
+def pmet_query(model: LensModel, config: PmetConfig) -> Query:
     """One vector is added to the MLP's output, and one to the attention's."""
     top = config.edited_layers[-1]
     places = (down_projection_out(model, top), attention_out(model, top))
@@ -48,7 +48,7 @@ def pmet(
     trace: list[dict[str, Any]] = []
     norms: list[list[float]] = []
     for i, (begun, value) in enumerate(
-        find_values(model, requests, query(model, config), config, resources)
+        find_values(model, requests, pmet_query(model, config), config, resources)
     ):
         wanted.append(begun.initial[0].double() + value.deltas[0].double())
         trace += [{"fact": i, **record} for record in value.trace]

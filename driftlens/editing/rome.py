@@ -26,7 +26,7 @@ from driftlens.models import LensModel
 SMALLEST_ALIGNMENT = 1e-6
 
 
-def query(model: LensModel, config: RomeConfig) -> Query:
+def rome_query(model: LensModel, config: RomeConfig) -> Query:
     """The vector is added to the down-projection's output; keys are wanted, too."""
     place = down_projection_out(model, config.layer)
     return Query(config.layer, (place,), (down_in_name(config.layer),))
@@ -66,7 +66,7 @@ def _rank_one(
     keys_name, out_name = down_in_name(layer), down_out_name(layer)
 
     # 1. and 2. Keys and outputs, of the plain prompt and of the contexts; the value.
-    begun, value = find_value(model, request, query(model, config), config, resources)
+    begun, value = find_value(model, request, rome_query(model, config), config, resources)
     mean_key = begun.contexts[keys_name].mean(0)
 
     # 3. The direction.

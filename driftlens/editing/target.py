@@ -76,11 +76,14 @@ def build_problem(
 
     Raises:
         TokenError: If the subject cannot be located or the target is empty.
+        RequestError: If a prompt with its target is longer than the model's context.
     """
     target = model.tokens.target_ids(request.target_new)
     located = [subject_in_context(model, request, context) for context in contexts]
     essence = model.tokens.encode(request.subject + ESSENCE_SUFFIX)
     essence_subject = model.tokens.span_of_characters(essence, 0, len(request.subject)).last
+    for ids, _ in located:
+        model.check_length(len(ids) + len(target) - 1, request.text)
     read = essence_subject if kl_position == "subject" else len(essence.ids) - 1
     return ValueProblem(
         # Nothing behind the position that is read matters.
@@ -101,6 +104,7 @@ def subject_in_context(
     text = context.before + request.text + context.after
     encoded = model.tokens.encode_prompt(text)
     span = model.tokens.span_of_characters(encoded, start, start + len(request.subject))
+    model.check_length(len(encoded), text)
     return encoded.ids, span.last
 
 
@@ -336,11 +340,13 @@ class Value:
             target's probability), ``delta_norm`` (of all deltas as one vector), and the
             penalties' notes.
         engine: How the passes were run.
+        seconds: The fact's share of the time that the search took.
     """
 
     deltas: list[Float[torch.Tensor, " d_model"]]
     trace: list[dict[str, Any]]
     engine: Engine
+    seconds: float = 0.0
 
     @property
     def delta(self) -> Float[torch.Tensor, " d_model"]:

@@ -14,7 +14,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,25 +35,45 @@ from driftlens.journal import Journal
 RESTRICTIONS = ("none", "sadr")
 
 
-def edit_case(
+def edit_cases(
     model: dl.LensModel,
-    case: Case,
+    cases: Sequence[Case],
     method: str,
     config: Any,
     penalties: Sequence[dl.Penalty] = (),
-) -> dict[str, Any]:
-    """Edit a case, ask everything, and undo it: a JSON-ready record."""
-    edit = dl.edit(
-        model, case.request, method, config=config, penalty=list(penalties), progress=False
-    )
-    with edit.applied(model):
-        found = answers(model, case)
-    return {
-        "answers": [answer.to_dict() for answer in found],
-        "seconds": edit.info["seconds"],
-        "steps": len(edit.trace),
-        "target_prob": edit.trace[-1]["target_prob"],
-    }
+) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Edit cases one by one from the same model, ask everything, and undo it.
+
+    Values of several cases are searched in shared passes. A case that cannot be edited gets a
+    record with its ``error``.
+    """
+    options: dict[str, Any] = {"config": config, "penalty": list(penalties), "progress": False}
+
+    def record(case: Case, edit: dl.Edit) -> dict[str, Any]:
+        with edit.applied(model):
+            found = answers(model, case)
+        return {
+            "answers": [answer.to_dict() for answer in found],
+            "seconds": edit.info["seconds"],
+            "steps": len(edit.trace),
+            "target_prob": edit.trace[-1]["target_prob"],
+        }
+
+    for first in range(0, len(cases), CASES_AT_ONCE):
+        part = cases[first : first + CASES_AT_ONCE]
+        try:
+            edits = list(dl.edit_each(model, [case.request for case in part], method, **options))
+        except DriftLensError:  # one of them: find out which
+            edits = []
+        for i, case in enumerate(part):
+            try:
+                made = edits[i] if edits else dl.edit(model, case.request, method, **options)
+                yield case, record(case, made)
+            except DriftLensError as error:
+                yield case, {"error": str(error)}
+
+
+CASES_AT_ONCE = 16
 
 
 def run(model_name: str, cases: Sequence[Case], methods: Sequence[str], out: Path) -> Path:
@@ -81,18 +101,26 @@ def run(model_name: str, cases: Sequence[Case], methods: Sequence[str], out: Pat
         unit = {**original, "case": case.id}
         if unit not in journal:
             journal.add(unit, answers=[answer.to_dict() for answer in answers(model, case)])
-    # Case by case, so that a stopped run has something of every method.
-    for unit, case, penalties in tqdm(sorted(units, key=lambda u: u[1].id), desc="edits"):
-        if unit in journal:
-            continue
-        method = unit["method"]
-        try:
-            record = edit_case(model, case, method, configs[method], penalties)
-        except DriftLensError as error:
-            record = {"error": str(error)}
-        journal.add(unit, **record)
-        if model.fingerprint() != fingerprint:
-            raise SystemExit("The model's weights are not what they were before the edit.")
+    # Part by part of the cases, so that a stopped run has something of every method.
+    for first in tqdm(range(0, len(cases), CASES_AT_ONCE), desc="parts of the cases"):
+        part = {case.id for case in cases[first : first + CASES_AT_ONCE]}
+        for method in tqdm(methods, desc="editors", leave=False):
+            for restricted in (False, True):
+                missing = {
+                    case: unit
+                    for unit, case, penalties in units
+                    if unit["method"] == method
+                    and bool(penalties) == restricted
+                    and case.id in part
+                    and unit not in journal
+                }
+                penalties = [dl.SADR(gamma=gammas[method])] if restricted else []
+                for case, record in edit_cases(
+                    model, list(missing), method, configs[method], penalties
+                ):
+                    journal.add(missing[case], **record)
+                if model.fingerprint() != fingerprint:
+                    raise SystemExit("The model's weights are not what they were before.")
     rows = [_row("none", "none", [journal[{**original, "case": c.id}] for c in cases])]
     for method in methods:
         for restriction in RESTRICTIONS:

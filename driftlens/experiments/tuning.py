@@ -27,7 +27,7 @@ from driftlens.cases import Case, balanced, read_merged, tuning_split
 from driftlens.editing.methods import METHODS, resolve_config
 from driftlens.errors import DriftLensError
 from driftlens.evaluation import Answer, harmonic_mean, rates
-from driftlens.experiments.editors import edit_case
+from driftlens.experiments.editors import edit_cases
 from driftlens.journal import Journal
 
 GAMMAS = (0.01, 0.05, 0.2, 0.8)
@@ -90,12 +90,11 @@ class Search:
         if unit not in self.journal:
             penalties = [] if gamma is None else [dl.SADR(gamma=gamma)]
             found, seconds = [], 0.0
+            edited = edit_cases(self.model, self.cases, self.method, config, penalties)
             shown = f"{self.method} gamma {gamma}"
-            for case in tqdm(self.cases, desc=shown, leave=False):
-                try:
-                    record = edit_case(self.model, case, self.method, config, penalties)
-                except DriftLensError as error:
-                    self.journal.add(unit, error=f"{case.id}: {error}")
+            for case, record in tqdm(edited, desc=shown, total=len(self.cases), leave=False):
+                if "error" in record:
+                    self.journal.add(unit, error=f"{case.id}: {record['error']}")
                     return self.journal[unit]
                 found.append([Answer(**a) for a in record["answers"]])
                 seconds += record["seconds"]
