@@ -358,7 +358,8 @@ class Bench:
         """What is known before the search."""
         place = down_projection_out(self.model, search.layer)
         record = [down_in_name(search.layer)]
-        return start(self.model, request, contexts, search.layer, [place], record)
+        problem = build_problem(self.model, request, contexts)
+        return start(self.model, request, problem, search.layer, [place], record)
 
     def _edit_ops(self, task: oracles.ValueTask, search: RomeConfig) -> float:
         """One whole pass for what is kept, then the layers above, suffixes only, both ways."""
@@ -534,7 +535,7 @@ def measure_memory(name: str) -> dict[str, Any]:
         dl.score(model, prompt, [answer])
     peak = memory_of("VmHWM")
     # Only now: looking at what is saved keeps it alive for longer.
-    begun = start(model, request, contexts, config.layer,
+    begun = start(model, request, build_problem(model, request, contexts), config.layer,
                   [down_projection_out(model, config.layer)])  # fmt: skip
     one_step = descent_of(resolve_config(model, "rome", config, {"steps": 1}))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

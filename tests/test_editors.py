@@ -491,7 +491,7 @@ def test_values_are_searched_in_parts_if_memory_is_short(monkeypatch: pytest.Mon
         return search(starts, *args)
 
     monkeypatch.setattr(outcome, "optimise_values", watched)
-    for most, room, parts in ((9, 2**30, [3]), (9, 1, [1, 1, 1]), (2, 2**30, [3, 1, 2])):
+    for most, room, parts in ((9, 2**30, [3]), (9, 1, [1, 1, 1]), (2, 2**30, [3, 2, 1])):
         sizes.clear()
         limit = most
         monkeypatch.setattr(outcome, "VALUE_BUDGET", room)

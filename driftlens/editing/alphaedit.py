@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 
 from driftlens.editing.configs import AlphaEditConfig
-from driftlens.editing.memit import spread
+from driftlens.editing.memit import residual_query
 from driftlens.editing.outcome import NullSpaceState, Outcome, Resources
-from driftlens.editing.spreading import Facts
+from driftlens.editing.spreading import Facts, spread
 from driftlens.editing.statistics import KeyCovariance
 from driftlens.errors import EditError
 from driftlens.facts import EditRequest
@@ -56,7 +56,8 @@ def alphaedit(
             keys = facts.keys(layer).cpu()
             products[layer] = keys.T @ keys
 
-    outcome = spread(model, requests, config, resources, right, look)
+    query = residual_query(model, config)
+    outcome = spread(model, requests, query, config, resources, right, afterwards=look)
     for layer, product in products.items():
         state.key_sums[layer] = state.key_sums.get(layer, 0) + product
     null_space = {str(layer): state.ranks[layer] for layer in layers}

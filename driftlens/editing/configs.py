@@ -79,19 +79,28 @@ class RomeConfig(ValueSearch):
 
 
 @dataclass(frozen=True)
-class MemitConfig(ValueSearch):
-    """Hyperparameters of MEMIT.
+class SpreadSearch(ValueSearch):
+    """Hyperparameters of editors that spread a change over several layers, as MEMIT has them.
 
     Args:
         layers: Whose down-projections share the change.
-        cov_weight: lambda, the weight of the second moments of other keys (``mom2_update_weight``).
     """
 
     layers: Layers = field(kw_only=True)
-    cov_weight: Positive = 15000.0
     clamp_factor: Positive = 0.75
     context_lengths: Lengths = (10,)
     contexts_per_word: Count = 1
+
+
+@dataclass(frozen=True)
+class MemitConfig(SpreadSearch):
+    """Hyperparameters of MEMIT.
+
+    Args:
+        cov_weight: lambda, the weight of the second moments of other keys (``mom2_update_weight``).
+    """
+
+    cov_weight: Positive = 15000.0
 
 
 @dataclass(frozen=True)
@@ -125,22 +134,17 @@ class EmmetConfig(MemitConfig):
 
 
 @dataclass(frozen=True)
-class AlphaEditConfig(ValueSearch):
+class AlphaEditConfig(SpreadSearch):
     """Hyperparameters of AlphaEdit.
 
     Args:
-        layers: Whose down-projections share the change.
         nullspace_threshold: Directions of other keys whose second moment is smaller count as
             their null space, to which the change is confined.
         ridge: L2, the weight of the update's own size.
     """
 
-    layers: Layers = field(kw_only=True)
     nullspace_threshold: Positive = 0.02
     ridge: Positive = 10.0
-    clamp_factor: Positive = 0.75
-    context_lengths: Lengths = (10,)
-    contexts_per_word: Count = 1
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 
 from driftlens.editing.configs import EmmetConfig
-from driftlens.editing.memit import spread
+from driftlens.editing.memit import residual_query
 from driftlens.editing.outcome import Outcome, Resources
+from driftlens.editing.spreading import spread
 from driftlens.editing.statistics import KeyCovariance
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
@@ -35,7 +36,7 @@ def emmet(
     def right(layer: int, keys: Float[torch.Tensor, "fact d_mlp"]) -> torch.Tensor:
         return equality_right(keys, resources.covariances[layer], config)
 
-    return spread(model, requests, config, resources, right)
+    return spread(model, requests, residual_query(model, config), config, resources, right)
 
 
 def equality_right(

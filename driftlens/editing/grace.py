@@ -19,7 +19,13 @@ from driftlens.codebook import Codebook
 from driftlens.editing.configs import GraceConfig
 from driftlens.editing.contexts import Context
 from driftlens.editing.outcome import Outcome, Resources
-from driftlens.editing.target import Descent, down_projection_out, optimise_value, start
+from driftlens.editing.target import (
+    Descent,
+    build_problem,
+    down_projection_out,
+    optimise_value,
+    start,
+)
 from driftlens.facts import EditRequest
 from driftlens.interventions import down_in_name, down_out_name
 from driftlens.models import LensModel
@@ -35,8 +41,9 @@ def grace(
     """
     layer = config.layer
     down = model.down_projection(layer)
+    problem = build_problem(model, request, [Context()])
     begun = start(
-        model, request, [Context()], layer, [down_projection_out(model, layer)],
+        model, request, problem, layer, [down_projection_out(model, layer)],
         [down_in_name(layer)], token="last_prompt", engine=resources.engine,
     )  # fmt: skip
     search = Descent(

@@ -71,21 +71,35 @@ class Method:
     query: Callable[[LensModel, Any], Query] | None = None
 
 
-_ENTRIES: list[tuple[str, Method]] = [
-    ("rome", Method("ROME (Meng et al., NeurIPS 2022)", RomeConfig, rome, query=rome_query)),
-    ("r-rome", Method("r-ROME (Gupta et al., 2024)", RomeConfig, r_rome, query=rome_query)),
-    ("memit", Method("MEMIT (Meng et al., ICLR 2023)", MemitConfig, memit, True,
-                     query=residual_query)),
-    ("pmet", Method("PMET (Li et al., AAAI 2024)", PmetConfig, pmet, True,
-                    query=pmet_query)),
-    ("emmet", Method("EMMET (Gupta et al., 2024)", EmmetConfig, emmet, True, query=residual_query)),
-    ("alphaedit", Method("AlphaEdit (Fang et al., ICLR 2025)", AlphaEditConfig, alphaedit, True,
-                         query=residual_query)),
-    ("ft-l", Method("FT-L: fine-tuning (Meng et al., 2022)", FtConfig, ft_l, True, False)),
-    ("ft-m", Method("FT-M: fine-tuning (Zhang et al., 2024)", FtConfig, ft_m, True, False)),
-    ("grace", Method("GRACE (Hartvigsen et al., NeurIPS 2023)", GraceConfig, grace, False, False)),
-]  # fmt: skip
-METHODS: dict[str, Method] = dict(_ENTRIES)
+METHODS: dict[str, Method] = {
+    "rome": Method("ROME (Meng et al., NeurIPS 2022)", RomeConfig, rome, query=rome_query),
+    "r-rome": Method("r-ROME (Gupta et al., 2024)", RomeConfig, r_rome, query=rome_query),
+    "memit": Method(
+        "MEMIT (Meng et al., ICLR 2023)", MemitConfig, memit,
+        takes_several=True, query=residual_query,
+    ),
+    "pmet": Method(
+        "PMET (Li et al., AAAI 2024)", PmetConfig, pmet, takes_several=True, query=pmet_query
+    ),
+    "emmet": Method(
+        "EMMET (Gupta et al., 2024)", EmmetConfig, emmet, takes_several=True, query=residual_query
+    ),
+    "alphaedit": Method(
+        "AlphaEdit (Fang et al., ICLR 2025)", AlphaEditConfig, alphaedit,
+        takes_several=True, query=residual_query,
+    ),
+    "ft-l": Method(
+        "FT-L: fine-tuning (Meng et al., 2022)", FtConfig, ft_l,
+        takes_several=True, needs_covariance=False,
+    ),
+    "ft-m": Method(
+        "FT-M: fine-tuning (Zhang et al., 2024)", FtConfig, ft_m,
+        takes_several=True, needs_covariance=False,
+    ),
+    "grace": Method(
+        "GRACE (Hartvigsen et al., NeurIPS 2023)", GraceConfig, grace, needs_covariance=False
+    ),
+}  # fmt: skip
 
 
 def edit(

@@ -20,13 +20,15 @@ from driftlens.editing.target import (
     Place,
     Start,
     Value,
+    ValueProblem,
     build_problem,
+    entered,
     optimise_values,
     start,
 )
 from driftlens.facts import EditRequest
 from driftlens.models import DownProjection, LensModel
-from driftlens.reuse import Engine, budget, choose_engine
+from driftlens.reuse import Engine, budget, choose_engine, in_batches
 from driftlens.weights import Delta, LowRankDelta
 
 Found = tuple[Start, Value]
@@ -153,7 +155,12 @@ def find_values(
     room = budget(model, VALUE_BUDGET)
     found = {i: resources.found[r] for i, r in enumerate(requests) if r in resources.found}
     missing = [i for i in range(len(requests)) if i not in found]
-    widths = {i: _width(model, requests[i], query, config, resources) for i in missing}
+    problems = {
+        i: build_problem(model, requests[i], resources.contexts, config.kl_position)
+        for i in missing
+    }
+    engine = choose_engine(model, resources.engine)
+    widths = {i: _width(problem, engine) for i, problem in problems.items()}
     groups: list[list[int]] = []
     for i in sorted(missing, key=widths.__getitem__):
         # Rows are padded to the last one's width.
@@ -167,12 +174,18 @@ def find_values(
             started = time.monotonic()
             starts = [
                 start(
-                    model, requests[i], resources.contexts, query.layer, query.places,
-                    query.record, kl_position=config.kl_position, engine=resources.engine,
+                    model, requests[i], problems[i], query.layer, query.places, query.record,
+                    engine=engine,
                 )
                 for i in group
             ]  # fmt: skip
-            values = _in_one_pass(starts, search, resources)
+            parts = in_batches(
+                starts, len(starts),
+                lambda part: optimise_values(
+                    part, search, resources.penalties, resources.progress
+                ),
+            )  # fmt: skip
+            values = [value for part in parts for value in part]
             share = (time.monotonic() - started) / len(group)
             for i, begun, value in zip(group, starts, values, strict=True):
                 found[i] = replace(begun, reused=None), replace(value, seconds=share)
@@ -180,37 +193,16 @@ def find_values(
     return [found[i] for i in range(len(requests))]
 
 
-def _in_one_pass(starts: Sequence[Start], search: Descent, resources: Resources) -> list[Value]:
-    """Values of several facts; halves if they do not fit into memory together."""
-    try:
-        return optimise_values(starts, search, resources.penalties, resources.progress)
-    except torch.OutOfMemoryError:
-        if len(starts) == 1:
-            raise
-        torch.cuda.empty_cache()
-        middle = len(starts) // 2
-        halves = starts[:middle], starts[middle:]
-        return [value for half in halves for value in _in_one_pass(half, search, resources)]
-
-
-def _width(
-    model: LensModel,
-    request: EditRequest,
-    query: Query,
-    config: ValueSearch,
-    resources: Resources,
-) -> int:
+def _width(problem: ValueProblem, engine: Engine) -> int:
     """How many positions of a row a step runs."""
-    problem = build_problem(model, request, resources.contexts, config.kl_position)
-    whole = choose_engine(model, resources.engine) == "plain"
-    firsts = [0] * len(problem.rows) if whole else problem.subject
+    firsts = [0] * len(problem.rows) if engine == "plain" else problem.subject
     return max(len(row) - first for row, first in zip(problem.rows, firsts, strict=True))
 
 
 def _bytes_of_step(model: LensModel, query: Query, width: int, resources: Resources) -> int:
     """About what one step of one fact keeps for its gradient."""
     per_token = 12 * model.info.d_model + 4 * model.down_projection(query.layer).d_mlp
-    layers = model.info.n_layers - min(place.enters for place in query.places)
+    layers = model.info.n_layers - entered(query.places)
     rows = len(resources.contexts) + 1
     return 4 * rows * (width * layers * per_token + 4 * model.info.d_vocab)
 

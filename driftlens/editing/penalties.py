@@ -87,13 +87,14 @@ class Penalty(ABC):
     """Its name: in the trace, in configuration files and on the command line."""
 
     def check(self, model: LensModel) -> None:
-        """Refuse a model that it does not fit.
+        """Refuse a model that it does not fit: one without the layers that it names.
 
         Raises:
             ModelError: If it names a layer that the model does not have.
-            RequestError: If it names a head that the model does not have.
+            RequestError: If it names anything else that the model does not have.
         """
-        return None
+        for layer in getattr(self, "layers", None) or ():
+            model.check_layer(layer)
 
     @abstractmethod
     def activations(self, sites: Sites) -> list[str]:

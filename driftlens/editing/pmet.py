@@ -16,13 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 
 from driftlens.editing.configs import PmetConfig
-from driftlens.editing.outcome import Outcome, Query, Resources, descent_of, find_values
-from driftlens.editing.spreading import Facts, spreading
+from driftlens.editing.outcome import Outcome, Query, Resources, descent_of
+from driftlens.editing.spreading import spread
 from driftlens.editing.target import Descent, attention_out, down_projection_out
 from driftlens.facts import EditRequest
-from driftlens.interventions import down_out_name
 from driftlens.models import LensModel
 
 
@@ -41,30 +41,13 @@ def pmet(
     Raises:
         EditError: If second moments cannot be used, or the change is not finite.
     """
-    layers, top = config.edited_layers, config.edited_layers[-1]
 
-    # 1. What is wanted of the last layer's MLP.
-    wanted: list[torch.Tensor] = []
-    trace: list[dict[str, Any]] = []
-    norms: list[list[float]] = []
-    for i, (begun, value) in enumerate(
-        find_values(model, requests, pmet_query(model, config), config, resources)
-    ):
-        wanted.append(begun.initial[0].double() + value.deltas[0].double())
-        trace += [{"fact": i, **record} for record in value.trace]
-        norms.append([float(delta.norm()) for delta in value.deltas])
-    target = torch.stack(wanted)
+    def right(layer: int, keys: Float[torch.Tensor, "fact d_mlp"]) -> torch.Tensor:
+        return resources.covariances[layer].solve_with(keys, config.cov_weight)
 
-    # 2. Layer by layer.
-    facts = Facts(model, requests, resources.contexts)
-    with spreading(model, layers, resources.progress) as change:
-        for layer, left in change.layers():
-            keys = facts.keys(layer)
-            residual = (target - facts.now(down_out_name(top))) / math.sqrt(left)
-            change.write(layer, residual, resources.covariances[layer].solve_with(
-                keys, config.cov_weight))  # fmt: skip
-    info = {"engine": value.engine, "delta_norms": norms, "layers": change.info}
-    return Outcome(change.deltas, trace, info)
+    return spread(
+        model, requests, pmet_query(model, config), config, resources, right, share=math.sqrt
+    )
 
 
 def _search(config: PmetConfig) -> Descent:

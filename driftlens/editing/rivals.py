@@ -22,7 +22,6 @@ from driftlens.editing.penalties import (
     in_float32,
 )
 from driftlens.interventions import block_out_name
-from driftlens.models import LensModel
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,6 @@ class KeyDrift(Penalty):
     def __post_init__(self) -> None:
         check_weight("KeyDrift's weight", self.weight)
         object.__setattr__(self, "layers", check_layers("KeyDrift", self.layers))
-
-    def check(self, model: LensModel) -> None:
-        """See :meth:`Penalty.check`."""
-        for layer in self.layers or ():
-            model.check_layer(layer)
 
     def activations(self, sites: Sites) -> list[str]:
         """Keys of the restricted layers that the edit can influence."""
@@ -91,11 +85,6 @@ class HiddenDrift(Penalty):
     def __post_init__(self) -> None:
         check_weight("HiddenDrift's weight", self.weight)
         object.__setattr__(self, "layers", check_layers("HiddenDrift", self.layers))
-
-    def check(self, model: LensModel) -> None:
-        """See :meth:`Penalty.check`."""
-        for layer in self.layers or ():
-            model.check_layer(layer)
 
     def activations(self, sites: Sites) -> list[str]:
         """Outputs of the restricted layers that the edit can influence."""

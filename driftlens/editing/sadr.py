@@ -80,8 +80,7 @@ class SADR(Penalty):
 
     def check(self, model: LensModel) -> None:
         """See :meth:`Penalty.check`."""
-        for layer in self.layers or ():
-            model.check_layer(layer)
+        super().check(model)
         for layer, head in () if isinstance(self.heads, str) else self._pairs():
             model.check_layer(layer)
             if head >= model.info.n_heads:

@@ -7,7 +7,7 @@ residual that the layer is to contribute and X says how it is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,17 +15,59 @@ import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
+from driftlens.editing.configs import ValueSearch
 from driftlens.editing.contexts import Context
-from driftlens.editing.outcome import outer
+from driftlens.editing.outcome import Outcome, Query, Resources, find_values, outer
 from driftlens.editing.target import subject_in_context
 from driftlens.errors import EditError
 from driftlens.facts import EditRequest
 from driftlens.interventions import down_in_name
-from driftlens.models import LensModel, recording
+from driftlens.models import LensModel
 from driftlens.reuse import in_batches
 from driftlens.weights import Delta
 
 TOKENS_PER_BATCH = 4096
+
+
+def spread(
+    model: LensModel,
+    requests: Sequence[EditRequest],
+    query: Query,
+    config: ValueSearch,
+    resources: Resources,
+    right: Callable[[int, Float[torch.Tensor, "fact d_mlp"]], torch.Tensor],
+    share: Callable[[int], float] = float,
+    afterwards: Callable[[Facts], None] | None = None,
+) -> Outcome:
+    """MEMIT's two steps, with any way of writing residuals.
+
+    Args:
+        query: What values are searched of; the first of its places is what the layers change.
+        right: X of a layer, ``[d_mlp, fact]``, from its keys; its change is then ``R X^T``.
+        share: What a residual is divided by, given how many layers are left.
+        afterwards: Called with the facts while the whole change is applied.
+    """
+    # 1. What is wanted of the last layer.
+    found = find_values(model, requests, query, config, resources)
+    wanted = torch.stack([b.initial[0].double() + v.deltas[0].double() for b, v in found])
+
+    # 2. Layer by layer.
+    facts = Facts(model, requests, resources.contexts)
+    with spreading(model, config.edited_layers, resources.progress) as change:
+        for layer, left in change.layers():
+            keys = facts.keys(layer)
+            residual = (wanted - facts.now(query.places[0].name)) / share(left)
+            change.write(layer, residual, right(layer, keys))
+        if afterwards is not None:
+            afterwards(facts)
+    norms = [[float(delta.norm()) for delta in value.deltas] for _, value in found]
+    info = {
+        "engine": found[-1][1].engine,
+        "delta_norms": [own if len(own) > 1 else own[0] for own in norms],
+        "layers": change.info,
+    }
+    trace = [{"fact": i, **record} for i, (_, v) in enumerate(found) for record in v.trace]
+    return Outcome(change.deltas, trace, info)
 
 
 class Facts:
@@ -75,10 +117,8 @@ class Facts:
 
         def run(chosen: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
             ids = self.model.tokens.pad([located[i][0] for i in chosen])
-            seen: dict[str, torch.Tensor] = {}
-            with torch.no_grad():
-                self.model.run(ids, recording(seen, [name]), stop_at=name)
-            rows = seen[name][torch.arange(len(chosen)), [located[i][1] for i in chosen]]
+            seen = self.model.record(ids, [name], stop_at=name)[name]
+            rows = seen[torch.arange(len(chosen)), [located[i][1] for i in chosen]]
             return list(zip(chosen, rows.double(), strict=True))
 
         found = dict(pair for part in in_batches(order, size, run) for pair in part)

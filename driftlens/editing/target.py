@@ -147,6 +147,11 @@ def attention_out(model: LensModel, layer: int) -> Place:
     return Place(attention_out_name(layer), layer)
 
 
+def entered(places: Sequence[Place]) -> int:
+    """The lowest layer that depends on vectors at these places."""
+    return min(place.enters for place in places)
+
+
 @dataclass(frozen=True)
 class Start:
     """What is known before the optimisation.
@@ -159,9 +164,8 @@ class Start:
         positions: Where in each row they are added; ``None`` in a row without any.
         contexts: Activations by hook name, at these positions of each context.
         plain: The same, for the prompt alone.
-        enters: Lowest layer that depends on the vectors.
-        reused: Passes from there on, over what was kept of the first one; ``None`` if all run
-            whole sequences.
+        reused: Passes from the entered layer on, over what was kept of the first one; ``None``
+            if all run whole sequences.
     """
 
     model: LensModel
@@ -171,8 +175,12 @@ class Start:
     positions: list[int | None]
     contexts: dict[str, Float[torch.Tensor, "context width"]]
     plain: dict[str, Float[torch.Tensor, " width"]]
-    enters: int
     reused: SuffixRunner | None
+
+    @property
+    def enters(self) -> int:
+        """Lowest layer that depends on the vectors."""
+        return entered(self.places)
 
     @property
     def engine(self) -> Engine:
@@ -196,29 +204,24 @@ class Start:
 def start(
     model: LensModel,
     request: EditRequest,
-    contexts: Sequence[Context],
+    problem: ValueProblem,
     layer: int,
     places: Sequence[Place],
     record: Sequence[str] = (),
     token: Token = "subject",
-    kl_position: KlPosition = "subject",
     engine: Engine | None = None,
 ) -> Start:
     """One pass over all contexts, for activations and whatever later passes can reuse.
 
     Args:
+        problem: The request in its contexts.
         layer: The lowest layer to whose outputs a vector is added.
         places: Where vectors are added.
         record: Further hooks whose activations are wanted at the same positions.
         token: Whether vectors are added at the subject's last token (in the row of the KL term
             too), or at the last prompt token (and not in the row of the KL term).
-        kl_position: Where the KL term is read.
         engine: ``None`` takes the fast one wherever it is exact.
-
-    Raises:
-        TokenError: If the subject cannot be located or the target is empty.
     """
-    problem = build_problem(model, request, contexts, kl_position)
     plain_ids, plain_subject = subject_in_context(model, request, Context())
     n = len(problem.last_prompt)
     at_subject = token == "subject"
@@ -227,11 +230,10 @@ def start(
     positions = [*chosen, problem.subject[-1] if at_subject else None]
     rows, seen_at = [*problem.rows, plain_ids], [*chosen, problem.subject[-1], last]
     names = sorted({*record, *(place.name for place in places)})
-    enters = min(place.enters for place in places)
     reused: SuffixRunner | None = None
     if choose_engine(model, engine) == "suffix":
         seen: dict[str, torch.Tensor] = {}
-        base = FullPass(model, rows, [enters], hooks=recording(seen, names))
+        base = FullPass(model, rows, [entered(places)], hooks=recording(seen, names))
         reused = SuffixRunner(base, [*chosen, problem.subject[-1]], range(n + 1))
     else:
         seen = model.record(model.tokens.pad(rows), names)
@@ -248,7 +250,6 @@ def start(
         positions,
         {name: tensor[:n] for name, tensor in found.items()},
         {name: tensor[-1] for name, tensor in found.items()},
-        enters,
         reused,
     )
 
@@ -274,7 +275,6 @@ class _Runner:
                 for place in starts[0].places
             ]
         else:
-            self.prefix_width = 0
             self.width = max(len(row) for s in starts for row in s.problem.rows)
             self.hooks = [place.name for place in starts[0].places]
         self._passes: SuffixRunner | torch.Tensor | None = None
