@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,17 +87,37 @@ def rates(
         if not of_case:
             continue
         wins, counts = (np.array([f(g) for g in of_case], dtype=float) for f in (sum, len))
-        chosen = np.random.default_rng(seed).integers(0, len(counts), size=(draws, len(counts)))
-        means = wins[chosen].sum(1) / counts[chosen].sum(1)
-        low, high = np.quantile(means, [0.025, 0.975])
+        low, high = bootstrap_interval(wins, counts, draws, seed)
         found[metric] = Rate(
             100 * float(wins.sum() / counts.sum()),
-            100 * float(low),
-            100 * float(high),
+            100 * low,
+            100 * high,
             int(counts.sum()),
             len(counts),
         )
     return found
+
+
+def bootstrap_interval(
+    sums: np.ndarray, counts: np.ndarray, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of a mean over prompts, by bootstrap over the groups that they belong to.
+
+    Args:
+        sums: Of each group's prompts.
+        counts: Number of each group's prompts.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
+    chosen = np.random.default_rng(seed).integers(0, len(counts), size=(draws, len(counts)))
+    means = sums[chosen].sum(1) / counts[chosen].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def rate_cells(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Cells of a table, one for each metric, from rates as records."""
+    return [str(Rate(**found[metric])) if metric in found else "-" for metric in METRICS]
 
 
 def harmonic_mean(values: Iterable[float]) -> float:

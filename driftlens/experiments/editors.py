@@ -29,10 +29,8 @@ from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import METHODS, resolve_config
 from driftlens.edits import write_atomically
 from driftlens.errors import DriftLensError
-from driftlens.evaluation import Answer, answers, rates
+from driftlens.evaluation import Answer, answers, rate_cells, rates
 from driftlens.journal import Journal
-
-RESTRICTIONS = ("none", "sadr")
 
 
 def edit_cases(
@@ -83,58 +81,39 @@ def run(model_name: str, cases: Sequence[Case], methods: Sequence[str], out: Pat
     journal = Journal(out / f"editors-{model_name}.cases.jsonl")
     configs = {method: resolve_config(model, method) for method in methods}
     gammas = {method: sadr_gamma(model, method) for method in methods}
-    units = []
+    arms: list[tuple[str, tuple[dl.Penalty, ...]]] = []
     for method in methods:
-        for restriction in RESTRICTIONS:
-            penalties = [dl.SADR(gamma=gammas[method])] if restriction == "sadr" else []
-            for case in cases:
-                unit = {
-                    "model": fingerprint[:16],
-                    "method": method,
-                    "config": json.loads(json.dumps(asdict(configs[method]))),
-                    "penalties": [penalty.to_dict() for penalty in penalties],
-                    "case": case.id,
-                }
-                units.append((json.loads(json.dumps(unit)), case, penalties))
-    original = {"model": fingerprint[:16], "method": "none"}
+        arms += [(method, ()), (method, (dl.SADR(gamma=gammas[method]),))]
+
+    def unit(case: Case, method: str, penalties: Sequence[dl.Penalty] = ()) -> dict[str, Any]:
+        identity = {"model": fingerprint[:16], "method": method, "case": case.id}
+        if method == "none":
+            return identity
+        held = [penalty.to_dict() for penalty in penalties]
+        return {**identity, "config": asdict(configs[method]), "penalties": held}
+
     for case in tqdm(cases, desc="unedited"):
-        unit = {**original, "case": case.id}
-        if unit not in journal:
-            journal.add(unit, answers=[answer.to_dict() for answer in answers(model, case)])
+        if unit(case, "none") not in journal:
+            found = [answer.to_dict() for answer in answers(model, case)]
+            journal.add(unit(case, "none"), answers=found)
     # Part by part of the cases, so that a stopped run has something of every method.
     for first in tqdm(range(0, len(cases), CASES_AT_ONCE), desc="parts of the cases"):
-        part = {case.id for case in cases[first : first + CASES_AT_ONCE]}
-        for method in tqdm(methods, desc="editors", leave=False):
-            for restricted in (False, True):
-                missing = {
-                    case: unit
-                    for unit, case, penalties in units
-                    if unit["method"] == method
-                    and bool(penalties) == restricted
-                    and case.id in part
-                    and unit not in journal
-                }
-                penalties = [dl.SADR(gamma=gammas[method])] if restricted else []
-                for case, record in edit_cases(
-                    model, list(missing), method, configs[method], penalties
-                ):
-                    journal.add(missing[case], **record)
-                if model.fingerprint() != fingerprint:
-                    raise SystemExit("The model's weights are not what they were before.")
-    rows = [_row("none", "none", [journal[{**original, "case": c.id}] for c in cases])]
-    for method in methods:
-        for restriction in RESTRICTIONS:
-            chosen = [
-                journal[unit]
-                for unit, _, penalties in units
-                if unit["method"] == method and bool(penalties) == (restriction == "sadr")
-            ]
-            rows.append(_row(method, restriction, chosen))
+        part = cases[first : first + CASES_AT_ONCE]
+        for method, penalties in tqdm(arms, desc="editors", leave=False):
+            missing = [case for case in part if unit(case, method, penalties) not in journal]
+            for case, record in edit_cases(model, missing, method, configs[method], penalties):
+                journal.add(unit(case, method, penalties), **record)
+            if model.fingerprint() != fingerprint:
+                raise SystemExit("The model's weights are not what they were before.")
+    rows = [_row("none", "none", [journal[unit(case, "none")] for case in cases])]
+    for method, penalties in arms:
+        records = [journal[unit(case, method, penalties)] for case in cases]
+        rows.append(_row(method, "sadr" if penalties else "none", records))
     result = {
         "model": model.info.to_dict(),
         "fingerprint": fingerprint,
         "cases": [case.id for case in cases],
-        "configs": {m: json.loads(json.dumps(asdict(c))) for m, c in configs.items()},
+        "configs": {method: asdict(config) for method, config in configs.items()},
         "sadr_gamma": gammas,
         "command": f"python -m driftlens.experiments.editors --model {model_name} "
         f"--data FILE --cases {len(cases)}",
@@ -174,42 +153,44 @@ def markdown(result: dict[str, Any]) -> str:
         "|---" * (3 + len(METRICS)) + "|",
     ]
     for row in result["rows"]:
-        cells = []
-        for metric in METRICS:
-            rate = row["rates"].get(metric)
-            cells.append(
-                "-" if rate is None
-                else f"{rate['value']:.1f} [{rate['low']:.1f}, {rate['high']:.1f}]"
-            )  # fmt: skip
+        cells = rate_cells(row["rates"])
         seconds = f"{row['seconds_per_edit']:.1f}" if "seconds_per_edit" in row else "-"
         gamma = result["sadr_gamma"].get(row["method"]) if row["restriction"] == "sadr" else "-"
         lines.append(f"| {row['method']} | {gamma} | {' | '.join(cells)} | {seconds} |")
     return "\n".join(lines)
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+def arguments(
+    description: str, cases: int, out: Path, counted: str = "cases"
+) -> argparse.ArgumentParser:
+    """What the experiments on the paper's cases have in common.
+
+    Args:
+        cases: How many cases by default.
+        out: Where results go by default.
+        counted: What the option for their number is called.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", required=True, help="the paper's merged file")
+    parser.add_argument(f"--{counted}", type=int, default=cases)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--out", type=Path, default=out)
+    return parser
 
 
 def main() -> None:
     """Command line."""
     started = time.monotonic()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", required=True, help="the paper's merged file")
-    parser.add_argument("--cases", type=int, default=60)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--out", type=Path, default=Path("assets/results"))
-    options = parser.parse_args()
+    options = arguments(__doc__ or "", 60, Path("assets/results")).parse_args()
     try:
         _, reported = tuning_split(read_merged(options.data))
         cases = balanced(reported, options.cases)
         target = run(options.model, cases, options.methods, options.out)
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
-    _say(markdown(json.loads(target.read_text("utf-8"))))
-    _say(f"wrote {target} ({time.monotonic() - started:.0f} s)")
+    sys.stdout.write(markdown(json.loads(target.read_text("utf-8"))) + "\n")
+    sys.stdout.write(f"wrote {target} ({time.monotonic() - started:.0f} s)" + "\n")
 
 
 if __name__ == "__main__":

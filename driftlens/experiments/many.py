@@ -9,7 +9,6 @@ and how many of them the model then answers, with paraphrases, neighbours and re
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -25,7 +24,8 @@ from driftlens.cases import METRICS, Case, balanced, read_merged, tuning_split
 from driftlens.editing.methods import METHODS, resolve_config
 from driftlens.edits import write_atomically
 from driftlens.errors import DriftLensError
-from driftlens.evaluation import answers, rates
+from driftlens.evaluation import answers, rate_cells, rates
+from driftlens.experiments.editors import arguments
 from driftlens.journal import Journal
 
 CHECKPOINTS = (1, 10, 25, 50, 100, 200, 500, 1000)
@@ -83,10 +83,10 @@ def run(model_name: str, cases: Sequence[Case], methods: Sequence[str], out: Pat
         if METHODS[method].takes_several:
             ways = {"batch": batch, **ways}
         for way, function in ways.items():
-            unit = json.loads(json.dumps({
+            unit = {
                 "model": fingerprint[:16], "method": method, "way": way,
                 "config": asdict(config), "cases": [case.id for case in cases],
-            }))  # fmt: skip
+            }  # fmt: skip
             if unit not in journal:
                 try:
                     record = function(model, cases, method, config)
@@ -114,12 +114,7 @@ def markdown(result: dict[str, Any]) -> str:
         if "error" in row:
             lines.append(f"| {row['method']} | {row['way']} | {row['error']} |" + " |" * 5)
             continue
-        cells = [
-            f"{rate['value']:.1f} [{rate['low']:.1f}, {rate['high']:.1f}]"
-            if (rate := row["rates"].get(metric))
-            else "-"
-            for metric in METRICS
-        ]
+        cells = rate_cells(row["rates"])
         lines.append(
             f"| {row['method']} | {row['way']} | {' | '.join(cells)} | {row['seconds']:.0f} |"
         )
@@ -128,13 +123,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", required=True, help="the paper's merged file")
-    parser.add_argument("--facts", type=int, default=100)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--out", type=Path, default=Path("assets/results"))
-    options = parser.parse_args()
+    options = arguments(__doc__ or "", 100, Path("assets/results"), "facts").parse_args()
     try:
         _, reported = tuning_split(read_merged(options.data))
         cases = balanced(reported, options.facts)

@@ -34,6 +34,7 @@ import driftlens as dl
 from driftlens.assets import asset
 from driftlens.edits import write_atomically
 from driftlens.errors import DataError, DriftLensError
+from driftlens.evaluation import bootstrap_interval
 from driftlens.scoring import score_details
 
 GAMMA = 0.05
@@ -218,13 +219,9 @@ def _mean_and_interval(
 
     sums = np.array([sum(value(p) for p in g) for g in groups])
     counts = np.array([len(g) for g in groups])
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, len(groups), size=(2000, len(groups)))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
     return {
         measure: float(sums.sum() / counts.sum()),
-        f"{measure}_interval": [float(low), float(high)],
+        f"{measure}_interval": list(bootstrap_interval(sums, counts)),
     }
 
 

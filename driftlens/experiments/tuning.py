@@ -1,6 +1,6 @@
 """The search for each editor's layers and hyperparameters, recorded.
 
-    python -m driftlens.experiments.tuning --data FILE --method rome
+    python -m driftlens.experiments.tuning --data FILE --methods rome
 
 Only cases of the tuning split are used. For each method a few stages follow one another; each
 tries all combinations of some values, from the best of the stage before. Trials without a
@@ -11,7 +11,6 @@ among those that cost no more than one point of ES and four of PS.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -24,10 +23,10 @@ from tqdm.auto import tqdm
 
 import driftlens as dl
 from driftlens.cases import Case, balanced, read_merged, tuning_split
-from driftlens.editing.methods import METHODS, resolve_config
+from driftlens.editing.methods import resolve_config
 from driftlens.errors import DriftLensError
 from driftlens.evaluation import Answer, harmonic_mean, rates
-from driftlens.experiments.editors import edit_cases
+from driftlens.experiments.editors import arguments, edit_cases
 from driftlens.journal import Journal
 
 GAMMAS = (0.01, 0.05, 0.2, 0.8)
@@ -83,7 +82,7 @@ class Search:
     def trial(self, config: Any, gamma: float | None = None) -> dict[str, Any]:
         """Rates of one setting on all cases."""
         unit = {
-            "config": json.loads(json.dumps(asdict(config))),
+            "config": asdict(config),
             "gamma": gamma,
             "cases": [case.id for case in self.cases],
         }
@@ -145,13 +144,8 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", required=True, help="the paper's merged file")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--cases", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=Path("assets/results/tuning"))
-    options = parser.parse_args()
+    out = Path("assets/results/tuning")
+    options = arguments(__doc__ or "", 16, out).parse_args()
     try:
         model = dl.load_model(options.model)
         tuning, _ = tuning_split(read_merged(options.data))
