@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
+from driftlens.precision import in_float32
+
 
 @dataclass(frozen=True)
 class Codebook:
@@ -68,7 +70,7 @@ class Codebook:
         outputs: Float[torch.Tensor, "*batch d_out"],
     ) -> Float[torch.Tensor, "*batch d_out"]:
         """The layer's outputs with the adapter."""
-        wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        wide = in_float32(inputs)
         keys, radii = self.keys.to(wide), self.radii.to(wide)
         # Exact differences: the usual detour over products loses small distances.
         distances = torch.cdist(

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from driftlens.errors import RequestError
 from driftlens.models import LensModel
 from driftlens.packing import ROW, pack, packing_is_exact, run_packed
+from driftlens.precision import in_float32
 from driftlens.reuse import Engine, budget, in_batches
 
 MAX_TOKENS_PER_BATCH = 4096
@@ -146,7 +147,7 @@ def log_probabilities(
     logits: Float[torch.Tensor, "*batch d_vocab"],
 ) -> Float[torch.Tensor, "*batch d_vocab"]:
     """Natural log-probabilities, in float32 or better."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return in_float32(logits).log_softmax(-1)
 
 
 def read_score(

@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from driftlens.codebook import Codebook
 from driftlens.errors import EditError
+from driftlens.precision import in_float32
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,7 @@ class WeightStack:
 
 def _sum(original: torch.Tensor, deltas: Sequence[LowRankDelta | DenseDelta]) -> torch.Tensor:
     """``original`` plus deltas, added in float32 or better and rounded once."""
-    precision = torch.promote_types(original.dtype, torch.float32)
-    total = original.to(precision)
+    total = in_float32(original)
     for delta in deltas:
-        total = total + delta.dense().to(device=original.device, dtype=precision)
+        total = total + delta.dense().to(total)
     return total.to(original.dtype)

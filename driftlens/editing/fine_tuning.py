@@ -25,11 +25,12 @@ from driftlens.editing.configs import FtConfig
 from driftlens.editing.contexts import Context
 from driftlens.editing.descent import Notes, Terms, descend
 from driftlens.editing.outcome import Outcome, Resources
-from driftlens.editing.penalties import ESSENCE, in_float32
+from driftlens.editing.penalties import ESSENCE
 from driftlens.editing.target import Observer, ValueProblem, build_problem, make_sites
 from driftlens.facts import EditRequest
 from driftlens.interventions import Hook, down_in_name, down_out_name
 from driftlens.models import DownProjection, LensModel, recording
+from driftlens.precision import in_float32
 from driftlens.reuse import FullPass, SuffixRunner, choose_engine
 from driftlens.scoring import log_probabilities
 from driftlens.weights import Delta, DenseDelta

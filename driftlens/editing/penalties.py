@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from driftlens.errors import RequestError
 from driftlens.models import LensModel
+from driftlens.precision import in_float32
 
 ESSENCE = "essence"
 """Under this name a penalty finds the log-probabilities ``[essence, d_vocab]`` at the subject in
@@ -142,8 +143,3 @@ def check_layers(what: str, layers: Any) -> tuple[int, ...] | None:
             f"{what}'s layers are {layers!r}.", "Give a list of layers, or none for all."
         )
     return found
-
-
-def in_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32 or better."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -19,9 +19,9 @@ from driftlens.editing.penalties import (
     Sites,
     check_layers,
     check_weight,
-    in_float32,
 )
 from driftlens.interventions import block_out_name
+from driftlens.precision import in_float32
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from driftlens.editing.penalties import (
     Sites,
     check_layers,
     check_weight,
-    in_float32,
 )
 from driftlens.errors import RequestError
 from driftlens.interventions import pattern_name
 from driftlens.models import LensModel
+from driftlens.precision import in_float32
 
 Queries = Literal["last_prompt", "target", "all"]
 

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 
 from driftlens.editing.contexts import Context
 from driftlens.editing.descent import Notes, Terms, descend
-from driftlens.editing.penalties import ESSENCE, Penalty, Sites, in_float32
+from driftlens.editing.penalties import ESSENCE, Penalty, Sites
 from driftlens.facts import EditRequest, split_template
 from driftlens.interventions import (
     Hook,
@@ -37,6 +37,7 @@ from driftlens.interventions import (
     down_out_name,
 )
 from driftlens.models import LensModel, recording
+from driftlens.precision import in_float32
 from driftlens.reuse import Engine, FullPass, SideBySide, SuffixRunner, choose_engine
 from driftlens.scoring import log_probabilities
 
