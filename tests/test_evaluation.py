@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -265,18 +266,38 @@ def test_tuning_takes_what_works_first(tmp_path: Path) -> None:
 
 def test_tuning_is_recorded(model: dl.LensModel, tmp_path: Path, monkeypatch: Any) -> None:
     cases = read_merged(write(tmp_path / "data.json", RECORD))
-    stage = [{"lr": [1e-4, 5e-2]}]
-    monkeypatch.setattr(tuning, "stages", lambda method, n: stage)
+    stage = [{"lr": 1e-4, "steps": 2}, {"lr": 5e-2}]
+    monkeypatch.setattr(tuning, "stages", lambda method, n: [stage])
     monkeypatch.setattr(tuning, "GAMMAS", (0.0, 0.5))
     search = tuning.Search(model, "ft-m", cases, tmp_path)
-    best = search.best(dl.FtConfig(layer=1, steps=4))
-    assert best.lr in (1e-4, 5e-2)
+    best = search.best()
+    assert best.lr in (1e-4, 5e-4, 5e-2)
     assert search.best_gamma(best) in (0.0, 0.5)
     lines = (tmp_path / "tuning-tiny-ft-m.jsonl").read_text().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
+    assert {json.loads(line)["unit"]["config"]["steps"] for line in lines[:3]} == {2, 25}
     again = tuning.Search(model, "ft-m", cases, tmp_path)
-    again.best(dl.FtConfig(layer=1, steps=4))
-    assert len((tmp_path / "tuning-tiny-ft-m.jsonl").read_text().splitlines()) == 4
+    assert again.best() == best
+    assert len((tmp_path / "tuning-tiny-ft-m.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_search_begins_with_what_its_relative_found(
+    model: dl.LensModel, tmp_path: Path, monkeypatch: Any
+) -> None:
+    found: list[Any] = []
+
+    def trial(self: tuning.Search, config: Any, gamma: float | None = None) -> dict[str, Any]:
+        found.append(config)
+        wanted = getattr(config, "layer", None) == 1 or getattr(config, "cov_weight", 0) == 100.0
+        return {"rates": {"ES": 100.0 if wanted else 50.0, "PS": 100.0}}
+
+    monkeypatch.setattr(tuning.Search, "trial", trial)
+    best = tuning.Search(model, "emmet", [], tmp_path).best()
+    assert isinstance(best, dl.EmmetConfig)
+    assert best.layers == (1,)  # where ROME was best
+    assert best.cov_weight == 100.0
+    assert best.lr == tuning.FIRST["lr"]
+    assert {type(config) for config in found} == {dl.RomeConfig, dl.EmmetConfig}
 
 
 @pytest.mark.parametrize("method", ["rome", "r-rome", "memit", "pmet", "emmet", "alphaedit",
@@ -290,8 +311,6 @@ def test_every_method_has_valid_trials(method: str) -> None:
     kind = METHODS[method].config
     where = {"layer": 1} if "layer" in kind.__dataclass_fields__ else {"layers": (1,)}
     config = checked(kind, where, method)
-    for stage in tuning.stages(method, 18):
-        for name, values in stage.items():
-            for value in values:
-                found = replace(config, **{name: value})
-                checked(kind, {n: getattr(found, n) for n in kind.__dataclass_fields__}, method)
+    for change in itertools.chain(*tuning.stages(method, 18)):
+        found = replace(config, **change)
+        checked(kind, {n: getattr(found, n) for n in kind.__dataclass_fields__}, method)

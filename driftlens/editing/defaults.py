@@ -100,12 +100,14 @@ def defaults(model: LensModel, method: str) -> Values:
 
     A model for which nobody published any gets layers by depth: a quarter of it for one layer,
     three layers around that for methods that spread over several, two thirds for fine-tuning
-    and five sixths for GRACE; :func:`is_known` tells.
+    and five sixths for GRACE (:func:`by_depth`); :func:`is_known` tells.
     """
     known = _find(model, method)
-    if known is not None:
-        return dict(known)
-    n = model.info.n_layers
+    return dict(known) if known is not None else by_depth(model.info.n_layers, method)
+
+
+def by_depth(n: int, method: str) -> Values:
+    """Layers of a model of n layers of which nothing else is known."""
     if method in ("memit", "pmet", "alphaedit"):
         return {"layers": tuple(sorted({max(n // 4 - 1, 0), n // 4, min(n // 4 + 1, n - 1)}))}
     if method == "emmet":

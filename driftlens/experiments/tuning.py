@@ -3,19 +3,19 @@
     python -m driftlens.experiments.tuning --data FILE --methods rome
 
 Only cases of the tuning split are used. For each method a few stages follow one another; each
-tries all combinations of some values, from the best of the stage before. Trials without a
-restriction are judged by edit success and paraphrase success first (they should reach 99 and
-95), then by the harmonic mean of all rates; SADR's gamma by the harmonic mean of NS, RS and DNS
-among those that cost no more than one point of ES and four of PS.
+tries some changes of the best configuration of the stage before, which begins with what was
+found for a simpler relative (`PARENTS`). Trials without a restriction are judged by edit success
+and paraphrase success first (they should reach 99 and 95), then by the harmonic mean of all
+rates; SADR's gamma by the harmonic mean of NS, RS and DNS among those that cost no more than one
+point of ES and four of PS.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,60 +23,67 @@ from tqdm.auto import tqdm
 
 import driftlens as dl
 from driftlens.cases import Case, balanced, read_merged, tuning_split
-from driftlens.editing.methods import resolve_config
+from driftlens.editing.configs import ValueSearch
+from driftlens.editing.defaults import by_depth
+from driftlens.editing.methods import METHODS
 from driftlens.errors import DriftLensError
 from driftlens.evaluation import Answer, harmonic_mean, rates
 from driftlens.experiments.editors import arguments, edit_cases
 from driftlens.journal import Journal
 
-GAMMAS = (0.01, 0.05, 0.2, 0.8)
+GAMMAS = (0.02, 0.1, 0.5)
 WANTED = {"ES": 99.0, "PS": 95.0}
-Stage = dict[str, Sequence[Any]]
+PARENTS = {"r-rome": "rome", "emmet": "rome", "pmet": "memit", "alphaedit": "memit"}
+"""Whose best values a search begins with."""
+
+Change = dict[str, Any]
+
+FIRST: Change = {
+    # Few contexts and steps: what makes small models' edits cheap.
+    "context_lengths": (10,), "contexts_per_word": 1, "weight_decay": 1e-3,
+    "clamp_factor": 4.0, "lr": 1.0, "steps": 10,
+}  # fmt: skip
 
 
-def stages(method: str, n_layers: int) -> list[Stage]:
-    """What is tried; layers by depth."""
+def stages(method: str, n_layers: int) -> list[list[Change]]:
+    """What is tried, beside what is already the best; layers by depth."""
 
     def depth(*shares: float) -> list[int]:
         return sorted({round(share * (n_layers - 1)) for share in shares})
 
-    one = depth(0.1, 0.2, 0.3, 0.4, 0.5)
-    several = [tuple(range(max(0, y - 2), y + 1)) for y in depth(0.2, 0.3, 0.4, 0.5)]
-    if method in ("rome", "r-rome"):
-        return [
-            {"layer": one},
-            {"clamp_factor": [2.0, 4.0, 8.0], "weight_decay": [1e-3, 0.5]},
-            {"steps": [20, 40]},
-        ]
+    def each(name: str, values: Sequence[Any]) -> list[Change]:
+        return [{name: value} for value in values]
+
+    search = [{"clamp_factor": 2.0}, {"clamp_factor": 8.0}, {"lr": 0.5, "steps": 20}]
+    if method == "rome":
+        return [each("layer", depth(0.1, 0.2, 0.3, 0.4, 0.5)), search]
+    if method == "memit":
+        layers = [tuple(range(max(0, y - 2), y + 1)) for y in depth(0.1, 0.2, 0.3, 0.4)]
+        return [each("layers", layers), search, each("cov_weight", [500.0, 3000.0])]
+    if method == "pmet":
+        return [[{"clamp_factor": 2.0}, {"lr": 0.2, "steps": 30}, {"cov_weight": 500.0}]]
+    if method == "emmet":
+        return [[{"cov_weight": 100.0}, {"cov_weight": 1e4}]]
+    if method == "alphaedit":
+        return [each("nullspace_threshold", [0.005, 0.1, 0.5]), each("ridge", [0.1, 1.0])]
     if method in ("ft-l", "ft-m"):
         return [
-            {"layer": depth(0.1, 0.3, 0.5, 0.7, 0.9), "lr": [5e-4, 2e-3]},
-            {"norm_constraint": [None, 5e-4, 2e-3], "steps": [25, 50]},
+            [{"layer": y, "lr": lr} for y in depth(0.3, 0.6, 0.9) for lr in (5e-4, 2e-3)],
+            each("norm_constraint", [5e-4, 2e-3]),
         ]
     if method == "grace":
         return [
-            {"layer": depth(0.5, 0.7, 0.9), "lr": [0.3, 1.0]},
-            {"radius": [1.0, 4.0, 16.0]},
+            [{"layer": y, "lr": lr} for y in depth(0.5, 0.8) for lr in (0.3, 1.0)],
+            each("radius", [4.0, 16.0]),
         ]
-    search: Stage = {"clamp_factor": [0.75, 2.0, 4.0], "weight_decay": [1e-3, 0.5]}
-    if method == "memit":
-        return [{"layers": several, "clamp_factor": [4.0]}, search,
-                {"cov_weight": [500.0, 3000.0, 15000.0], "steps": [20, 40]}]  # fmt: skip
-    if method == "pmet":
-        return [{"layers": several, "clamp_factor": [4.0]}, search,
-                {"cov_weight": [500.0, 3000.0, 15000.0], "steps": [20, 40]}]  # fmt: skip
-    if method == "emmet":
-        return [{"layers": [(y,) for y in one], "clamp_factor": [4.0]}, search,
-                {"cov_weight": [100.0, 1e4], "steps": [20, 40]}]  # fmt: skip
-    return [{"layers": several, "clamp_factor": [4.0]}, search,
-            {"nullspace_threshold": [0.005, 0.02, 0.1], "ridge": [0.1, 1.0, 10.0]}]  # fmt: skip
+    return []  # r-ROME keeps ROME's
 
 
 class Search:
     """Trials of one method on one model, in a journal."""
 
     def __init__(self, model: dl.LensModel, method: str, cases: Sequence[Case], out: Path) -> None:
-        self.model, self.method, self.cases = model, method, cases
+        self.model, self.method, self.cases, self.out = model, method, cases, out
         self.journal = Journal(out / f"tuning-{model.info.name}-{method}.jsonl")
 
     def trial(self, config: Any, gamma: float | None = None) -> dict[str, Any]:
@@ -101,12 +108,12 @@ class Search:
             self.journal.add(unit, rates=values, seconds=seconds)
         return self.journal[unit]
 
-    def best(self, start: Any) -> Any:
-        """The best configuration of all stages, from a first one."""
-        best = start
+    def best(self) -> Any:
+        """The best configuration of all stages."""
+        best = self._first()
         for stage in stages(self.method, self.model.info.n_layers):
-            tried = [(self.trial(config), config) for config in self._around(best, stage)]
-            best = max(tried, key=lambda pair: value_of(pair[0]))[1]
+            configs = [best, *(replace(best, **change) for change in stage)]
+            best = max(configs, key=lambda config: value_of(self.trial(config)))
         return best
 
     def best_gamma(self, config: Any) -> float:
@@ -123,9 +130,19 @@ class Search:
 
         return max(GAMMAS, key=worth)
 
-    def _around(self, config: Any, stage: Stage) -> Iterator[Any]:
-        for values in itertools.product(*stage.values()):
-            yield replace(config, **dict(zip(stage, values, strict=True)))
+    def _first(self) -> Any:
+        """Values of the class, layers by depth, and what was found for a relative."""
+        kind = METHODS[self.method].config
+        names = {item.name for item in fields(kind)}
+        start = {**FIRST, **by_depth(self.model.info.n_layers, self.method)}
+        if self.method in PARENTS:
+            parent = Search(self.model, PARENTS[self.method], self.cases, self.out).best()
+            start |= asdict(parent)
+            if "layers" in names and "layer" in start:
+                start["layers"] = (start["layer"],)
+        if not issubclass(kind, ValueSearch):
+            start = {name: value for name, value in start.items() if name not in FIRST}
+        return kind(**{name: value for name, value in start.items() if name in names})
 
 
 def value_of(trial: dict[str, Any]) -> tuple[float, float]:
@@ -145,14 +162,14 @@ def _say(text: str) -> None:
 def main() -> None:
     """Command line."""
     out = Path("assets/results/tuning")
-    options = arguments(__doc__ or "", 16, out).parse_args()
+    options = arguments(__doc__ or "", 12, out).parse_args()
     try:
         model = dl.load_model(options.model)
         tuning, _ = tuning_split(read_merged(options.data))
         cases = balanced(tuning, options.cases)
         for method in options.methods:
             search = Search(model, method, cases, options.out)
-            config = search.best(resolve_config(model, method))
+            config = search.best()
             gamma = search.best_gamma(config)
             free, held = search.trial(config), search.trial(config, gamma)
             _say(f"{method}: {json.dumps(asdict(config))}")
