@@ -59,9 +59,9 @@ def stages(method: str, n_layers: int) -> list[list[Change]]:
         return [each("layer", depth(0.1, 0.2, 0.3, 0.4, 0.5)), search]
     if method == "memit":
         layers = [tuple(range(max(0, y - 2), y + 1)) for y in depth(0.1, 0.2, 0.3, 0.4)]
-        return [each("layers", layers), search, each("cov_weight", [500.0, 3000.0])]
+        return [each("layers", layers), each("cov_weight", [3000.0, 500.0, 100.0]), search]
     if method == "pmet":
-        return [[{"clamp_factor": 2.0}, {"lr": 0.2, "steps": 30}, {"cov_weight": 500.0}]]
+        return [[{"clamp_factor": 2.0}, {"lr": 0.2, "steps": 30}, {"cov_weight": 100.0}]]
     if method == "emmet":
         return [[{"cov_weight": 100.0}, {"cov_weight": 1e4}]]
     if method == "alphaedit":
@@ -74,7 +74,7 @@ def stages(method: str, n_layers: int) -> list[list[Change]]:
     if method == "grace":
         return [
             [{"layer": y, "lr": lr} for y in depth(0.5, 0.8) for lr in (0.3, 1.0)],
-            each("radius", [4.0, 16.0]),
+            each("radius", [4.0, 8.0, 16.0]),
         ]
     return []  # r-ROME keeps ROME's
 
