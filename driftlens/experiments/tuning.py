@@ -56,12 +56,14 @@ def stages(method: str, n_layers: int) -> list[list[Change]]:
     def each(name: str, values: Sequence[Any]) -> list[Change]:
         return [{name: value} for value in values]
 
-    search = [{"clamp_factor": 2.0}, {"clamp_factor": 8.0}, {"lr": 0.5, "steps": 20}]
+    search = [{"clamp_factor": 2.0}, {"clamp_factor": 8.0}, {"lr": 0.5, "steps": 20},
+              {"steps": 20}]  # fmt: skip
     if method == "rome":
         return [each("layer", depth(0.1, 0.2, 0.3, 0.4, 0.5)), search]
     if method == "memit":
         layers = [tuple(range(max(0, y - 2), y + 1)) for y in depth(0.1, 0.2, 0.3, 0.4)]
-        return [each("layers", layers), each("cov_weight", [3000.0, 500.0, 100.0]), search]
+        weights = each("cov_weight", [3000.0, 500.0, 100.0])
+        return [each("layers", layers), weights, each("layers", layers), search]
     if method == "pmet":
         return [[{"clamp_factor": 2.0}, {"lr": 0.2, "steps": 30}, {"cov_weight": 100.0}]]
     if method == "emmet":
