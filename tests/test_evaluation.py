@@ -255,13 +255,15 @@ def test_many_facts_at_once_and_in_a_row(
         assert json.loads(many.run("tiny", cases, ["ft-m", "grace"], tmp_path).read_text())
 
 
-def test_tuning_takes_what_works_first(tmp_path: Path) -> None:
+def test_tuning_takes_what_works_first() -> None:
     good = {"rates": {"ES": 100.0, "PS": 96.0, "NS": 50.0}}
     better = {"rates": {"ES": 99.0, "PS": 95.0, "NS": 80.0}}
+    half = {"rates": {"ES": 99.0, "PS": 94.0, "NS": 99.0}}
+    less = {"rates": {"ES": 100.0, "PS": 94.0, "NS": 10.0}}
     weak = {"rates": {"ES": 90.0, "PS": 99.0, "NS": 99.0}}
     broken = {"error": "x"}
-    ranked = sorted([good, weak, broken, better], key=tuning.value_of)
-    assert ranked == [broken, weak, good, better]
+    ranked = sorted([good, weak, broken, less, half, better], key=tuning.value_of)
+    assert ranked == [broken, weak, less, half, good, better]
 
 
 def test_tuning_is_recorded(model: dl.LensModel, tmp_path: Path, monkeypatch: Any) -> None:

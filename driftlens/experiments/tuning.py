@@ -5,8 +5,8 @@
 Only cases of the tuning split are used. For each method a few stages follow one another; each
 tries some changes of the best configuration of the stage before, which begins with what was
 found for a simpler relative (`PARENTS`). Trials without a restriction are judged by edit success
-and paraphrase success first (they should reach 99 and 95), then by the harmonic mean of all
-rates; SADR's gamma, on twice as many cases, by the harmonic mean of NS, RS and DNS among those
+and paraphrase success first (whether they reach 99 and 95, or at least the first), then by the
+harmonic mean of all rates; SADR's gamma, on twice as many cases, by the harmonic mean of NS, RS and DNS among those
 that cost no more than one point of ES and four of PS (or one prompt, where that is more).
 """
 
@@ -72,8 +72,8 @@ def stages(method: str, n_layers: int) -> list[list[Change]]:
         return [each("nullspace_threshold", [0.005, 0.1, 0.5]), each("ridge", [0.1, 1.0])]
     if method in ("ft-l", "ft-m"):
         return [
-            [{"layer": y, "lr": lr} for y in depth(0.3, 0.6, 0.9) for lr in (5e-4, 2e-3)],
-            each("norm_constraint", [5e-4, 2e-3]),
+            [{"layer": y, "lr": lr} for y in depth(0.1, 0.3, 0.6, 0.9) for lr in (5e-4, 2e-3)],
+            each("norm_constraint", [2e-3, 5e-3]),
         ]
     if method == "grace":
         return [
@@ -164,13 +164,13 @@ class Search:
         return kind(**{name: value for name, value in start.items() if name in names})
 
 
-def value_of(trial: dict[str, Any]) -> tuple[float, float]:
-    """What trials are compared by."""
+def value_of(trial: dict[str, Any]) -> tuple[bool, bool, float]:
+    """What trials are compared by: both successes reached, edit success reached, all rates."""
     found = trial.get("rates")
     if found is None:
-        return -1.0, 0.0
-    reached = sum(min(found[m], wanted) for m, wanted in WANTED.items())
-    return reached, harmonic_mean(found.values())
+        return False, False, -1.0
+    reached = {metric: found[metric] >= wanted for metric, wanted in WANTED.items()}
+    return all(reached.values()), reached["ES"], harmonic_mean(found.values())
 
 
 def _say(text: str) -> None:
