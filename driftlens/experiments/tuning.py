@@ -6,8 +6,9 @@ Only cases of the tuning split are used. For each method a few stages follow one
 tries some changes of the best configuration of the stage before, which begins with what was
 found for a simpler relative (`PARENTS`). Trials without a restriction are judged by edit success
 and paraphrase success first (whether they reach 99 and 95, or at least the first), then by the
-harmonic mean of all rates; SADR's gamma, on twice as many cases, by the harmonic mean of NS, RS and DNS among those
-that cost no more than one point of ES and four of PS (or one prompt, where that is more).
+harmonic mean of all rates; SADR's gamma, on twice as many cases, by the harmonic mean of NS, RS
+and DNS among those that cost no more than one point of ES and four of PS (or one prompt, where
+that is more).
 """
 
 from __future__ import annotations
