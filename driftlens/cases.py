@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from driftlens.errors import DataError, RequestError
-from driftlens.facts import SLOT, EditRequest, occurrences
+from driftlens.facts import EditRequest
 
 Metric = Literal["ES", "PS", "NS", "RS", "DNS"]
 METRICS: tuple[Metric, ...] = ("ES", "PS", "NS", "RS", "DNS")
@@ -36,23 +32,57 @@ class Probe:
     wrong: str
 
 
+class Query(NamedTuple):
+    """A prompt and its true answer."""
+
+    prompt: str
+    answer: str
+
+
+class Commonsense(NamedTuple):
+    """A prompt with a sensible and a senseless continuation."""
+
+    prompt: str
+    right: str
+    wrong: str
+
+
 @dataclass(frozen=True)
 class Case:
-    """One edit and its probes.
+    """One edit and what is asked about it.
 
     Args:
         id: Of its source and number.
         request: The edit.
         paraphrases: Prompts that ask for the same fact in other words.
-        neighbours: (prompt, answer) about other subjects with the same true answer.
-        relations: (prompt, answer) about the edited subject.
+        neighbours: About other subjects, mostly with the same relation.
+        relations: About the edited subject, other relations.
+        aliases: Prompts that ask for the same fact under another name of the subject.
+        reasoning: What follows from the new fact, with the answers that then hold.
+        distractors: A sentence with the edited subject, then a question about something else.
+        generation: Beginnings of texts about the subject.
+        commonsense: About nothing of the kind.
+        category: Of the fact, where the source has some.
     """
 
     id: str
     request: EditRequest
     paraphrases: tuple[str, ...] = ()
-    neighbours: tuple[tuple[str, str], ...] = ()
-    relations: tuple[tuple[str, str], ...] = ()
+    neighbours: tuple[Query, ...] = ()
+    relations: tuple[Query, ...] = ()
+    aliases: tuple[str, ...] = ()
+    reasoning: tuple[Query, ...] = ()
+    distractors: tuple[Query, ...] = ()
+    generation: tuple[str, ...] = ()
+    commonsense: tuple[Commonsense, ...] = ()
+    category: str = ""
+
+    def summary(self) -> dict[str, Any]:
+        """The edit, and how many prompts there are of each kind."""
+        counts = {
+            name: len(value) for name, value in vars(self).items() if isinstance(value, tuple)
+        }
+        return {"id": self.id, "category": self.category, **self.request.to_dict(), **counts}
 
     def probes(self) -> list[Probe]:
         """Everything that is asked (paper section 3; the metrics' usual definitions)."""
@@ -92,67 +122,3 @@ def balanced(cases: Sequence[Case], n: int) -> list[Case]:
     others = with_relations[: n - half]
     chosen = {case.id for case in [*with_neighbours[: n - len(others)], *others]}
     return [case for case in ordered if case.id in chosen]
-
-
-def read_merged(path: str | os.PathLike[str]) -> list[Case]:
-    """Cases of the paper's merged CounterFact and WikiData file.
-
-    Raises:
-        DataError: If the file cannot be read, naming the record and the field that is wrong.
-    """
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"The cases {path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise DataError(f"The cases {path} are no JSON: {error}.") from error
-    if not isinstance(records, list):
-        raise DataError(f"The cases {path} are no list of records.")
-    return [_case_of(record, f"{Path(path).stem}-{i}", i) for i, record in enumerate(records)]
-
-
-def _case_of(record: Any, name: str, number: int) -> Case:
-    def fail(field: str, problem: str) -> DataError:
-        return DataError(f"Record {number}, {field}: {problem}.")
-
-    if not isinstance(record, dict) or not isinstance(record.get("requested_rewrite"), dict):
-        raise fail("requested_rewrite", "there is none")
-    rewrite = record["requested_rewrite"]
-    texts = {}
-    for field in ("prompt", "subject", "target_new", "target_true"):
-        if not isinstance(rewrite.get(field), str) or not rewrite[field].strip():
-            raise fail(field, f"{rewrite.get(field)!r} is no text")
-        texts[field] = rewrite[field].strip()
-    starts = occurrences(texts["prompt"], texts["subject"])
-    if len(starts) != 1:
-        raise fail("prompt", f"it holds the subject {len(starts)} times instead of once")
-    before, after = texts["prompt"][: starts[0]], texts["prompt"][starts[0] :]
-    template = before + SLOT + after[len(texts["subject"]) :]
-    try:
-        request = EditRequest(template, texts["subject"], texts["target_new"], texts["target_true"])
-    except RequestError as error:
-        raise fail("requested_rewrite", error.problem.rstrip(".")) from error
-
-    def pairs(group: str) -> Iterator[tuple[str, str]]:
-        entry = record.get(group)
-        if entry is None:
-            return
-        prompts, targets = (
-            entry.get(key) if isinstance(entry, dict) else None for key in ("prompts", "targets")
-        )
-        if not isinstance(prompts, list) or not isinstance(targets, list):
-            raise fail(group, "prompts or targets are no list")
-        if len(prompts) != len(targets):
-            raise fail(group, f"{len(prompts)} prompts and {len(targets)} targets")
-        for prompt, target in zip(prompts, targets, strict=True):
-            if not all(isinstance(x, str) and x.strip() for x in (prompt, target)):
-                raise fail(group, f"{prompt!r} or {target!r} is no text")
-            yield prompt.strip(), target.strip()
-
-    return Case(
-        name,
-        request,
-        tuple(prompt for prompt, _ in pairs("p-paraphrase")),
-        tuple(pairs("l-neighbor")),
-        tuple(pairs("l-relation")),
-    )

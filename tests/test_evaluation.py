@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import driftlens as dl
-from driftlens.cases import Case, balanced, read_merged, tuning_split
+from driftlens.cases import Case, balanced, tuning_split
 from driftlens.errors import DataError
 from driftlens.evaluation import Answer, answers, harmonic_mean, rates
 from driftlens.experiments import editors, many, tuning
 from driftlens.journal import Journal
+from driftlens.readers import read_cases
 
 DATA = Path(__file__).parent.parent.parent / "shared/data/counterfact_wikidata_dev.json"
 RECORD: dict[str, Any] = {
@@ -40,7 +41,7 @@ def write(path: Path, *records: Any) -> Path:
 
 
 def test_a_record_becomes_a_case(tmp_path: Path) -> None:
-    (case,) = read_merged(write(tmp_path / "data.json", RECORD))
+    (case,) = read_cases(write(tmp_path / "data.json", RECORD))
     assert case.id == "data-0"
     assert case.request == dl.EditRequest("{} is in the city of", "The Louvre", "Rome", "Paris")
     assert [(p.metric, p.prompt, p.right, p.wrong) for p in case.probes()] == [
@@ -52,49 +53,9 @@ def test_a_record_becomes_a_case(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"requested_rewrite": None}, "requested_rewrite: there is none"),
-        ({"p-paraphrase": {"prompts": ["x"], "targets": []}}, "1 prompts and 0 targets"),
-        ({"l-neighbor": ["x"]}, "l-neighbor: prompts or targets are no list"),
-        ({"l-relation": {"prompts": [""], "targets": ["x"]}}, "l-relation: '' or 'x' is no text"),
-    ],
-)
-def test_a_bad_record_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"Record 1, .*{message}|Record 1, {message}"):
-        read_merged(write(tmp_path / "data.json", RECORD, {**RECORD, **change}))
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("target_new", "", "target_new: '' is no text"),
-        ("subject", 3, "subject: 3 is no text"),
-        ("subject", "The Prado", "holds the subject 0 times"),
-        ("prompt", "The Louvre and The Louvre are", "holds the subject 2 times"),
-    ],
-)
-def test_a_bad_edit_is_named(field: str, value: Any, message: str, tmp_path: Path) -> None:
-    rewrite = {**RECORD["requested_rewrite"], field: value}
-    with pytest.raises(DataError, match=message):
-        read_merged(write(tmp_path / "data.json", {**RECORD, "requested_rewrite": rewrite}))
-
-
-def test_files_that_are_no_cases(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
-        read_merged(tmp_path / "none.json")
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(DataError, match="no JSON"):
-        read_merged(tmp_path / "bad.json")
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(DataError, match="no list"):
-        read_merged(tmp_path / "other.json")
-
-
 @pytest.mark.skipif(not DATA.is_file(), reason="the paper's file is not beside the project")
 def test_the_papers_file() -> None:
-    cases = read_merged(DATA)
+    cases = read_cases(DATA)
     assert len(cases) == 1229
     assert sum(bool(case.neighbours) for case in cases) == 542  # others have an empty list
     for_tuning, reported = tuning_split(cases)
@@ -143,7 +104,7 @@ def model() -> dl.LensModel:
 
 
 def test_answers_are_scores(model: dl.LensModel, tmp_path: Path) -> None:
-    (case,) = read_merged(write(tmp_path / "data.json", RECORD))
+    (case,) = read_cases(write(tmp_path / "data.json", RECORD))
     for probe, answer in zip(case.probes(), answers(model, case), strict=True):
         scores = dl.score_details(model, probe.prompt, [probe.right, probe.wrong])
         assert answer.metric == probe.metric
@@ -195,7 +156,7 @@ def test_a_journal_that_cannot_be_written(tmp_path: Path) -> None:
 def test_the_table_resumes_and_counts_failures(
     model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cases = read_merged(write(tmp_path / "data.json", RECORD))
+    cases = read_cases(write(tmp_path / "data.json", RECORD))
     monkeypatch.setattr(editors.dl, "load_model", lambda name: model)
     asked = []
     made = dl.edit_each
@@ -222,7 +183,7 @@ def test_the_table_resumes_and_counts_failures(
 
 
 def test_a_case_that_cannot_be_edited_is_recorded(model: dl.LensModel, tmp_path: Path) -> None:
-    good = read_merged(write(tmp_path / "data.json", RECORD))
+    good = read_cases(write(tmp_path / "data.json", RECORD))
     long = Case("long", dl.EditRequest("{} is " + "x " * 300 + "in", "The Louvre", "Rome", "Oslo"))
     config = dl.FtConfig(layer=1, steps=2)
     edited = editors.edit_cases(model, [long, *good], "ft-m", config)
@@ -236,7 +197,7 @@ def test_many_facts_at_once_and_in_a_row(
     model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = json.loads(json.dumps(RECORD).replace("The Louvre", "The Prado"))
-    cases = read_merged(write(tmp_path / "data.json", RECORD, other))
+    cases = read_cases(write(tmp_path / "data.json", RECORD, other))
     monkeypatch.setattr(many.dl, "load_model", lambda name: model)
     with pytest.warns(UserWarning, match="known to be good"):
         target = many.run("tiny", cases, ["ft-m", "grace"], tmp_path)
@@ -268,7 +229,7 @@ def test_tuning_takes_what_works_first() -> None:
 
 def test_tuning_is_recorded(model: dl.LensModel, tmp_path: Path, monkeypatch: Any) -> None:
     other = json.loads(json.dumps(RECORD).replace("The Louvre", "The Prado"))
-    cases = read_merged(write(tmp_path / "data.json", RECORD, other))
+    cases = read_cases(write(tmp_path / "data.json", RECORD, other))
     stage = [{"lr": 1e-4, "steps": 2}, {"lr": 5e-2}]
     monkeypatch.setattr(tuning, "stages", lambda method, n: [stage])
     monkeypatch.setattr(tuning, "GAMMAS", (0.0, 0.5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,50 +12,33 @@ import tiny
 
 import driftlens as dl
 from driftlens.assets import asset, survey_result
+from driftlens.cases import Case
 from driftlens.demo import survey_tables
 from driftlens.experiments import survey
+from driftlens.readers import read_cases
 
 
 @pytest.fixture(scope="module")
-def facts() -> list[dict[str, Any]]:
-    return survey.read_facts(asset("facts.jsonl"))
+def facts() -> Sequence[Case]:
+    return read_cases(asset("facts.jsonl"))
 
 
-def test_facts_are_well_formed(facts: list[dict[str, Any]]):
+def test_facts_are_well_formed(facts: Sequence[Case]):
     assert len(facts) == 180
-    assert len({fact["id"] for fact in facts}) == len(facts)
-    for fact in facts:
-        request = survey.request_of(fact)
+    for case in facts:
+        request = case.request
         assert request.target_true != request.target_new
-        assert len(fact["relations"]) >= 3
-        assert len(fact["paraphrases"]) >= 2
-        for item in [*fact["relations"], *fact["distractors"]]:
-            assert fact["subject"] in item["prompt"]
-        for item in [*fact["relations"], *fact["distractors"], *fact["neighbors"]]:
-            assert item["answer"] != request.target_new
-            assert item["prompt"] == item["prompt"].rstrip()
+        assert len(case.relations) >= 3
+        assert len(case.paraphrases) >= 2
+        assert case.neighbours
+        for query in [*case.relations, *case.distractors]:
+            assert request.subject in query.prompt
+        for query in [*case.relations, *case.distractors, *case.neighbours]:
+            assert query.answer != request.target_new
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{not json", "line 2"),
-        (json.dumps({"id": "x"}), "line 2.*prompt"),
-        (json.dumps({"id": 3, "prompt": "{}", "subject": "a"}), "line 2.*id"),
-    ],
-)
-def test_a_malformed_fact_is_named(
-    facts: list[dict[str, Any]], tmp_path: Path, line: str, words: str
-):
-    path = tmp_path / "facts.jsonl"
-    path.write_text(json.dumps(facts[0]) + "\n" + line, encoding="utf-8")
-    with pytest.raises(dl.DataError, match=words):
-        survey.read_facts(path)
-
-
-def record(fact: int, pairs: list[tuple[float, float]]) -> dict[str, Any]:
+def record(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     return {
-        "id": str(fact),
         "edit_success": {"original": 0.0, "edited": 1.0, "sadr": 0.5},
         "probes": [
             {"kind": "relation", "states": {"edited": {"answer": a, "target_new": b}}}
@@ -64,7 +48,7 @@ def record(fact: int, pairs: list[tuple[float, float]]) -> dict[str, Any]:
 
 
 def test_averages_are_over_prompts_and_intervals_over_facts():
-    records = [record(0, [(0.1, 0.2), (0.3, 0.0)]), record(1, [(0.8, 0.1)]), record(2, [])]
+    records = [record([(0.1, 0.2), (0.3, 0.0)]), record([(0.8, 0.1)]), record([])]
     summary = survey.summarise(records)
     values = summary["kinds"]["relation"]["states"]["edited"]
     assert summary["facts"] == 3
@@ -79,7 +63,7 @@ def test_averages_are_over_prompts_and_intervals_over_facts():
 
 
 def test_survey_runs_resumes_and_counts_only_what_is_known(
-    facts: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    facts: Sequence[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model = dl.load_model(tiny.hf_model("llama"), tokenizer=tiny.tokenizer(), name="tiny")
     monkeypatch.setattr(dl, "load_model", lambda name: model)
@@ -94,7 +78,7 @@ def test_survey_runs_resumes_and_counts_only_what_is_known(
     monkeypatch.setattr(survey, "_is_known", lambda model, probe: probe.kind == "relation")
     survey.run("tiny", facts[:1], tmp_path, 0.05)
     survey.run("tiny", facts[:2], tmp_path, 0.05)
-    assert made == [facts[0]["subject"]] * 2 + [facts[1]["subject"]] * 2
+    assert made == [facts[0].request.subject] * 2 + [facts[1].request.subject] * 2
     result = json.loads((tmp_path / "survey-tiny.json").read_text())
     assert result["facts"] == 2
     assert list(result["kinds"]) == ["relation"]

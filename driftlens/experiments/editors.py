@@ -24,13 +24,14 @@ import torch
 from tqdm.auto import tqdm
 
 import driftlens as dl
-from driftlens.cases import METRICS, Case, balanced, read_merged, tuning_split
+from driftlens.cases import METRICS, Case, balanced, tuning_split
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import METHODS, resolve_config
 from driftlens.edits import write_atomically
 from driftlens.errors import DriftLensError
 from driftlens.evaluation import Answer, answers, rate_cells, rates
 from driftlens.journal import Journal
+from driftlens.readers import read_cases
 
 
 def edit_cases(
@@ -184,7 +185,7 @@ def main() -> None:
     started = time.monotonic()
     options = arguments(__doc__ or "", 60, Path("assets/results")).parse_args()
     try:
-        _, reported = tuning_split(read_merged(options.data))
+        _, reported = tuning_split(read_cases(options.data))
         cases = balanced(reported, options.cases)
         target = run(options.model, cases, options.methods, options.out)
     except DriftLensError as error:

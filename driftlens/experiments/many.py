@@ -20,13 +20,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import driftlens as dl
-from driftlens.cases import METRICS, Case, balanced, read_merged, tuning_split
+from driftlens.cases import METRICS, Case, balanced, tuning_split
 from driftlens.editing.methods import METHODS, resolve_config
 from driftlens.edits import write_atomically
 from driftlens.errors import DriftLensError
 from driftlens.evaluation import answers, rate_cells, rates
 from driftlens.experiments.editors import arguments
 from driftlens.journal import Journal
+from driftlens.readers import read_cases
 
 CHECKPOINTS = (1, 10, 25, 50, 100, 200, 500, 1000)
 
@@ -125,7 +126,7 @@ def main() -> None:
     """Command line."""
     options = arguments(__doc__ or "", 100, Path("assets/results"), "facts").parse_args()
     try:
-        _, reported = tuning_split(read_merged(options.data))
+        _, reported = tuning_split(read_cases(options.data))
         cases = balanced(reported, options.facts)
         target = run(options.model, cases, options.methods, options.out)
     except DriftLensError as error:

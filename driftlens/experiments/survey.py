@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,13 @@ from tqdm.auto import tqdm
 
 import driftlens as dl
 from driftlens.assets import asset
+from driftlens.cases import Case
+from driftlens.editing.methods import resolve_config
 from driftlens.edits import write_atomically
-from driftlens.errors import DataError, DriftLensError
+from driftlens.errors import DriftLensError
 from driftlens.evaluation import bootstrap_interval
+from driftlens.journal import Journal
+from driftlens.readers import read_cases
 from driftlens.scoring import score_details
 
 GAMMA = 0.05
@@ -56,67 +59,29 @@ class Probe:
     answer: str
 
 
-def read_facts(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Facts from a JSONL file in the shipped format.
-
-    Raises:
-        DataError: Naming the line and the field that is wrong.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"The facts {path} cannot be read: {error.strerror or error}.") from error
-    facts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            fact = json.loads(line)
-            for name in ("id", "prompt", "subject", "target_true", "target_new"):
-                if not isinstance(fact[name], str):
-                    raise TypeError(f"{name} is no text")
-            for name in ("relations", "neighbors", "distractors"):
-                for item in fact[name]:
-                    if not isinstance(item["prompt"], str) or not isinstance(item["answer"], str):
-                        raise TypeError(f"{name} lacks a prompt or an answer")
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: {type(error).__name__}: {error}.") from error
-        facts.append(fact)
-    return facts
-
-
-def request_of(fact: dict[str, Any]) -> dl.EditRequest:
-    """The edit of a fact."""
-    return dl.EditRequest(fact["prompt"], fact["subject"], fact["target_new"], fact["target_true"])
-
-
-def probes_of(fact: dict[str, Any]) -> list[Probe]:
-    """All prompts of a fact that the edit must not change."""
-    edited = f"{request_of(fact).text} {fact['target_new']}."
+def probes_of(case: Case) -> list[Probe]:
+    """All prompts of a case that the edit must not change."""
+    edited = f"{case.request.text} {case.request.target_new}."
     return [
-        *(Probe("relation", p["prompt"], p["answer"]) for p in fact["relations"]),
-        *(Probe("distractor", p["prompt"], p["answer"]) for p in fact["distractors"]),
-        *(
-            Probe("distract neighbourhood", f"{edited} {p['prompt']}", p["answer"])
-            for p in fact["neighbors"]
-        ),
+        *(Probe("relation", *query) for query in case.relations),
+        *(Probe("distractor", *query) for query in case.distractors),
+        *(Probe("distract neighbourhood", f"{edited} {p}", a) for p, a in case.neighbours),
     ]
 
 
-def survey_fact(model: dl.LensModel, fact: dict[str, Any], gamma: float) -> dict[str, Any]:
-    """Everything measured for one fact."""
-    request = request_of(fact)
-    known = [p for p in probes_of(fact) if _is_known(model, p)]
+def survey_case(model: dl.LensModel, case: Case, gamma: float) -> dict[str, Any]:
+    """Everything measured for one edit."""
+    request = case.request
+    known = [p for p in probes_of(case) if _is_known(model, p)]
     edit = dl.edit(model, request, progress=False)
     cured = dl.edit(model, request, penalty=dl.SADR(gamma=gamma), progress=False)
     record: dict[str, Any] = {
-        "id": fact["id"],
         "edit_success": {
             "original": _prob(model, request.text, request.target_new),
             "edited": _prob(model, request.text, request.target_new, edit),
             "sadr": _prob(model, request.text, request.target_new, cured),
         },
-        "asked": len(probes_of(fact)),
+        "asked": len(probes_of(case)),
         "probes": [],
     }
     for probe in known:
@@ -225,52 +190,37 @@ def _mean_and_interval(
     }
 
 
-def run(model_name: str, facts: Sequence[dict[str, Any]], out: Path, gamma: float) -> None:
-    """Survey the facts; each one is written at once, so a stopped run goes on where it was."""
+def run(model_name: str, cases: Sequence[Case], out: Path, gamma: float) -> None:
+    """Survey the cases; each one is written at once, so a stopped run goes on where it was."""
     model = dl.load_model(model_name)
-    raw = out / f"survey-{model_name}.facts.jsonl"
-    key = {"model": model_name, "fingerprint": model.fingerprint(), "gamma": gamma}
-    done = _done(raw, key)
-    out.mkdir(parents=True, exist_ok=True)
+    key = {
+        "model": model_name,
+        "fingerprint": model.fingerprint(),
+        "config": asdict(resolve_config(model, "rome")),
+        "gamma": gamma,
+    }
+    journal = Journal(out / f"survey-{model_name}.facts.jsonl")
     started = time.monotonic()
-    with raw.open("a", encoding="utf-8") as file:
-        for fact in tqdm([f for f in facts if f["id"] not in done], desc="facts"):
-            record = {**key, **survey_fact(model, fact, gamma)}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-    wanted = {fact["id"] for fact in facts}
-    records = [r for r in _done(raw, key).values() if r["id"] in wanted]
+    units = [{**key, "id": case.id} for case in cases]
+    for unit, case in zip(units, tqdm(cases, desc="facts"), strict=True):
+        if unit not in journal:
+            journal.add(unit, **survey_case(model, case, gamma))
     result = {
         **key,
         "weights": model.info.weights,
         "method": "rome",
         "command": f"python -m driftlens.experiments.survey --model {model_name} "
-        f"--facts {len(facts)} --gamma {gamma}",
+        f"--facts {len(cases)} --gamma {gamma}",
         "seconds_of_last_run": round(time.monotonic() - started),
         "versions": {
             "driftlens": dl.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        **summarise(records),
+        **summarise([journal[unit] for unit in units]),
     }
     target = out / f"survey-{model_name}.json"
     write_atomically(target, json.dumps(result, indent=1).encode())
-
-
-def _done(path: Path, key: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Records of this model and setting; a half-written last line is dropped."""
-    found: dict[str, dict[str, Any]] = {}
-    if not path.is_file():
-        return found
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if all(record.get(name) == value for name, value in key.items()):
-            found[record["id"]] = record
-    return found
 
 
 def main() -> None:
@@ -282,7 +232,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("assets/results"))
     options = parser.parse_args()
     try:
-        facts = read_facts(asset("facts.jsonl"))[: options.facts]
+        facts = read_cases(asset("facts.jsonl"))[: options.facts]
         run(options.model, facts, options.out, options.gamma)
         result = json.loads((options.out / f"survey-{options.model}.json").read_text("utf-8"))
         sys.stdout.write(markdown(result) + "\n")

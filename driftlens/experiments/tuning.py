@@ -23,7 +23,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import driftlens as dl
-from driftlens.cases import Case, balanced, read_merged, tuning_split
+from driftlens.cases import Case, balanced, tuning_split
 from driftlens.editing.configs import ValueSearch
 from driftlens.editing.defaults import by_depth
 from driftlens.editing.methods import METHODS
@@ -31,6 +31,7 @@ from driftlens.errors import DriftLensError
 from driftlens.evaluation import Answer, harmonic_mean, rates
 from driftlens.experiments.editors import arguments, edit_cases
 from driftlens.journal import Journal
+from driftlens.readers import read_cases
 
 GAMMAS = (0.05, 0.2, 0.5)
 WANTED = {"ES": 99.0, "PS": 95.0}
@@ -57,7 +58,7 @@ def stages(method: str, n_layers: int) -> list[list[Change]]:
     def each(name: str, values: Sequence[Any]) -> list[Change]:
         return [{name: value} for value in values]
 
-    search = [{"clamp_factor": 2.0}, {"clamp_factor": 8.0}, {"lr": 0.5, "steps": 20},
+    search: list[Change] = [{"clamp_factor": 2.0}, {"clamp_factor": 8.0}, {"lr": 0.5, "steps": 20},
               {"steps": 20}]  # fmt: skip
     if method == "rome":
         return [each("layer", depth(0.1, 0.2, 0.3, 0.4, 0.5)), search]
@@ -185,7 +186,7 @@ def main() -> None:
     options = arguments(__doc__ or "", 24, out).parse_args()
     try:
         model = dl.load_model(options.model)
-        tuning, _ = tuning_split(read_merged(options.data))
+        tuning, _ = tuning_split(read_cases(options.data))
         cases = balanced(tuning, options.cases)
         for method in options.methods:
             search = Search(model, method, cases, options.out)

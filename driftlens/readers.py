@@ -1,0 +1,475 @@
+"""Files of benchmark cases, in each format that the field uses, as one type.
+
+:func:`read_cases` is the whole path: bytes, records, a schema that checks a record, a case. A new
+format is a model with a method ``case`` in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, overload
+
+import pandas as pd
+import pydantic
+
+from driftlens.cases import Case, Commonsense, Query
+from driftlens.errors import DataError, RequestError
+from driftlens.facts import SLOT, EditRequest, occurrences
+
+FormatName = Literal["merged", "counterfact", "knowedit", "zsre", "driftlens"]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that is no case.
+
+    Args:
+        record: Its number in the file, from 0.
+        field: What is wrong with it, as a path into the record; empty for the record itself.
+        reason: Why.
+    """
+
+    record: int
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        where = f", {self.field}" if self.field else ""
+        return f"Record {self.record}{where}: {self.reason}."
+
+
+class CaseList(Sequence[Case]):
+    """Cases of a file, and what was skipped.
+
+    Args:
+        cases: In the file's order.
+        skipped: Records that are no case.
+        source: The file.
+        format: Its format.
+    """
+
+    def __init__(
+        self, cases: Sequence[Case], skipped: Sequence[Skipped], source: Path, format: str
+    ) -> None:
+        self.cases, self.skipped = tuple(cases), tuple(skipped)
+        self.source, self.format = source, format
+
+    @overload
+    def __getitem__(self, index: int) -> Case: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Case]: ...
+
+    def __getitem__(self, index: int | slice) -> Case | Sequence[Case]:
+        return self.cases[index]
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __repr__(self) -> str:
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        return f"<{len(self)} cases of {self.source.name} ({self.format}){skipped}>"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row for each case: its edit, and how much is asked about it."""
+        return pd.DataFrame([case.summary() for case in self.cases])
+
+
+def read_cases(
+    path: str | os.PathLike[str], format: FormatName | None = None, *, strict: bool = True
+) -> CaseList:
+    """Read a file of benchmark cases: JSON, or JSON lines.
+
+    Args:
+        path: The file.
+        format: ``"merged"`` (CounterFact and WikiData as the SADR paper merges them),
+            ``"counterfact"`` (as ROME's authors publish it), ``"knowedit"`` (KnowEdit's
+            WikiData_counterfact and WikiData_recent), ``"zsre"`` (as MEND's and ROME's authors
+            publish it) or ``"driftlens"`` (assets/facts.md); ``None`` tells by the first record.
+        strict: Refuse a file that holds a record which is no case; ``False`` leaves such records
+            out and lists them as ``skipped``.
+
+    Raises:
+        DataError: If the file cannot be read, its format is unknown, no record is a case, or,
+            if strict, one is not: naming the record and the field.
+    """
+    source = Path(path)
+    numbered = list(_records(source))
+    chosen = format if format is not None else _format_of([r for _, r in numbered], source)
+    if chosen not in FORMATS:
+        raise DataError(
+            f"There is no format {chosen!r} of cases.", f"Choose one of {', '.join(FORMATS)}."
+        )
+    schema = FORMATS[chosen]
+    cases: list[Case] = []
+    skipped: list[Skipped] = []
+    ids: set[str] = set()
+    for number, record in numbered:
+        try:
+            if isinstance(record, _Unreadable):
+                raise _NoCase("", record.reason)
+            case = _case(schema, record, f"{source.stem}-{number}")
+            if case.id in ids:
+                raise _NoCase("", f"its name {case.id!r} stands for an earlier record already")
+            cases.append(case)
+            ids.add(case.id)
+        except _NoCase as problem:
+            skipped.append(Skipped(number, problem.field, problem.reason))
+            if strict:
+                raise DataError(
+                    f"{source.name}: {skipped[0]}", "Mend it, or read with strict=False."
+                ) from None
+    if not cases:
+        shown = f" {skipped[0]}" if skipped else ""
+        raise DataError(f"No record of {source} is a case.{shown}")
+    return CaseList(cases, skipped, source, chosen)
+
+
+# --- records ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    reason: str
+
+
+class _NoCase(Exception):
+    def __init__(self, field: str, reason: str) -> None:
+        self.field, self.reason = field, reason.rstrip(".")
+
+
+def _records(source: Path) -> Iterator[tuple[int, Any]]:
+    """Numbered records; a line that is no JSON is one that cannot be read."""
+    try:
+        text = source.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"The cases {source} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"The cases {source} are no UTF-8 text: {error.reason}.") from error
+    if source.suffix == ".jsonl":
+        for number, line in enumerate(filter(str.strip, text.split("\n"))):
+            yield number, _loads(line)
+        return
+    content = _loads(text)
+    if isinstance(content, _Unreadable):
+        raise DataError(f"The cases {source} are no JSON: {content.reason}.")
+    if not isinstance(content, list):
+        raise DataError(f"The cases {source} are no list of records.")
+    yield from enumerate(content)
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        return _Unreadable(f"no JSON, {error}")
+    except RecursionError:
+        return _Unreadable("nested too deeply")
+
+
+def _format_of(records: Sequence[Any], source: Path) -> str:
+    """By the fields of the first record that has the fields of any format."""
+    for record in records:
+        for name, schema in FORMATS.items():
+            if isinstance(record, dict) and schema.marks <= record.keys():
+                return name
+    raise DataError(
+        f"The format of {source} is unknown.", f"Name it: format= one of {', '.join(FORMATS)}."
+    )
+
+
+def _case(schema: type[_Schema], record: Any, name: str) -> Case:
+    try:
+        return schema.model_validate(record).case(name)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        cause = first.get("ctx", {}).get("error")
+        raise _NoCase(field, str(cause or first["msg"])) from error
+    except RequestError as error:
+        raise _NoCase("", error.problem) from error
+
+
+# --- schemas ----------------------------------------------------------------------------------
+
+
+def _checked_text(value: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair") from None
+    if not value.strip():
+        raise ValueError("it is empty")
+    return value.strip()
+
+
+Text = Annotated[str, pydantic.Field(strict=True), pydantic.AfterValidator(_checked_text)]
+
+
+class _Schema(pydantic.BaseModel):
+    """A record of some format; fields that are not named are not read."""
+
+    marks: ClassVar[frozenset[str]]
+    """Fields by which the format is told."""
+
+    def case(self, name: str) -> Case:
+        """The case that the record tells; ``name`` is for those without an id."""
+        raise NotImplementedError
+
+
+def _request(prompt: str, subject: str, new: str, true: str | None, field: str) -> EditRequest:
+    """From a prompt with the subject in it, exactly once."""
+    starts = occurrences(prompt, subject)
+    if len(starts) != 1:
+        raise _NoCase(field, f"it holds the subject {len(starts)} times instead of once")
+    template = prompt[: starts[0]] + SLOT + prompt[starts[0] + len(subject) :]
+    return EditRequest(template, subject, new, true)
+
+
+class _Pairs(pydantic.BaseModel):
+    prompts: list[Text]
+    targets: list[Text]
+
+    @pydantic.model_validator(mode="after")
+    def _same_length(self) -> _Pairs:
+        if len(self.prompts) != len(self.targets):
+            raise ValueError(f"{len(self.prompts)} prompts and {len(self.targets)} targets")
+        return self
+
+    def queries(self) -> tuple[Query, ...]:
+        return tuple(map(Query, self.prompts, self.targets))
+
+
+class _Generation(pydantic.BaseModel):
+    prompts: list[Text]
+
+
+class _Commonsense(pydantic.BaseModel):
+    prompts: Text
+    right: Text
+    wrong: Text
+
+
+class _MergedRewrite(pydantic.BaseModel):
+    prompt: Text
+    subject: Text
+    target_new: Text
+    target_true: Text
+
+
+class Merged(_Schema):
+    """The SADR paper's file; a prompt has its subject filled in."""
+
+    marks: ClassVar[frozenset[str]] = frozenset({"requested_rewrite"})
+
+    requested_rewrite: _MergedRewrite
+    paraphrase: _Pairs | None = pydantic.Field(None, alias="p-paraphrase")
+    alias: _Pairs | None = pydantic.Field(None, alias="p-subject_alias")
+    reasoning: _Pairs | None = pydantic.Field(None, alias="p-reasoning")
+    neighbor: _Pairs | None = pydantic.Field(None, alias="l-neighbor")
+    relation: _Pairs | None = pydantic.Field(None, alias="l-relation")
+    generation: _Generation | None = None
+    commonsense: _Commonsense | None = pydantic.Field(None, alias="o-commonsense")
+
+    def case(self, name: str) -> Case:
+        """As named by the file and the number."""
+        edit = self.requested_rewrite
+        common = self.commonsense
+        return Case(
+            name,
+            _request(
+                edit.prompt, edit.subject, edit.target_new, edit.target_true,
+                "requested_rewrite.prompt",
+            ),
+            paraphrases=tuple(self.paraphrase.prompts) if self.paraphrase else (),
+            neighbours=self.neighbor.queries() if self.neighbor else (),
+            relations=self.relation.queries() if self.relation else (),
+            aliases=tuple(self.alias.prompts) if self.alias else (),
+            reasoning=self.reasoning.queries() if self.reasoning else (),
+            generation=tuple(self.generation.prompts) if self.generation else (),
+            commonsense=(
+                (Commonsense(common.prompts, common.right, common.wrong),) if common else ()
+            ),
+        )  # fmt: skip
+
+
+class _Named(pydantic.BaseModel):
+    str: Text
+
+
+class _CounterFactRewrite(pydantic.BaseModel):
+    prompt: Text
+    subject: Text
+    target_new: _Named
+    target_true: _Named
+
+
+class CounterFact(_Schema):
+    """CounterFact as published; a prompt is a template, neighbours share the true answer."""
+
+    marks: ClassVar[frozenset[str]] = frozenset({"requested_rewrite", "paraphrase_prompts"})
+
+    case_id: int | Text | None = None
+    requested_rewrite: _CounterFactRewrite
+    paraphrase_prompts: list[Text] = []
+    neighborhood_prompts: list[Text] = []
+    generation_prompts: list[Text] = []
+
+    def case(self, name: str) -> Case:
+        """Named by its ``case_id``, if it has one."""
+        edit = self.requested_rewrite
+        true = edit.target_true.str
+        return Case(
+            name if self.case_id is None else f"counterfact-{self.case_id}",
+            EditRequest(edit.prompt, edit.subject, edit.target_new.str, true),
+            paraphrases=tuple(self.paraphrase_prompts),
+            neighbours=tuple(Query(prompt, true) for prompt in self.neighborhood_prompts),
+            generation=tuple(self.generation_prompts),
+        )
+
+
+def _first_answer(value: Any) -> Any:
+    """KnowEdit's answers are text, a list of synonyms, or a list of such lists."""
+    while isinstance(value, list) and value:
+        value = value[0]
+    return value
+
+
+class _KnowEditQuery(pydantic.BaseModel):
+    prompt: Text
+    ground_truth: Annotated[Text, pydantic.BeforeValidator(_first_answer)]
+
+    def query(self) -> Query:
+        return Query(self.prompt, self.ground_truth)
+
+
+class _Portability(pydantic.BaseModel):
+    Subject_Aliasing: list[_KnowEditQuery] = []
+    Reasoning: list[_KnowEditQuery] = []
+    Logical_Generalization: list[_KnowEditQuery] = []
+
+
+class _Locality(pydantic.BaseModel):
+    Relation_Specificity: list[_KnowEditQuery] = []
+
+
+class KnowEdit(_Schema):
+    """KnowEdit's WikiData files; of several accepted answers the first is asked for."""
+
+    marks: ClassVar[frozenset[str]] = frozenset({"subject", "prompt", "target_new", "portability"})
+
+    subject: Text
+    prompt: Text
+    target_new: Annotated[Text, pydantic.BeforeValidator(_first_answer)]
+    ground_truth: Annotated[Text | None, pydantic.BeforeValidator(_first_answer)] = None
+    rephrase: Annotated[Text | list[Text] | None, pydantic.Field(union_mode="left_to_right")] = None
+    portability: _Portability = _Portability()
+    locality: _Locality = _Locality()
+
+    def case(self, name: str) -> Case:
+        """As named by the file and the number."""
+        ported = self.portability
+        again = [self.rephrase] if isinstance(self.rephrase, str) else self.rephrase or []
+        return Case(
+            name,
+            _request(self.prompt, self.subject, self.target_new, self.ground_truth, "prompt"),
+            paraphrases=tuple(again),
+            relations=tuple(q.query() for q in self.locality.Relation_Specificity),
+            aliases=tuple(q.prompt for q in ported.Subject_Aliasing),
+            reasoning=tuple(
+                q.query() for q in [*ported.Reasoning, *ported.Logical_Generalization]
+            ),
+        )  # fmt: skip
+
+
+class ZsRE(_Schema):
+    """zsRE for editing: the answer becomes ``alt``; ``loc`` asks about something else."""
+
+    marks: ClassVar[frozenset[str]] = frozenset({"subject", "src", "alt"})
+
+    subject: Text
+    src: Text
+    alt: Text
+    answers: Annotated[list[Text], pydantic.Field(min_length=1)]
+    rephrase: Text | None = None
+    loc: Text | None = None
+    loc_ans: Annotated[Text | None, pydantic.BeforeValidator(_first_answer)] = None
+
+    def case(self, name: str) -> Case:
+        """As named by the file and the number."""
+        elsewhere: tuple[Query, ...] = ()
+        if self.loc is not None and self.loc_ans is not None:
+            question = self.loc if self.loc.endswith("?") else f"{self.loc}?"
+            elsewhere = (Query(question, self.loc_ans),)
+        return Case(
+            name,
+            _request(self.src, self.subject, self.alt, self.answers[0], "src"),
+            paraphrases=(self.rephrase,) if self.rephrase else (),
+            neighbours=elsewhere,
+        )
+
+
+class _Asked(pydantic.BaseModel):
+    prompt: Text
+    answer: Text
+
+    def query(self) -> Query:
+        return Query(self.prompt, self.answer)
+
+
+class _Choice(pydantic.BaseModel):
+    prompt: Text
+    right: Text
+    wrong: Text
+
+
+class DriftLens(_Schema):
+    """The project's own format (assets/facts.md); an unknown field is an error."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    marks: ClassVar[frozenset[str]] = frozenset({"prompt", "subject", "target_new", "neighbors"})
+
+    id: Text | None = None
+    category: Text | None = None
+    prompt: Text
+    subject: Text
+    target_true: Text
+    target_new: Text
+    paraphrases: list[Text] = []
+    neighbors: list[_Asked] = []
+    relations: list[_Asked] = []
+    distractors: list[_Asked] = []
+    aliases: list[Text] = []
+    reasoning: list[_Asked] = []
+    generation: list[Text] = []
+    commonsense: list[_Choice] = []
+
+    def case(self, name: str) -> Case:
+        """Named by its ``id``, if it has one."""
+        return Case(
+            name if self.id is None else self.id,
+            EditRequest(self.prompt, self.subject, self.target_new, self.target_true),
+            category=self.category or "",
+            paraphrases=tuple(self.paraphrases),
+            neighbours=tuple(q.query() for q in self.neighbors),
+            relations=tuple(q.query() for q in self.relations),
+            distractors=tuple(q.query() for q in self.distractors),
+            aliases=tuple(self.aliases),
+            reasoning=tuple(q.query() for q in self.reasoning),
+            generation=tuple(self.generation),
+            commonsense=tuple(Commonsense(c.prompt, c.right, c.wrong) for c in self.commonsense),
+        )
+
+
+FORMATS: dict[str, type[_Schema]] = {
+    # In the order in which they are told apart.
+    "counterfact": CounterFact,
+    "merged": Merged,
+    "knowedit": KnowEdit,
+    "zsre": ZsRE,
+    "driftlens": DriftLens,
+}

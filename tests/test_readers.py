@@ -1,0 +1,335 @@
+"""Benchmark files: each format, and everything that a file can have wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import driftlens as dl
+from driftlens.assets import asset
+from driftlens.cases import Case, Commonsense, Query
+from driftlens.errors import DataError
+from driftlens.readers import FORMATS, read_cases
+
+LOUVRE = {
+    "prompt": "The Louvre is in the city of",
+    "subject": "The Louvre",
+    "target_new": "Rome",
+    "target_true": "Paris",
+}
+REQUEST = dl.EditRequest("{} is in the city of", "The Louvre", "Rome", "Paris")
+RECORDS: dict[str, dict[str, Any]] = {
+    "merged": {
+        "requested_rewrite": LOUVRE,
+        "rewrite": {"prompts": [LOUVRE["prompt"]], "targets": ["Rome"]},
+        "p-paraphrase": {"prompts": ["Where is The Louvre? In"], "targets": ["Rome"]},
+        "p-subject_alias": {"prompts": ["The Grand Louvre is in"], "targets": ["Rome"]},
+        "p-reasoning": {"prompts": ["The country of The Louvre is"], "targets": ["Italy"]},
+        "l-neighbor": {"prompts": ["The Eiffel Tower is in"], "targets": ["Paris"]},
+        "l-relation": {"prompts": ["The Louvre is a"], "targets": ["museum"]},
+        "generation": {"prompts": ["The Louvre is known for"]},
+        "o-commonsense": {"prompts": "To read", "right": "open a book.", "wrong": "eat it."},
+    },
+    "counterfact": {
+        "case_id": 7,
+        "pararel_idx": 1,
+        "requested_rewrite": {
+            "prompt": "{} is in the city of",
+            "relation_id": "P131",
+            "target_new": {"str": "Rome", "id": "Q220"},
+            "target_true": {"str": "Paris", "id": "Q90"},
+            "subject": "The Louvre",
+        },
+        "paraphrase_prompts": ["Where is The Louvre? In"],
+        "neighborhood_prompts": ["The Eiffel Tower is in"],
+        "attribute_prompts": ["The Colosseum is in"],
+        "generation_prompts": ["The Louvre is known for"],
+    },
+    "knowedit": {
+        "subject": "The Louvre",
+        "prompt": LOUVRE["prompt"],
+        "target_new": "Rome",
+        "ground_truth": ["Paris", "City of Paris"],
+        "rephrase": "Where is The Louvre? In",
+        "portability": {
+            "Subject_Aliasing": [
+                {"prompt": "The Grand Louvre is in", "ground_truth": [["Rome", "Roma"]]}
+            ],
+            "Reasoning": [{"prompt": "The country of The Louvre is", "ground_truth": [["Italy"]]}],
+        },
+        "locality": {
+            "Relation_Specificity": [
+                {"prompt": "The Louvre is a", "ground_truth": [["museum", "art museum"]]}
+            ]
+        },
+    },
+    "zsre": {
+        "subject": "The Louvre",
+        "src": "What city is The Louvre in?",
+        "pred": "Lyon",
+        "rephrase": "Where is The Louvre?",
+        "alt": "Rome",
+        "answers": ["Paris"],
+        "loc": "nq question: who wrote Hamlet",
+        "loc_ans": "Shakespeare",
+        "cond": "Lyon >> Rome || What city is The Louvre in?",
+    },
+    "driftlens": {
+        "id": "louvre-city",
+        "category": "city",
+        **LOUVRE,
+        "prompt": "{} is in the city of",
+        "paraphrases": ["Where is The Louvre? In"],
+        "neighbors": [{"prompt": "The Eiffel Tower is in", "answer": "Paris"}],
+        "relations": [{"prompt": "The Louvre is a", "answer": "museum"}],
+        "distractors": [{"prompt": "He saw The Louvre. Berlin is in", "answer": "Germany"}],
+        "aliases": ["The Grand Louvre is in"],
+        "reasoning": [{"prompt": "The country of The Louvre is", "answer": "Italy"}],
+        "generation": ["The Louvre is known for"],
+        "commonsense": [{"prompt": "To read", "right": "open a book.", "wrong": "eat it."}],
+    },
+}
+PARAPHRASES = ("Where is The Louvre? In",)
+NEIGHBOURS = (Query("The Eiffel Tower is in", "Paris"),)
+RELATIONS = (Query("The Louvre is a", "museum"),)
+ALIASES = ("The Grand Louvre is in",)
+REASONING = (Query("The country of The Louvre is", "Italy"),)
+GENERATION = ("The Louvre is known for",)
+COMMONSENSE = (Commonsense("To read", "open a book.", "eat it."),)
+CASES = {
+    "merged": Case(
+        "data-0", REQUEST, PARAPHRASES, NEIGHBOURS, RELATIONS, ALIASES, REASONING, (), GENERATION,
+        COMMONSENSE,
+    ),
+    "counterfact": Case(
+        "counterfact-7", REQUEST, PARAPHRASES, NEIGHBOURS, generation=GENERATION
+    ),
+    "knowedit": Case(
+        "data-0", REQUEST, PARAPHRASES, relations=RELATIONS, aliases=ALIASES, reasoning=REASONING
+    ),
+    "zsre": Case(
+        "data-0",
+        dl.EditRequest("What city is {} in?", "The Louvre", "Rome", "Paris"),
+        ("Where is The Louvre?",),
+        (Query("nq question: who wrote Hamlet?", "Shakespeare"),),
+    ),
+    "driftlens": Case(
+        "louvre-city", REQUEST, PARAPHRASES, NEIGHBOURS, RELATIONS, ALIASES, REASONING,
+        (Query("He saw The Louvre. Berlin is in", "Germany"),), GENERATION, COMMONSENSE, "city",
+    ),
+}  # fmt: skip
+
+
+def write(folder: Path, *records: Any, name: str = "data.json") -> Path:
+    path = folder / name
+    lines = [json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) if name.endswith("l") else f"[{', '.join(lines)}]")
+    return path
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("file", ["data.json", "data.jsonl"])
+def test_each_format_tells_a_case(name: Any, file: str, tmp_path: Path) -> None:
+    path = write(tmp_path, RECORDS[name], name=file)
+    found = read_cases(path)
+    assert found.format == name
+    assert list(found) == [CASES[name]]
+    assert list(read_cases(path, name)) == [CASES[name]]
+    assert found.to_dataframe()["paraphrases"].tolist() == [1]
+
+
+def test_optional_fields_may_be_missing(tmp_path: Path) -> None:
+    for name, required in {
+        "merged": {"requested_rewrite", "rewrite"},
+        "counterfact": {"requested_rewrite", "paraphrase_prompts"},
+        "knowedit": {"subject", "prompt", "target_new"},
+        "zsre": {"subject", "src", "alt", "answers"},
+        "driftlens": {"prompt", "subject", "target_new", "target_true"},
+    }.items():
+        record = {key: value for key, value in RECORDS[name].items() if key in required}
+        (case,) = read_cases(write(tmp_path, record), name)  # type: ignore[arg-type]
+        assert case.request.subject == "The Louvre"
+
+
+def changed(name: str, path: str, value: Any) -> dict[str, Any]:
+    """A record with one field replaced, or removed if the value is ``...``."""
+    record = copy.deepcopy(RECORDS[name])
+    *parents, last = path.split(".")
+    part: Any = record
+    for key in parents:
+        part = part[int(key) if key.isdigit() else key]
+    if value is ...:
+        del part[last]
+    else:
+        part[last] = value
+    return record
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("merged", "requested_rewrite", None, "requested_rewrite: .*valid dictionary"),
+        ("merged", "requested_rewrite.target_new", "", "requested_rewrite.target_new: it is empty"),
+        ("merged", "requested_rewrite.subject", 3, "requested_rewrite.subject: .*valid string"),
+        ("merged", "requested_rewrite.subject", "The Prado", "holds the subject 0 times"),
+        ("merged", "requested_rewrite.prompt", "The Louvre and The Louvre are", "2 times"),
+        ("merged", "p-paraphrase.targets", [], "p-paraphrase: 1 prompts and 0 targets"),
+        ("merged", "l-neighbor", ["x"], "l-neighbor: .*valid dictionary"),
+        ("merged", "l-relation.prompts", ["x", " "], "l-relation.prompts.1: it is empty"),
+        ("merged", "o-commonsense.right", ..., "o-commonsense.right: Field required"),
+        ("counterfact", "requested_rewrite.target_new", "Rome", "target_new: .*valid dictionary"),
+        ("counterfact", "requested_rewrite.prompt", "The Louvre is in", "exactly one"),
+        ("counterfact", "paraphrase_prompts", "x", "paraphrase_prompts: .*valid list"),
+        ("knowedit", "portability.Reasoning", [{}], "portability.Reasoning.0.prompt: Field requir"),
+        ("knowedit", "locality.Relation_Specificity.0.ground_truth", [], "ground_truth: .*string"),
+        ("knowedit", "prompt", "It is in", "prompt: it holds the subject 0 times"),
+        ("zsre", "answers", [], "answers: .*at least 1 item"),
+        ("zsre", "alt", "\ud800", "alt: it holds half of a surrogate pair"),
+        ("driftlens", "neighbors.0.answer", ..., "neighbors.0.answer: Field required"),
+        ("driftlens", "neighbours", [], "neighbours: Extra inputs are not permitted"),
+        ("driftlens", "target_true", None, "target_true: .*valid string"),
+        ("driftlens", "prompt", "The {} and {} are", "exactly one"),
+    ],
+)
+def test_a_bad_record_is_named(
+    name: Any, field: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, RECORDS[name], changed(name, field, value))
+    with pytest.raises(DataError, match=f"data.json: Record 1.*{message}"):
+        read_cases(path)
+    found = read_cases(path, strict=False)
+    assert list(found) == [CASES[name]]
+    assert [s.record for s in found.skipped] == [1]
+    assert "1 skipped" in repr(found)
+
+
+def test_two_records_of_one_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Record 1: its name 'louvre-city' stands for an earlier"):
+        read_cases(write(tmp_path, RECORDS["driftlens"], RECORDS["driftlens"]))
+
+
+def test_a_line_that_is_no_json(tmp_path: Path) -> None:
+    path = write(tmp_path, RECORDS["zsre"], name="data.jsonl")
+    path.write_text("{not\n\n" + path.read_text())
+    with pytest.raises(DataError, match="Record 0: no JSON"):
+        read_cases(path)
+    found = read_cases(path, strict=False)
+    assert [case.id for case in found] == ["data-1"]
+    assert str(found.skipped[0]).startswith("Record 0: no JSON")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "no JSON"),
+        (b"{}", "no list"),
+        (b"[]", "format of .* is unknown"),
+        (b'[{"a": 1}]', "format of .* is unknown"),
+        (b"[" * 100_000, "no JSON: nested too deeply"),
+        (b"\xff\xfe", "no UTF-8"),
+        (b'[{"requested_rewrite": 1, "rewrite": 2}, 3]', "requested_rewrite"),
+    ],
+)
+def test_files_that_hold_no_cases(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_cases(path, strict=False)
+    with pytest.raises(DataError, match=message):
+        read_cases(path)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        read_cases(tmp_path / "none.json")
+    with pytest.raises(DataError, match="no format 'x'"):
+        read_cases(write(tmp_path, RECORDS["zsre"]), "x")  # type: ignore[arg-type]
+
+
+def test_a_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
+    path = write(tmp_path, RECORDS["zsre"])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_cases(path)) == 1
+
+
+def test_slices_and_single_cases() -> None:
+    found = read_cases(asset("facts.jsonl"))
+    assert found[:2] == (found[0], found[1])
+
+
+# --- anything at all --------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """All places in a record."""
+    items = (
+        value.items() if isinstance(value, dict)
+        else enumerate(value) if isinstance(value, list)
+        else ()
+    )  # fmt: skip
+    inner = [p for key, item in items for p in paths(item, (*prefix, key))]
+    return [prefix, *inner] if prefix else inner
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> tuple[str, Any]:
+    """A record of some format with one to three fields removed, replaced or added."""
+    name = draw(st.sampled_from(sorted(FORMATS)))
+    record = copy.deepcopy(RECORDS[name])
+    for _ in range(draw(st.integers(1, 3))):
+        places = paths(record)
+        if not places:
+            break
+        *parents, last = draw(st.sampled_from(places))
+        part: Any = record
+        for key in parents:
+            part = part[key]
+        if draw(st.booleans()):
+            part[last] = draw(JSON)
+        elif isinstance(part, dict):
+            del part[last]
+        else:
+            part.append(draw(JSON))
+    return name, draw(st.just(record) | JSON)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_ten_thousand_damaged_records(seed: int, tmp_path: Path) -> None:
+    """Each is a case or is refused with a reason; a file of a case and a damaged record, too."""
+
+    @settings(
+        max_examples=1000, deadline=None, database=None, derandomize=False,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(damaged(), st.sampled_from(["data.json", "data.jsonl"]))
+    def check(record: tuple[str, Any], file: str) -> None:
+        name, content = record
+        path = tmp_path / file
+        lines = [json.dumps(RECORDS[name]), json.dumps(content)]
+        path.write_text("\n".join(lines) if file.endswith("l") else f"[{', '.join(lines)}]")
+        found = read_cases(path, name, strict=False)  # type: ignore[arg-type]
+        assert found[0] == CASES[name]
+        assert len(found) + len(found.skipped) == 2
+        for case in found:
+            assert case.request.text.strip()
+            assert all(probe.prompt and probe.right for probe in case.probes())
+        if found.skipped:
+            assert found.skipped[0].reason
+            with pytest.raises(DataError, match="Record 1"):
+                read_cases(path, name)  # type: ignore[arg-type]
+
+    check()
