@@ -230,8 +230,8 @@ def test_tuning_takes_what_works_first() -> None:
 def test_tuning_is_recorded(model: dl.LensModel, tmp_path: Path, monkeypatch: Any) -> None:
     other = json.loads(json.dumps(RECORD).replace("The Louvre", "The Prado"))
     cases = read_cases(write(tmp_path / "data.json", RECORD, other))
-    stage = [{"lr": 1e-4, "steps": 2}, {"lr": 5e-2}]
-    monkeypatch.setattr(tuning, "stages", lambda method, n: [stage])
+    found = [[{"lr": 1e-4, "steps": 2}], [{"lr": 5e-2}]]
+    monkeypatch.setattr(tuning, "stages", lambda method, n: found)
     monkeypatch.setattr(tuning, "GAMMAS", (0.0, 0.5))
     search = tuning.Search(model, "ft-m", cases, tmp_path)
     best = search.best()
@@ -240,9 +240,9 @@ def test_tuning_is_recorded(model: dl.LensModel, tmp_path: Path, monkeypatch: An
     lines = (tmp_path / "tuning-tiny-ft-m.jsonl").read_text().splitlines()
     units = [json.loads(line)["unit"] for line in lines]
     assert [(len(unit["cases"]), unit["gamma"]) for unit in units] == [
-        (1, None), (1, None), (1, None), (2, None), (2, 0.0), (2, 0.5)
+        (1, None), (1, None), (2, None), (2, None), (2, 0.0), (2, 0.5)
     ]  # fmt: skip
-    assert [unit["config"]["steps"] for unit in units[:3]] == [25, 2, 25]
+    assert [unit["config"]["steps"] for unit in units[:2]] == [25, 2]
     again = tuning.Search(model, "ft-m", cases, tmp_path)
     assert again.best() == best
     assert len((tmp_path / "tuning-tiny-ft-m.jsonl").read_text().splitlines()) == 6
@@ -251,7 +251,7 @@ def test_tuning_is_recorded(model: dl.LensModel, tmp_path: Path, monkeypatch: An
 @pytest.mark.parametrize(
     ("kept", "chosen"),
     [
-        # gamma: ES, PS (50 prompts), NS = RS = DNS
+        # gamma: ES, PS (of 50 prompts), NS = RS = DNS
         ({0.05: (100, 98, 20), 0.2: (100, 96, 40), 0.5: (100, 94, 60)}, 0.2),
         ({0.05: (99, 98, 50), 0.2: (98, 98, 60), 0.5: (100, 96, 40)}, 0.05),
         ({0.05: (90, 98, 50), 0.2: (98, 98, 60), 0.5: (100, 90, 40)}, None),
@@ -268,6 +268,7 @@ def test_gamma_is_the_best_that_costs_little(
         return {"rates": found, "prompts": {"ES": 100, "PS": 50}}
 
     monkeypatch.setattr(tuning.Search, "trial", trial)
+    monkeypatch.setattr(tuning, "GAMMAS", tuple(kept))
     search = tuning.Search(model, "ft-m", [], tmp_path)
     assert search.best_gamma(dl.FtConfig(layer=1)) == chosen
 
@@ -277,7 +278,7 @@ def test_a_search_begins_with_what_its_relative_found(
 ) -> None:
     found: list[Any] = []
 
-    def trial(self: tuning.Search, config: Any) -> dict[str, Any]:
+    def trial(self: tuning.Search, config: Any, whole: bool) -> dict[str, Any]:
         found.append(config)
         wanted = getattr(config, "layer", None) == 1 or getattr(config, "cov_weight", 0) == 100.0
         return {"rates": {"ES": 100.0 if wanted else 50.0, "PS": 100.0}}

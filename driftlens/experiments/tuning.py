@@ -6,9 +6,9 @@ Only cases of the tuning split are used. For each method a few stages follow one
 tries some changes of the best configuration of the stage before, which begins with what was
 found for a simpler relative (`PARENTS`). Trials without a restriction are judged by edit success
 and paraphrase success first (whether they reach 99 and 95, or at least the first), then by the
-harmonic mean of all rates; SADR's gamma, on twice as many cases, by the harmonic mean of NS, RS
-and DNS among those that cost no more than one point of ES and four of PS (or one prompt, where
-that is more).
+harmonic mean of all rates; SADR's gamma by the harmonic mean of NS, RS and DNS among those that
+cost no more than one point of ES and four of PS (or one prompt, where that is more). The last
+stage and gamma are decided on all cases, the others on half of them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from driftlens.experiments.editors import arguments, edit_cases
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 
-GAMMAS = (0.05, 0.2, 0.5)
+GAMMAS = (0.05, 0.2, 0.8)
 WANTED = {"ES": 99.0, "PS": 95.0}
 PARENTS = {"r-rome": "rome", "emmet": "rome", "pmet": "memit", "alphaedit": "memit"}
 """Whose best values a search begins with."""
@@ -58,8 +58,10 @@ def stages(method: str, n_layers: int) -> list[list[Change]]:
     def each(name: str, values: Sequence[Any]) -> list[Change]:
         return [{name: value} for value in values]
 
-    search: list[Change] = [{"clamp_factor": 2.0}, {"clamp_factor": 8.0}, {"lr": 0.5, "steps": 20},
-              {"steps": 20}]  # fmt: skip
+    search: list[Change] = [
+        {"steps": 20}, {"steps": 20, "early_stop_loss": 0.2}, {"steps": 20, "early_stop_loss": 0.5},
+        {"lr": 0.5, "steps": 20},
+    ]  # fmt: skip
     if method == "rome":
         return [each("layer", depth(0.1, 0.2, 0.3, 0.4, 0.5)), search]
     if method == "memit":
@@ -67,7 +69,7 @@ def stages(method: str, n_layers: int) -> list[list[Change]]:
         weights = each("cov_weight", [3000.0, 500.0, 100.0])
         return [each("layers", layers), weights, each("layers", layers), search]
     if method == "pmet":
-        return [[{"clamp_factor": 2.0}, {"lr": 0.2, "steps": 30}, {"cov_weight": 100.0}]]
+        return [[*search[1:3], {"lr": 0.2, "steps": 30}, {"cov_weight": 500.0}]]
     if method == "emmet":
         return [[{"cov_weight": 100.0}, {"cov_weight": 1e4}]]
     if method == "alphaedit":
@@ -91,7 +93,7 @@ class Search:
     Args:
         model: The model.
         method: The editor.
-        cases: Of the tuning split; half of them decide on everything but gamma.
+        cases: Of the tuning split; half of them decide in all stages but the last.
         out: Folder of the journals.
     """
 
@@ -123,9 +125,11 @@ class Search:
     def best(self) -> Any:
         """The best configuration of all stages."""
         best = self._first()
-        for stage in stages(self.method, self.model.info.n_layers):
+        found = stages(self.method, self.model.info.n_layers)
+        for stage in found:
+            last = stage is found[-1]
             configs = [best, *(replace(best, **change) for change in stage)]
-            best = max(configs, key=lambda config: value_of(self.trial(config)))
+            best = max(configs, key=lambda config: value_of(self.trial(config, whole=last)))
         return best
 
     def best_gamma(self, config: Any) -> float | None:
