@@ -32,8 +32,8 @@ class Probe:
     wrong: str
 
 
-class Query(NamedTuple):
-    """A prompt and its true answer."""
+class Cloze(NamedTuple):
+    """A prompt to complete, and its true answer."""
 
     prompt: str
     answer: str
@@ -68,11 +68,11 @@ class Case:
     id: str
     request: EditRequest
     paraphrases: tuple[str, ...] = ()
-    neighbours: tuple[Query, ...] = ()
-    relations: tuple[Query, ...] = ()
+    neighbours: tuple[Cloze, ...] = ()
+    relations: tuple[Cloze, ...] = ()
     aliases: tuple[str, ...] = ()
-    reasoning: tuple[Query, ...] = ()
-    distractors: tuple[Query, ...] = ()
+    reasoning: tuple[Cloze, ...] = ()
+    distractors: tuple[Cloze, ...] = ()
     generation: tuple[str, ...] = ()
     commonsense: tuple[Commonsense, ...] = ()
     category: str = ""

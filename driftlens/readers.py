@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, overload
 import pandas as pd
 import pydantic
 
-from driftlens.cases import Case, Commonsense, Query
+from driftlens.cases import Case, Cloze, Commonsense
 from driftlens.errors import DataError, RequestError
 from driftlens.facts import SLOT, EditRequest, occurrences
 
@@ -240,8 +240,8 @@ class _Pairs(pydantic.BaseModel):
             raise ValueError(f"{len(self.prompts)} prompts and {len(self.targets)} targets")
         return self
 
-    def queries(self) -> tuple[Query, ...]:
-        return tuple(map(Query, self.prompts, self.targets))
+    def queries(self) -> tuple[Cloze, ...]:
+        return tuple(map(Cloze, self.prompts, self.targets))
 
 
 class _Generation(pydantic.BaseModel):
@@ -327,7 +327,7 @@ class CounterFact(_Schema):
             name if self.case_id is None else f"counterfact-{self.case_id}",
             EditRequest(edit.prompt, edit.subject, edit.target_new.str, true),
             paraphrases=tuple(self.paraphrase_prompts),
-            neighbours=tuple(Query(prompt, true) for prompt in self.neighborhood_prompts),
+            neighbours=tuple(Cloze(prompt, true) for prompt in self.neighborhood_prompts),
             generation=tuple(self.generation_prompts),
         )
 
@@ -343,8 +343,8 @@ class _KnowEditQuery(pydantic.BaseModel):
     prompt: Text
     ground_truth: Annotated[Text, pydantic.BeforeValidator(_first_answer)]
 
-    def query(self) -> Query:
-        return Query(self.prompt, self.ground_truth)
+    def query(self) -> Cloze:
+        return Cloze(self.prompt, self.ground_truth)
 
 
 class _Portability(pydantic.BaseModel):
@@ -401,10 +401,10 @@ class ZsRE(_Schema):
 
     def case(self, name: str) -> Case:
         """As named by the file and the number."""
-        elsewhere: tuple[Query, ...] = ()
+        elsewhere: tuple[Cloze, ...] = ()
         if self.loc is not None and self.loc_ans is not None:
             question = self.loc if self.loc.endswith("?") else f"{self.loc}?"
-            elsewhere = (Query(question, self.loc_ans),)
+            elsewhere = (Cloze(question, self.loc_ans),)
         return Case(
             name,
             _request(self.src, self.subject, self.alt, self.answers[0], "src"),
@@ -417,8 +417,8 @@ class _Asked(pydantic.BaseModel):
     prompt: Text
     answer: Text
 
-    def query(self) -> Query:
-        return Query(self.prompt, self.answer)
+    def query(self) -> Cloze:
+        return Cloze(self.prompt, self.answer)
 
 
 class _Choice(pydantic.BaseModel):

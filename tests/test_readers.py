@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import driftlens as dl
 from driftlens.assets import asset
-from driftlens.cases import Case, Commonsense, Query
+from driftlens.cases import Case, Cloze, Commonsense
 from driftlens.errors import DataError
 from driftlens.readers import FORMATS, read_cases
 
@@ -96,10 +96,10 @@ RECORDS: dict[str, dict[str, Any]] = {
     },
 }
 PARAPHRASES = ("Where is The Louvre? In",)
-NEIGHBOURS = (Query("The Eiffel Tower is in", "Paris"),)
-RELATIONS = (Query("The Louvre is a", "museum"),)
+NEIGHBOURS = (Cloze("The Eiffel Tower is in", "Paris"),)
+RELATIONS = (Cloze("The Louvre is a", "museum"),)
 ALIASES = ("The Grand Louvre is in",)
-REASONING = (Query("The country of The Louvre is", "Italy"),)
+REASONING = (Cloze("The country of The Louvre is", "Italy"),)
 GENERATION = ("The Louvre is known for",)
 COMMONSENSE = (Commonsense("To read", "open a book.", "eat it."),)
 CASES = {
@@ -117,11 +117,11 @@ CASES = {
         "data-0",
         dl.EditRequest("What city is {} in?", "The Louvre", "Rome", "Paris"),
         ("Where is The Louvre?",),
-        (Query("nq question: who wrote Hamlet?", "Shakespeare"),),
+        (Cloze("nq question: who wrote Hamlet?", "Shakespeare"),),
     ),
     "driftlens": Case(
         "louvre-city", REQUEST, PARAPHRASES, NEIGHBOURS, RELATIONS, ALIASES, REASONING,
-        (Query("He saw The Louvre. Berlin is in", "Germany"),), GENERATION, COMMONSENSE, "city",
+        (Cloze("He saw The Louvre. Berlin is in", "Germany"),), GENERATION, COMMONSENSE, "city",
     ),
 }  # fmt: skip
 

@@ -17,18 +17,25 @@ from __future__ import annotations
 
 from driftlens.codebook import Codebook
 from driftlens.editing.configs import GraceConfig
-from driftlens.editing.contexts import Context
-from driftlens.editing.outcome import Outcome, Resources
-from driftlens.editing.target import (
-    Descent,
-    build_problem,
-    down_projection_out,
-    optimise_value,
-    start,
-)
+from driftlens.editing.outcome import Outcome, Query, Resources, find_value
+from driftlens.editing.target import Descent, down_projection_out
 from driftlens.facts import EditRequest
 from driftlens.interventions import down_in_name, down_out_name
 from driftlens.models import LensModel
+
+
+def grace_query(model: LensModel, config: GraceConfig) -> Query:
+    """The vector is added to the down-projection's output at the last prompt token."""
+    search = Descent(
+        steps=config.steps,
+        lr=config.lr,
+        weight_decay=0.0,
+        clamp_factor=float("inf"),
+        kl_factor=0.0,
+        stops=lambda record: record["nll"] < config.stop_loss,
+    )
+    place = down_projection_out(model, config.layer)
+    return Query(config.layer, (place,), search, (down_in_name(config.layer),), "last_prompt")
 
 
 def grace(
@@ -41,20 +48,7 @@ def grace(
     """
     layer = config.layer
     down = model.down_projection(layer)
-    problem = build_problem(model, request, [Context()])
-    begun = start(
-        model, request, problem, layer, [down_projection_out(model, layer)],
-        [down_in_name(layer)], token="last_prompt", engine=resources.engine,
-    )  # fmt: skip
-    search = Descent(
-        steps=config.steps,
-        lr=config.lr,
-        weight_decay=0.0,
-        clamp_factor=float("inf"),
-        kl_factor=0.0,
-        stops=lambda record: record["nll"] < config.stop_loss,
-    )
-    value = optimise_value(begun, search, resources.penalties, resources.progress)
+    begun, value = find_value(model, request, grace_query(model, config), resources)
     key, output = begun.plain[down_in_name(layer)], begun.plain[down_out_name(layer)]
     entry = Codebook.single(
         key, output + value.delta, config.radius, request.target_new, down.input_first

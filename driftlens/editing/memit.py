@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 
 from driftlens.editing.configs import MemitConfig, ValueSearch
-from driftlens.editing.outcome import Outcome, Query, Resources
+from driftlens.editing.outcome import Outcome, Query, Resources, descent_of
 from driftlens.editing.spreading import spread
 from driftlens.editing.target import block_out
 from driftlens.facts import EditRequest
@@ -40,4 +40,5 @@ def memit(
 def residual_query(model: LensModel, config: ValueSearch) -> Query:
     """The vector is added to the residual stream after the last edited layer."""
     top = config.edited_layers[-1]
-    return Query(top, (block_out(model, top),))
+    place = block_out(model, top)
+    return Query(top, (place,), descent_of(config), kl_position=config.kl_position)

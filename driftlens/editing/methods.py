@@ -34,7 +34,7 @@ from driftlens.editing.defaults import defaults, is_known
 from driftlens.editing.emmet import emmet
 from driftlens.editing.family import as_penalties
 from driftlens.editing.fine_tuning import ft_l, ft_m
-from driftlens.editing.grace import grace
+from driftlens.editing.grace import grace, grace_query
 from driftlens.editing.memit import memit, residual_query
 from driftlens.editing.outcome import NullSpaceState, Outcome, Query, Resources, find_values
 from driftlens.editing.penalties import Penalty
@@ -97,7 +97,8 @@ METHODS: dict[str, Method] = {
         takes_several=True, needs_covariance=False,
     ),
     "grace": Method(
-        "GRACE (Hartvigsen et al., NeurIPS 2023)", GraceConfig, grace, needs_covariance=False
+        "GRACE (Hartvigsen et al., NeurIPS 2023)", GraceConfig, grace,
+        needs_covariance=False, query=grace_query,
     ),
 }  # fmt: skip
 
@@ -217,7 +218,7 @@ def edit_each(
     query = METHODS[method].query
     searched: Sequence[Any] = [None] * len(facts)
     if query is not None:
-        searched = find_values(model, facts, query(model, chosen), chosen, resources)
+        searched = find_values(model, facts, query(model, chosen), resources)
     for request, value in zip(facts, searched, strict=True):
         started = time.monotonic()
         known = {} if value is None else {request: value}

@@ -17,8 +17,10 @@ from driftlens.editing.penalties import Penalty
 from driftlens.editing.statistics import KeyCovariance
 from driftlens.editing.target import (
     Descent,
+    KlPosition,
     Place,
     Start,
+    Token,
     Value,
     ValueProblem,
     build_problem,
@@ -112,21 +114,24 @@ class Query:
     Args:
         layer: The lowest layer to whose outputs a vector is added.
         places: Where vectors are added.
-        record: Further hooks whose activations are wanted at the subject.
-        search: How; ``None``: as the configuration says.
+        search: How.
+        record: Further hooks whose activations are wanted at the same token.
+        token: Where vectors are added.
+        kl_position: Where the KL term reads.
     """
 
     layer: int
     places: tuple[Place, ...]
+    search: Descent
     record: tuple[str, ...] = ()
-    search: Descent | None = None
+    token: Token = "subject"
+    kl_position: KlPosition = "subject"
 
 
 def find_value(
     model: LensModel,
     request: EditRequest,
     query: Query,
-    config: ValueSearch,
     resources: Resources,
 ) -> Found:
     """What is known before the search for one fact's values, and what it found.
@@ -135,14 +140,13 @@ def find_value(
         TokenError: If the subject cannot be located or the target is empty.
         EditError: If the loss stops being a number.
     """
-    return find_values(model, [request], query, config, resources)[0]
+    return find_values(model, [request], query, resources)[0]
 
 
 def find_values(
     model: LensModel,
     requests: Sequence[EditRequest],
     query: Query,
-    config: ValueSearch,
     resources: Resources,
 ) -> list[Found]:
     """The same for many facts: those of like length, as many in one pass as memory allows.
@@ -151,16 +155,14 @@ def find_values(
         TokenError: If a subject cannot be located or a target is empty.
         EditError: If a loss stops being a number.
     """
-    search = descent_of(config) if query.search is None else query.search
     room = budget(model, VALUE_BUDGET)
     found = {i: resources.found[r] for i, r in enumerate(requests) if r in resources.found}
     missing = [i for i in range(len(requests)) if i not in found]
     problems = {
-        i: build_problem(model, requests[i], resources.contexts, config.kl_position)
-        for i in missing
+        i: build_problem(model, requests[i], resources.contexts, query.kl_position) for i in missing
     }
     engine = choose_engine(model, resources.engine)
-    widths = {i: _width(problem, engine) for i, problem in problems.items()}
+    widths = {i: _width(problem, engine, query.token) for i, problem in problems.items()}
     groups: list[list[int]] = []
     for i in sorted(missing, key=widths.__getitem__):
         # Rows are padded to the last one's width.
@@ -175,14 +177,14 @@ def find_values(
             starts = [
                 start(
                     model, requests[i], problems[i], query.layer, query.places, query.record,
-                    engine=engine,
+                    query.token, engine,
                 )
                 for i in group
             ]  # fmt: skip
             parts = in_batches(
                 starts, len(starts),
                 lambda part: optimise_values(
-                    part, search, resources.penalties, resources.progress
+                    part, query.search, resources.penalties, resources.progress
                 ),
             )  # fmt: skip
             values = [value for part in parts for value in part]
@@ -193,9 +195,12 @@ def find_values(
     return [found[i] for i in range(len(requests))]
 
 
-def _width(problem: ValueProblem, engine: Engine) -> int:
+def _width(problem: ValueProblem, engine: Engine, token: Token) -> int:
     """How many positions of a row a step runs."""
-    firsts = [0] * len(problem.rows) if engine == "plain" else problem.subject
+    firsts = [0] * len(problem.rows)
+    if engine == "suffix":
+        at_subject = token == "subject"
+        firsts = problem.subject if at_subject else [*problem.last_prompt, problem.subject[-1]]
     return max(len(row) - first for row, first in zip(problem.rows, firsts, strict=True))
 
 

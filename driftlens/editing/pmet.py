@@ -30,7 +30,7 @@ def pmet_query(model: LensModel, config: PmetConfig) -> Query:
     """One vector is added to the MLP's output, and one to the attention's."""
     top = config.edited_layers[-1]
     places = (down_projection_out(model, top), attention_out(model, top))
-    return Query(top, places, search=_search(config))
+    return Query(top, places, _search(config), kl_position=config.kl_position)
 
 
 def pmet(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from driftlens.editing.configs import RomeConfig
-from driftlens.editing.outcome import Outcome, Query, Resources, find_value, outer
+from driftlens.editing.outcome import Outcome, Query, Resources, descent_of, find_value, outer
 from driftlens.editing.target import down_projection_out
 from driftlens.errors import EditError
 from driftlens.facts import EditRequest
@@ -29,7 +29,10 @@ SMALLEST_ALIGNMENT = 1e-6
 def rome_query(model: LensModel, config: RomeConfig) -> Query:
     """The vector is added to the down-projection's output; keys are wanted, too."""
     place = down_projection_out(model, config.layer)
-    return Query(config.layer, (place,), (down_in_name(config.layer),))
+    return Query(
+        config.layer, (place,), descent_of(config), (down_in_name(config.layer),),
+        kl_position=config.kl_position,
+    )  # fmt: skip
 
 
 def rome(
@@ -66,7 +69,7 @@ def _rank_one(
     keys_name, out_name = down_in_name(layer), down_out_name(layer)
 
     # 1. and 2. Keys and outputs, of the plain prompt and of the contexts; the value.
-    begun, value = find_value(model, request, rome_query(model, config), config, resources)
+    begun, value = find_value(model, request, rome_query(model, config), resources)
     mean_key = begun.contexts[keys_name].mean(0)
 
     # 3. The direction.

@@ -48,7 +48,7 @@ def spread(
         afterwards: Called with the facts while the whole change is applied.
     """
     # 1. What is wanted of the last layer.
-    found = find_values(model, requests, query, config, resources)
+    found = find_values(model, requests, query, resources)
     wanted = torch.stack([b.initial[0].double() + v.deltas[0].double() for b, v in found])
 
     # 2. Layer by layer.
