@@ -244,6 +244,57 @@ class SideBySide(SuffixRunner):
                                 for m in masks])  # fmt: skip
 
 
+class SharedPasses:
+    """Passes over the sequences of several tasks, of which some may be finished by then.
+
+    Widths are those of all tasks together, and stay as they are when some are finished, so that
+    what was recorded in the first pass can be compared with what later ones give.
+
+    Args:
+        model: The model.
+        rows: Token ids of each task's sequences.
+        runners: Each task's, whose suffixes are run; ``None`` runs whole sequences.
+        enters: The layer at which suffixes begin.
+    """
+
+    def __init__(
+        self,
+        model: LensModel,
+        rows: Sequence[Sequence[Sequence[int]]],
+        runners: Sequence[SuffixRunner] | None,
+        enters: int,
+    ) -> None:
+        self.model, self._rows, self._runners, self._enters = model, rows, runners, enters
+        if runners is None:
+            self.width = max(len(row) for task in rows for row in task)
+        else:
+            self._prefix_width = max(runner.prefix_width for runner in runners)
+            self.width = max(runner.width for runner in runners)
+        self._passes: SuffixRunner | torch.Tensor | None = None
+        self._chosen: list[int] = []
+
+    def run(
+        self, chosen: Sequence[int], hooks: Sequence[Hook], at: Int[torch.Tensor, "row read"]
+    ) -> torch.Tensor:
+        """One pass over the sequences of the chosen tasks, one task after another."""
+        if self._passes is None or list(chosen) != self._chosen:
+            self._chosen = list(chosen)
+            self._passes = self._over(self._chosen)
+        if isinstance(self._passes, SuffixRunner):
+            return self._passes.run(hooks, at, joins=[self._enters])
+        return self.model.run(self._passes, hooks, at=at)
+
+    def _over(self, chosen: Sequence[int]) -> SuffixRunner | torch.Tensor:
+        if self._runners is not None:
+            runners = [self._runners[i] for i in chosen]
+            if len(self._rows) == 1:
+                return runners[0]
+            return SideBySide(runners, self._prefix_width, self.width)
+        rows = [row for i in chosen for row in self._rows[i]]
+        ids = self.model.tokens.pad(rows, self.model.device)
+        return pad(ids, (0, self.width - ids.shape[1]))
+
+
 def reuse_is_exact(model: LensModel) -> bool:
     """Whether reused passes give this model's own logits; shown once for each model.
 

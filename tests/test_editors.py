@@ -15,6 +15,7 @@ import torch
 
 import driftlens as dl
 import driftlens.editing.outcome as outcome
+from driftlens.editing import fine_tuning
 from driftlens.editing.alphaedit import null_space_right, project
 from driftlens.editing.configs import EmmetConfig
 from driftlens.editing.emmet import equality_right
@@ -455,10 +456,15 @@ def test_a_sequence_is_one_edit_after_another(method: str) -> None:
 def test_edits_of_each_are_those_of_single_calls(method: str, engine: str) -> None:
     model = lens("gpt2")
     options = {**options_for(method, model), "engine": engine, "penalty": dl.SADR(0.5, "all")}
-    if "early_stop_loss" in options:  # so that some stop earlier than others
-        free = [dl.edit(model, request, method, **options) for request in REQUESTS]
-        lowest = [min(r["loss"] for r in edit.trace[:-1]) for edit in free]
-        options["early_stop_loss"] = sorted(lowest)[1] + 1e-6
+    threshold, term = next(
+        (name, term)
+        for name, term in {"early_stop_loss": "loss", "stop_loss": "nll"}.items()
+        if name in METHODS[method].config.__dataclass_fields__
+    )
+    # Some stop earlier than others.
+    free = [dl.edit(model, request, method, **{**options, threshold: -1.0}) for request in REQUESTS]
+    lowest = [min(r[term] for r in edit.trace[:-1]) for edit in free]
+    options[threshold] = sorted(lowest)[1] + 1e-6
     single = [dl.edit(model, request, method, **options) for request in REQUESTS]
     each = list(dl.edit_each(model, REQUESTS, method, **options))
     assert [edit.requests for edit in each] == [(request,) for request in REQUESTS]
@@ -472,8 +478,7 @@ def test_edits_of_each_are_those_of_single_calls(method: str, engine: str) -> No
                 error = (mine.deltas[name].tensors()[field] - tensor).norm()
                 assert error <= 1e-6 * tensor.norm()  # both are 0 where a search stops at once
         assert mine.info["seconds"] > 0
-    if "early_stop_loss" in options:
-        assert len({len(edit.trace) for edit in single}) > 1
+    assert len({len(edit.trace) for edit in single}) > 1
 
 
 def test_values_are_searched_in_parts_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,6 +506,26 @@ def test_values_are_searched_in_parts_if_memory_is_short(monkeypatch: pytest.Mon
             assert (
                 relative(change_of(model, found, layer), change_of(model, expected, layer)) < 1e-6
             )
+
+
+def test_changes_are_trained_in_parts_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lens("gpt2")
+    expected = [dl.edit(model, request, "ft-m", layer=1, steps=3) for request in REQUESTS]
+    sizes: list[int] = []
+    train = fine_tuning._fine_tune
+
+    def watched(model: Any, groups: Any, *args: Any) -> Any:
+        sizes.append(len(groups))
+        return train(model, groups, *args)
+
+    monkeypatch.setattr(fine_tuning, "_fine_tune", watched)
+    for room, parts in ((2**30, [3]), (1, [1, 1, 1])):
+        sizes.clear()
+        monkeypatch.setattr(fine_tuning, "VALUE_BUDGET", room)
+        found = list(dl.edit_each(model, REQUESTS, "ft-m", layer=1, steps=3))
+        assert sizes == parts
+        for mine, single in zip(found, expected, strict=True):
+            assert relative(change_of(model, mine, 1), change_of(model, single, 1)) < 1e-6
 
 
 def test_a_sequence_refuses_a_bad_fact_before_the_first_edit() -> None:

@@ -24,14 +24,22 @@ from jaxtyping import Float, Int
 from driftlens.editing.configs import FtConfig
 from driftlens.editing.contexts import Context
 from driftlens.editing.descent import Notes, Terms, descend
-from driftlens.editing.outcome import Outcome, Resources
+from driftlens.editing.outcome import VALUE_BUDGET, Outcome, Resources, bytes_of_row
 from driftlens.editing.penalties import ESSENCE
 from driftlens.editing.target import Observer, ValueProblem, build_problem, make_sites
 from driftlens.facts import EditRequest
 from driftlens.interventions import Hook, down_in_name, down_out_name
-from driftlens.models import DownProjection, LensModel, recording
+from driftlens.models import LensModel, recording
 from driftlens.precision import in_float32
-from driftlens.reuse import FullPass, SuffixRunner, choose_engine
+from driftlens.reuse import (
+    Engine,
+    FullPass,
+    SharedPasses,
+    SuffixRunner,
+    budget,
+    choose_engine,
+    in_batches,
+)
 from driftlens.scoring import log_probabilities
 from driftlens.weights import Delta, DenseDelta
 
@@ -44,7 +52,7 @@ def ft_l(
     Raises:
         EditError: If the loss stops being a number.
     """
-    return _fine_tune(model, requests, config, resources, teacher_forced=False)
+    return _fine_tune(model, [requests], config, resources, teacher_forced=False)[0]
 
 
 def ft_m(
@@ -55,126 +63,197 @@ def ft_m(
     Raises:
         EditError: If the loss stops being a number.
     """
-    return _fine_tune(model, requests, config, resources, teacher_forced=True)
+    return _fine_tune(model, [requests], config, resources, teacher_forced=True)[0]
 
 
-def _fine_tune(
+def ft_l_each(
+    model: LensModel, requests: Sequence[EditRequest], config: FtConfig, resources: Resources
+) -> list[Outcome]:
+    """FT-L for each of several facts on its own, in shared passes.
+
+    Raises:
+        EditError: If a loss stops being a number.
+    """
+    return _each(model, requests, config, resources, teacher_forced=False)
+
+
+def ft_m_each(
+    model: LensModel, requests: Sequence[EditRequest], config: FtConfig, resources: Resources
+) -> list[Outcome]:
+    """FT-M for each of several facts on its own, in shared passes.
+
+    Raises:
+        EditError: If a loss stops being a number.
+    """
+    return _each(model, requests, config, resources, teacher_forced=True)
+
+
+def _each(
     model: LensModel,
     requests: Sequence[EditRequest],
     config: FtConfig,
     resources: Resources,
     teacher_forced: bool,
-) -> Outcome:
-    batch = _Batch(model, requests, config, resources, teacher_forced)
-    down = model.down_projection(config.layer)
-    device = down.weight.device
-    # In the orientation [d_out, d_in], whatever the parameter's.
-    original = in_float32((down.weight.T if down.input_first else down.weight).detach())
-    change = torch.zeros_like(original, requires_grad=True)
-    trained, held = [change], [original]
-    if down.bias is not None and config.train_bias:
-        bias = in_float32(model.weights.parameters[down.bias].detach())
-        trained, held = [*trained, torch.zeros_like(bias, requires_grad=True)], [*held, bias]
-    adding = _beside(down, config.layer, trained)
-    observer = Observer(resources.penalties, batch.sites)
+) -> list[Outcome]:
+    rows = [build_problem(model, request, [Context()]).rows for request in requests]
+    width = max(len(row) for group in rows for row in group)
+    trained = 16 * model.down_projection(config.layer).weight.numel()  # with gradient and moments
+    each = trained + 2 * bytes_of_row(model, config.layer, width, config.layer)
+    parts = in_batches(
+        [[request] for request in requests], max(1, budget(model, VALUE_BUDGET) // each),
+        lambda groups: _fine_tune(model, groups, config, resources, teacher_forced),
+    )  # fmt: skip
+    return [outcome for part in parts for outcome in part]
+
+
+def _fine_tune(
+    model: LensModel,
+    groups: Sequence[Sequence[EditRequest]],
+    config: FtConfig,
+    resources: Resources,
+    teacher_forced: bool,
+) -> list[Outcome]:
+    """One change for each group of facts."""
+    engine = choose_engine(model, resources.engine)
+    batches = [
+        _Batch([build_problem(model, request, [Context()]) for request in group], teacher_forced)
+        for group in groups
+    ]
+    passes = _passes(model, batches, config.layer, engine)
+    tasks = [_Task(model, batch, config, resources, passes.width) for batch in batches]
 
     def evaluate(step: int, active: list[int]) -> list[tuple[Terms, Notes]]:
+        chosen = [tasks[i] for i in active]
+        longest = max(task.at.shape[1] for task in chosen)
+        at = torch.cat([task.reading(longest) for task in chosen])
+        adding = _beside(config.layer, [(len(task.at), task.trained) for task in chosen])
         now: dict[str, torch.Tensor] = {}
-        logits = batch.run([*adding, *recording(now, observer.names)])
-        logprobs = log_probabilities(logits.to(device))
-        now[ESSENCE] = logprobs[len(requests) :, 0]
-        observer.original(now)
-        target = batch.target_logprobs(logprobs)
-        penalties, notes = observer.terms(now, device)
-        terms = {"nll": -batch.mean_per_fact(target).mean(), **penalties}
-        sums = torch.stack([x.detach().sum() for x in batch.per_fact(target)])
-        notes["target_prob"] = float(sums.exp().mean())
-        notes["delta_norm"] = float(change.detach().norm())
-        return [(terms, notes)]
+        logits = passes.run(active, [*adding, *recording(now, chosen[0].observer.names)], at)
+        found, first = [], 0
+        for task in chosen:
+            rows = slice(first, first + len(task.at))
+            first = rows.stop
+            own = {name: tensor[rows] for name, tensor in now.items()}
+            found.append(task.terms(logits[rows, : task.at.shape[1]], own))
+        return found
 
-    def decay(task: int) -> None:
-        for tensor, start in zip(trained, held, strict=True):
-            assert tensor.grad is not None
-            tensor.grad.add_(start + tensor.detach(), alpha=config.weight_decay)
-
-    def confine(task: int) -> None:
-        if config.norm_constraint is not None:
-            for tensor in trained:
-                tensor.clamp_(-config.norm_constraint, config.norm_constraint)
-
-    (trace,) = descend(
-        model, [trained], evaluate, steps=config.steps, lr=config.lr,
-        stops=lambda record: record["nll"] < config.stop_loss, confine=confine,
-        decay=decay if config.weight_decay else None,
+    traces = descend(
+        model, [task.trained for task in tasks], evaluate, steps=config.steps, lr=config.lr,
+        stops=lambda record: record["nll"] < config.stop_loss,
+        confine=lambda i: tasks[i].confine(),
+        decay=(lambda i: tasks[i].decay()) if config.weight_decay else None,
         description="fine-tuning", progress=resources.progress,
     )  # fmt: skip
-    weight = change.detach().T.contiguous() if down.input_first else change.detach()
-    deltas: dict[str, Delta] = {down.name: DenseDelta(weight)}
-    if len(trained) > 1 and down.bias is not None:
-        deltas[down.bias] = DenseDelta(trained[1].detach())
-    info = {
-        "engine": batch.engine,
-        "stored": "dense",
-        "update_norms": {str(config.layer): float(change.detach().norm())},
-        "largest_change": float(change.detach().abs().max()),
-    }
-    return Outcome(deltas, trace, info)
+    return [task.outcome(trace, engine) for task, trace in zip(tasks, traces, strict=True)]
 
 
 class _Batch:
-    """All facts as one batch: a row for each prompt with its target, then one for each essence."""
+    """Facts that share a change: a row for each prompt with its target, then each essence."""
 
-    def __init__(
-        self,
-        model: LensModel,
-        requests: Sequence[EditRequest],
-        config: FtConfig,
-        resources: Resources,
-        teacher_forced: bool,
-    ) -> None:
-        self.problems = [build_problem(model, request, [Context()]) for request in requests]
-        prompts = [problem.rows[0] for problem in self.problems]
-        rows = [*prompts, *(problem.rows[1] for problem in self.problems)]
-        subjects = [problem.subject[0] for problem in self.problems]
-        self.model = model
-        self.engine = choose_engine(model, resources.engine)
-        self.ids = model.tokens.pad(rows, model.device)
-        self._layer = config.layer
-        self._runner: SuffixRunner | None = None
-        if self.engine == "suffix":
-            base = FullPass(model, rows, [config.layer])
-            self._runner = SuffixRunner(base, [0] * len(rows))
-        self._at = _read_at(self.problems, teacher_forced).to(model.device)
-        n = len(requests)
-        self.sites = make_sites(model, self._at[:n], subjects, prompts, [0] * n,
-                                self.ids.shape[1], config.layer)  # fmt: skip
-        longest = self._at.shape[1]
+    def __init__(self, problems: Sequence[ValueProblem], teacher_forced: bool) -> None:
+        self.problems = problems
+        self.prompts = [problem.rows[0] for problem in problems]
+        self.rows = [*self.prompts, *(problem.rows[1] for problem in problems)]
+        self.at = _read_at(problems, teacher_forced)
+        longest = self.at.shape[1]
         self._targets = torch.tensor(
-            [[*p.target, *[0] * (longest - len(p.target))] for p in self.problems]
+            [[*p.target, *[0] * (longest - len(p.target))] for p in problems]
         )
-
-    def run(self, hooks: Sequence[Hook]) -> torch.Tensor:
-        """Logits where something is read."""
-        if self._runner is not None:
-            return self._runner.run(hooks, self._at, joins=[self._layer])
-        return self.model.run(self.ids, hooks, at=self._at)
 
     def target_logprobs(
         self, logprobs: Float[torch.Tensor, "row target d_vocab"]
-    ) -> Float[torch.Tensor, "fact target"]:
-        """Log-probability of each target token, padded on the right."""
+    ) -> list[torch.Tensor]:
+        """Log-probability of each target token, of each fact."""
         targets = self._targets.to(logprobs.device)
-        return logprobs[: len(self.problems)].gather(-1, targets[..., None])[..., 0]
-
-    def per_fact(self, padded: Float[torch.Tensor, "fact target"]) -> list[torch.Tensor]:
-        """Without padding."""
+        padded = logprobs[: len(self.problems)].gather(-1, targets[..., None])[..., 0]
         return [row[: len(p.target)] for row, p in zip(padded, self.problems, strict=True)]
 
-    def mean_per_fact(
-        self, padded: Float[torch.Tensor, "fact target"]
-    ) -> Float[torch.Tensor, " fact"]:
-        """Each fact's mean over its target tokens."""
-        return torch.stack([row.mean() for row in self.per_fact(padded)])
+
+def _passes(
+    model: LensModel, batches: Sequence[_Batch], layer: int, engine: Engine
+) -> SharedPasses:
+    """Over the rows of all batches, from the edited layer on where that is exact."""
+    runners: list[SuffixRunner] | None = None
+    if engine == "suffix":
+        base = FullPass(model, [row for batch in batches for row in batch.rows], [layer])
+        runners, first = [], 0
+        for batch in batches:
+            own = range(first, first + len(batch.rows))
+            first = own.stop
+            runners.append(SuffixRunner(base, [0] * len(own), own))
+    return SharedPasses(model, [batch.rows for batch in batches], runners, layer)
+
+
+class _Task:
+    """The training of one change: its parameters, and its loss from what its rows gave."""
+
+    def __init__(
+        self, model: LensModel, batch: _Batch, config: FtConfig, resources: Resources, width: int
+    ) -> None:
+        self.config, self.batch = config, batch
+        self.down = model.down_projection(config.layer)
+        self.device = self.down.weight.device
+        # In the orientation [d_out, d_in], whatever the parameter's.
+        weight = self.down.weight.T if self.down.input_first else self.down.weight
+        self._held = [in_float32(weight.detach())]
+        if self.down.bias is not None and config.train_bias:
+            self._held.append(in_float32(model.weights.parameters[self.down.bias].detach()))
+        self.trained = [torch.zeros_like(held, requires_grad=True) for held in self._held]
+        self.at = batch.at.to(model.device)
+        n = len(batch.problems)
+        subjects = [problem.subject[0] for problem in batch.problems]
+        sites = make_sites(
+            model, self.at[:n], subjects, batch.prompts, [0] * n, width, config.layer
+        )
+        self.observer = Observer(resources.penalties, sites)
+
+    def reading(self, width: int) -> Int[torch.Tensor, "row target"]:
+        """Where its rows are read, the last position repeated."""
+        more = self.at[:, -1:].expand(-1, width - self.at.shape[1])
+        return torch.cat([self.at, more], dim=1)
+
+    def terms(
+        self, logits: Float[torch.Tensor, "row target d_vocab"], now: dict[str, torch.Tensor]
+    ) -> tuple[Terms, Notes]:
+        """The terms of the loss, and what to note."""
+        logprobs = log_probabilities(logits.to(self.device))
+        now[ESSENCE] = logprobs[len(self.batch.problems) :, 0]
+        self.observer.original(now)
+        target = self.batch.target_logprobs(logprobs)
+        penalties, notes = self.observer.terms(now, self.device)
+        terms = {"nll": -torch.stack([row.mean() for row in target]).mean(), **penalties}
+        sums = torch.stack([row.detach().sum() for row in target])
+        notes["target_prob"] = float(sums.exp().mean())
+        notes["delta_norm"] = float(self.trained[0].detach().norm())
+        return terms, notes
+
+    def decay(self) -> None:
+        """Add the trained parameters themselves to their gradients."""
+        for tensor, held in zip(self.trained, self._held, strict=True):
+            assert tensor.grad is not None
+            tensor.grad.add_(held + tensor.detach(), alpha=self.config.weight_decay)
+
+    def confine(self) -> None:
+        """Bring each single weight back to where it may be."""
+        largest = self.config.norm_constraint
+        if largest is not None:
+            for tensor in self.trained:
+                tensor.clamp_(-largest, largest)
+
+    def outcome(self, trace: list[dict[str, Any]], engine: Engine) -> Outcome:
+        """The change as found."""
+        down, change = self.down, self.trained[0].detach()
+        weight = change.T.contiguous() if down.input_first else change
+        deltas: dict[str, Delta] = {down.name: DenseDelta(weight)}
+        if len(self.trained) > 1 and down.bias is not None:
+            deltas[down.bias] = DenseDelta(self.trained[1].detach())
+        info = {
+            "engine": engine,
+            "stored": "dense",
+            "update_norms": {str(self.config.layer): float(change.norm())},
+            "largest_change": float(change.abs().max()),
+        }
+        return Outcome(deltas, trace, info)
 
 
 def _read_at(
@@ -191,15 +270,21 @@ def _read_at(
     return torch.tensor(rows)
 
 
-def _beside(down: DownProjection, layer: int, trained: Sequence[torch.Tensor]) -> list[Hook]:
-    """Hooks that add ``D k`` (and a bias) to the down-projection's output."""
+def _beside(layer: int, tasks: Sequence[tuple[int, Sequence[torch.Tensor]]]) -> list[Hook]:
+    """Hooks that add ``D k`` (and a bias) to the down-projection's output.
+
+    Args:
+        tasks: For each, its number of rows and what it trains.
+    """
     seen: dict[str, torch.Tensor] = {}
+    sizes = [rows for rows, _ in tasks]
 
     def see(keys: torch.Tensor, hook: Any) -> None:
         seen["keys"] = keys
 
     def add(out: torch.Tensor, hook: Any) -> torch.Tensor:
-        said = torch.nn.functional.linear(in_float32(seen["keys"]), *trained)
-        return out + said.to(out)
+        keys = in_float32(seen["keys"]).split(sizes)
+        said = [torch.nn.functional.linear(k, *t) for k, (_, t) in zip(keys, tasks, strict=True)]
+        return out + torch.cat(said).to(out)
 
     return [(down_in_name(layer), see), (down_out_name(layer), add)]

@@ -167,7 +167,8 @@ def find_values(
     for i in sorted(missing, key=widths.__getitem__):
         # Rows are padded to the last one's width.
         group = [*(groups[-1] if groups else []), i]
-        fits = len(group) * _bytes_of_step(model, query, widths[i], resources) <= room
+        rows = len(group) * (len(resources.contexts) + 1)
+        fits = rows * bytes_of_row(model, query.layer, widths[i], entered(query.places)) <= room
         groups = [*groups[:-1], group] if groups and fits else [*groups, [i]]
     with tqdm(total=len(requests), desc="values", unit="fact",
               disable=not resources.progress or len(requests) == 1) as bar:  # fmt: skip
@@ -204,12 +205,16 @@ def _width(problem: ValueProblem, engine: Engine, token: Token) -> int:
     return max(len(row) - first for row, first in zip(problem.rows, firsts, strict=True))
 
 
-def _bytes_of_step(model: LensModel, query: Query, width: int, resources: Resources) -> int:
-    """About what one step of one fact keeps for its gradient."""
-    per_token = 12 * model.info.d_model + 4 * model.down_projection(query.layer).d_mlp
-    layers = model.info.n_layers - entered(query.places)
-    rows = len(resources.contexts) + 1
-    return 4 * rows * (width * layers * per_token + 4 * model.info.d_vocab)
+def bytes_of_row(model: LensModel, layer: int, width: int, first: int) -> int:
+    """About what one step keeps of one row for its gradient.
+
+    Args:
+        layer: Any that can be edited, for the width of MLPs.
+        width: Positions that are run.
+        first: The layer at which the pass begins.
+    """
+    per_token = 12 * model.info.d_model + 4 * model.down_projection(layer).d_mlp
+    return 4 * (width * (model.info.n_layers - first) * per_token + 4 * model.info.d_vocab)
 
 
 def outer(

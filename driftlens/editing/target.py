@@ -38,7 +38,7 @@ from driftlens.interventions import (
 )
 from driftlens.models import LensModel, recording
 from driftlens.precision import in_float32
-from driftlens.reuse import Engine, FullPass, SideBySide, SuffixRunner, choose_engine
+from driftlens.reuse import Engine, FullPass, SharedPasses, SuffixRunner, choose_engine
 from driftlens.scoring import log_probabilities
 
 ESSENCE_SUFFIX = " is a"
@@ -256,56 +256,27 @@ def start(
 
 
 class _Runner:
-    """Passes over the rows of several facts, one fact after another.
-
-    Widths are those of all facts together, and stay as they are when some are finished, so
-    that what was recorded in the first pass can be compared with what later ones give.
-    """
+    """Passes over the rows of several facts, one fact after another."""
 
     def __init__(self, starts: Sequence[Start]) -> None:
         self.model = starts[0].model
-        self._starts = starts
-        self._reused = [s.reused for s in starts if s.reused is not None]
-        self.enters = starts[0].enters
-        if self._reused:
-            self.prefix_width = max(r.prefix_width for r in self._reused)
-            self.width = max(r.width for r in self._reused)
+        runners = [s.reused for s in starts if s.reused is not None]
+        self._reused = bool(runners)
+        enters = starts[0].enters
+        self._passes = SharedPasses(
+            self.model, [s.problem.rows for s in starts], runners or None, enters
+        )
+        self.width = self._passes.width
+        self.run = self._passes.run
+        self.hooks = [
             # Where an output reaches the entered layer as it is, so does what is added to it.
-            self.hooks = [
-                place.shortcut if place.shortcut and place.enters == self.enters else place.name
-                for place in starts[0].places
-            ]
-        else:
-            self.width = max(len(row) for s in starts for row in s.problem.rows)
-            self.hooks = [place.name for place in starts[0].places]
-        self._passes: SuffixRunner | torch.Tensor | None = None
-        self._chosen: list[int] = []
+            place.shortcut if runners and place.shortcut and place.enters == enters else place.name
+            for place in starts[0].places
+        ]
 
     def shift(self, start: Start) -> list[int]:
         """What to add to a position to have that of a pass."""
         return [-first for first in start.starts] if self._reused else [0] * len(start.starts)
-
-    def run(
-        self, chosen: list[int], hooks: Sequence[Hook], at: Int[torch.Tensor, "row read"]
-    ) -> torch.Tensor:
-        """One pass over the rows of the chosen facts."""
-        if chosen != self._chosen:
-            self._chosen = list(chosen)
-            if self._reused:
-                runners = [self._reused[i] for i in chosen]
-                alone = len(self._starts) == 1
-                self._passes = (
-                    runners[0] if alone else SideBySide(runners, self.prefix_width, self.width)
-                )
-            else:
-                rows = [row for i in chosen for row in self._starts[i].problem.rows]
-                ids = self.model.tokens.pad(rows, self.model.device)
-                more = self.width - ids.shape[1]
-                self._passes = torch.nn.functional.pad(ids, (0, more))
-        if isinstance(self._passes, SuffixRunner):
-            return self._passes.run(hooks, at, joins=[self.enters])
-        assert self._passes is not None
-        return self.model.run(self._passes, hooks, at=at)
 
 
 # --- the search ----------------------------------------------------------------------------
