@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from driftlens.facts import EditRequest
 
-Metric = Literal["ES", "PS", "NS", "RS", "DNS"]
+Metric = Literal[
+    "ES", "PS", "NS", "RS", "DNS",
+    "alias", "reasoning", "distractor", "distract-relation", "commonsense",
+    "lead-neighbour", "lead-relation",
+]  # fmt: skip
+
 METRICS: tuple[Metric, ...] = ("ES", "PS", "NS", "RS", "DNS")
 """Success on the edited prompt, its paraphrases, neighbours (other subjects), relations (of the
-edited subject), and neighbours behind the edited sentence."""
+edited subject), and neighbours behind the edited sentence: the SADR paper's main table."""
+
+ALL_METRICS: dict[Metric, str] = {
+    "ES": "edit success: the edited prompt",
+    "PS": "paraphrase success: the same fact in other words",
+    "NS": "neighbourhood: other subjects",
+    "RS": "relation: other facts about the edited subject",
+    "DNS": "distract neighbourhood: the edited sentence, then a neighbour",
+    "alias": "the same fact under another name of the subject",
+    "reasoning": "portability: what follows from the new fact",
+    "distractor": "a sentence with the edited subject, then another question",
+    "distract-relation": "the edited sentence, then a relation",
+    "commonsense": "sensible against senseless continuations",
+    "lead-neighbour": "control: an unrelated sentence, then a neighbour",
+    "lead-relation": "control: an unrelated sentence, then a relation",
+}
+"""Everything that can be asked about a case."""
+
+UNRELATED = (
+    "The meeting of the committee was held in the hall of the library.",
+    "The recipe for the soup is printed on the back of the box.",
+    "The price of the ticket depends on the day of the week.",
+    "The color of the curtain in the bedroom is green.",
+    "The owner of the bicycle works at the bakery on the corner.",
+    "The second chapter of the manual is about the brakes.",
+    "The path through the garden was covered with leaves.",
+    "The winner of the school chess tournament received a book.",
+)
+"""Sentences in front of the control prompts; each case has one of them."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +56,13 @@ class Probe:
         metric: What it counts for.
         prompt: Without its answer.
         right: The answer that should be likelier after the edit.
-        wrong: The other.
+        wrong: The other; ``None`` where there is nothing to compare with.
     """
 
     metric: Metric
     prompt: str
     right: str
-    wrong: str
+    wrong: str | None
 
 
 class Cloze(NamedTuple):
@@ -84,17 +117,30 @@ class Case:
         }
         return {"id": self.id, "category": self.category, **self.request.to_dict(), **counts}
 
-    def probes(self) -> list[Probe]:
-        """Everything that is asked (paper section 3; the metrics' usual definitions)."""
-        new, true = self.request.target_new, self.request.target_true or ""
+    def probes(self, metrics: Collection[Metric] = METRICS) -> list[Probe]:
+        """What is asked (paper section 3; the benchmarks' usual definitions).
+
+        Args:
+            metrics: Which of `ALL_METRICS`.
+        """
+        new, true = self.request.target_new, self.request.target_true
         edited = f"{self.request.text} {new}."
-        return [
+        lead = UNRELATED[int(self.draw() * 2**32) % len(UNRELATED)]
+        everything = [
             Probe("ES", self.request.text, new, true),
             *(Probe("PS", prompt, new, true) for prompt in self.paraphrases),
             *(Probe("NS", prompt, answer, new) for prompt, answer in self.neighbours),
             *(Probe("RS", prompt, answer, new) for prompt, answer in self.relations),
             *(Probe("DNS", f"{edited} {p}", answer, new) for p, answer in self.neighbours),
+            *(Probe("alias", prompt, new, true) for prompt in self.aliases),
+            *(Probe("reasoning", prompt, answer, None) for prompt, answer in self.reasoning),
+            *(Probe("distractor", prompt, answer, new) for prompt, answer in self.distractors),
+            *(Probe("distract-relation", f"{edited} {p}", a, new) for p, a in self.relations),
+            *(Probe("commonsense", *choice) for choice in self.commonsense),
+            *(Probe("lead-neighbour", f"{lead} {p}", a, new) for p, a in self.neighbours),
+            *(Probe("lead-relation", f"{lead} {p}", a, new) for p, a in self.relations),
         ]
+        return [probe for probe in everything if probe.metric in metrics]
 
     def draw(self) -> float:
         """A number from 0 to 1 that depends on the edit alone, to split cases by."""

@@ -1,16 +1,29 @@
-"""How well an edit did on a case, and rates over many cases with their intervals."""
+"""How well an edit did on a case; measures over many cases with intervals; paired comparisons.
+
+Prompts of one case belong together: every interval is a bootstrap over cases.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from driftlens.cases import METRICS, Case, Metric
+from driftlens.cases import ALL_METRICS, METRICS, Case, Metric
 from driftlens.models import LensModel
-from driftlens.scoring import ask, score_questions
+from driftlens.scoring import ContinuationScore, ask, score_questions
+
+Measure = Literal["success", "exact", "prob", "margin"]
+
+MEASURES: dict[Measure, str] = {
+    "success": "share of prompts on which the right answer is likelier than the wrong one, in %",
+    "exact": "share of prompts whose right answer greedy decoding gives, in %",
+    "prob": "mean probability of the right answer",
+    "margin": "mean log-probability per token of the right answer, less the wrong one's (nats)",
+}
+"""What is told of a metric: the benchmarks' comparison, and magnitudes."""
 
 
 @dataclass(frozen=True)
@@ -20,39 +33,74 @@ class Answer:
     Args:
         metric: What it counts for.
         right: Mean log-probability per token of the answer that should be likelier (nats).
-        wrong: That of the other.
+        wrong: That of the other; ``None`` where there is none.
+        right_prob: Probability of the whole right answer.
+        wrong_prob: That of the other.
+        exact: Whether greedy decoding gives the right answer.
     """
 
     metric: Metric
     right: float
-    wrong: float
+    wrong: float | None
+    right_prob: float = float("nan")
+    wrong_prob: float | None = None
+    exact: bool = False
 
     @property
     def success(self) -> bool:
-        """Whether the right one is likelier, strictly."""
-        return self.right > self.wrong
+        """Whether the right one is likelier, strictly; with no other one, whether it is given."""
+        return self.exact if self.wrong is None else self.right > self.wrong
+
+    def value(self, measure: Measure) -> float | None:
+        """One of `MEASURES` of this prompt; ``None`` where it is not defined."""
+        if measure == "success":
+            return 100.0 * self.success
+        if measure == "exact":
+            return 100.0 * self.exact
+        if measure == "prob":
+            return self.right_prob
+        return None if self.wrong is None else self.right - self.wrong
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form."""
         return asdict(self)
 
 
-def answers(model: LensModel, case: Case) -> list[Answer]:
-    """Ask everything about a case, of the model as it is now."""
-    probes = case.probes()
-    questions = [ask(model, p.prompt, text) for p in probes for text in (p.right, p.wrong)]
-    scores = [score.mean_logprob for score in score_questions(model, questions)]
-    return [
-        Answer(probe.metric, scores[2 * i], scores[2 * i + 1]) for i, probe in enumerate(probes)
-    ]
+def answers(model: LensModel, case: Case, metrics: Collection[Metric] = METRICS) -> list[Answer]:
+    """Ask about a case, of the model as it is now.
+
+    Args:
+        metrics: What to ask, of `ALL_METRICS`.
+    """
+    probes = case.probes(metrics)
+    asked = [(p.prompt, text) for p in probes for text in (p.right, p.wrong) if text is not None]
+    questions = [ask(model, prompt, text) for prompt, text in asked]
+    scores = dict(zip(asked, score_questions(model, questions), strict=True))
+    found = []
+    for probe in probes:
+        right = scores[probe.prompt, probe.right]
+        wrong = None if probe.wrong is None else scores[probe.prompt, probe.wrong]
+        found.append(_answer(probe.metric, right, wrong))
+    return found
+
+
+def _answer(metric: Metric, right: ContinuationScore, wrong: ContinuationScore | None) -> Answer:
+    return Answer(
+        metric,
+        right.mean_logprob,
+        None if wrong is None else wrong.mean_logprob,
+        right.prob,
+        None if wrong is None else wrong.prob,
+        right.rank == 0,
+    )
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Share of successes, in per cent.
+    """A measure over cases.
 
     Args:
-        value: Pooled over the prompts of all cases.
+        value: The mean, of prompts or of cases.
         low: Lower end of the 95 % interval, by bootstrap over cases.
         high: Its upper end.
         prompts: Number of prompts.
@@ -70,30 +118,118 @@ class Rate:
 
 
 def rates(
-    cases: Iterable[Sequence[Answer]], draws: int = 2000, seed: int = 0
+    cases: Iterable[Sequence[Answer]],
+    measure: Measure = "success",
+    by: Literal["prompt", "case"] = "prompt",
+    draws: int = 2000,
+    seed: int = 0,
 ) -> dict[Metric, Rate]:
-    """Success of each metric over cases; metrics without a prompt are left out.
+    """A measure of each metric over cases; metrics without a prompt are left out.
 
     Args:
         cases: The answers of each case.
+        measure: One of `MEASURES`.
+        by: ``"prompt"`` pools the prompts of all cases, as the SADR paper does; ``"case"``
+            averages each case first, as ROME's and MEMIT's papers do.
         draws: Of the bootstrap.
         seed: Of the bootstrap.
     """
     groups = list(cases)
     found: dict[Metric, Rate] = {}
-    for metric in METRICS:
-        of_case = [[a.success for a in group if a.metric == metric] for group in groups]
-        of_case = [wins for wins in of_case if wins]
-        if not of_case:
+    for metric in ALL_METRICS:
+        sums, counts = _sums(groups, metric, measure)
+        asked = counts > 0
+        if not asked.any():
             continue
-        wins, counts = (np.array([f(g) for g in of_case], dtype=float) for f in (sum, len))
-        low, high = bootstrap_interval(wins, counts, draws, seed)
-        found[metric] = Rate(
-            100 * float(wins.sum() / counts.sum()),
-            100 * low,
-            100 * high,
-            int(counts.sum()),
-            len(counts),
+        prompts, of_cases = int(counts.sum()), int(asked.sum())
+        sums, counts = sums[asked], counts[asked]
+        if by == "case":
+            sums, counts = sums / counts, np.ones_like(counts)
+        low, high = bootstrap_interval(sums, counts, draws, seed)
+        value = float(sums.sum() / counts.sum())
+        found[metric] = Rate(value, low, high, prompts, of_cases)
+    return found
+
+
+def _sums(
+    groups: Sequence[Sequence[Answer]], metric: Metric, measure: Measure
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each case, the sum over its prompts and their number."""
+    of_case = [
+        [v for a in group if a.metric == metric and (v := a.value(measure)) is not None]
+        for group in groups
+    ]
+    return (
+        np.array([sum(values) for values in of_case], dtype=float),
+        np.array([len(values) for values in of_case], dtype=float),
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A measure under one condition less that under another, on the same cases.
+
+    Args:
+        value: Difference of the means over prompts.
+        low: Lower end of the 95 % interval, by bootstrap over cases.
+        high: Its upper end.
+        effect: Mean difference of a case over the standard deviation of such differences
+            (Cohen's d for paired samples); ``nan`` where that is 0.
+        better: Number of cases in which the first is larger.
+        worse: Number of cases in which it is smaller.
+        cases: Number of cases compared.
+    """
+
+    value: float
+    low: float
+    high: float
+    effect: float
+    better: int
+    worse: int
+    cases: int
+
+    def __str__(self) -> str:
+        return f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+def compare(
+    first: Mapping[str, Sequence[Answer]],
+    second: Mapping[str, Sequence[Answer]],
+    measure: Measure = "success",
+    draws: int = 2000,
+    seed: int = 0,
+) -> dict[Metric, Difference]:
+    """Paired differences of each metric over the cases that both have.
+
+    Args:
+        first: Answers by the case's id.
+        second: The same under the other condition.
+        measure: One of `MEASURES`.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
+    common = [name for name in first if name in second]
+    found: dict[Metric, Difference] = {}
+    for metric in ALL_METRICS:
+        sums, counts = _sums([first[name] for name in common], metric, measure)
+        others, other_counts = _sums([second[name] for name in common], metric, measure)
+        if not np.array_equal(counts, other_counts):
+            raise ValueError(f"Not the same prompts were asked for {metric}.")
+        asked = counts > 0
+        if not asked.any():
+            continue
+        gains, counts = (sums - others)[asked], counts[asked]
+        low, high = bootstrap_interval(gains, counts, draws, seed)
+        of_case = gains / counts
+        spread = float(of_case.std(ddof=1)) if len(of_case) > 1 else 0.0
+        found[metric] = Difference(
+            float(gains.sum() / counts.sum()),
+            low,
+            high,
+            float(of_case.mean()) / spread if spread > 0 else float("nan"),
+            int((of_case > 0).sum()),
+            int((of_case < 0).sum()),
+            len(of_case),
         )
     return found
 

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import driftlens as dl
-from driftlens.cases import Case, balanced, tuning_split
+from driftlens.cases import (
+    ALL_METRICS,
+    UNRELATED,
+    Case,
+    Cloze,
+    Commonsense,
+    balanced,
+    tuning_split,
+)
 from driftlens.errors import DataError
-from driftlens.evaluation import Answer, answers, harmonic_mean, rates
+from driftlens.evaluation import Answer, answers, compare, harmonic_mean, rates
 from driftlens.experiments import editors, many, tuning
+from driftlens.experiments.paper import TABLE_3
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 
@@ -90,12 +101,86 @@ def test_prompts_of_one_case_belong_together() -> None:
     assert rate.high - rate.low > 3 * (alone.high - alone.low)
 
 
-def test_the_harmonic_mean() -> None:
-    # ROME on GPT-J, from the paper's table 3; its own columns give 33.53.
-    assert harmonic_mean([99.88, 99.58, 80.26, 11.94, 30.43]) == pytest.approx(33.53, abs=0.01)
+def test_the_harmonic_mean_is_the_papers_average() -> None:
+    """18 of its 21 rows, and not the three whose printed average does not fit their columns."""
+    misfits = {
+        ("GPT-J 6B", "rome", False), ("GPT-J 6B", "rome", True), ("Llama-3 8B", "memit", True)
+    }  # fmt: skip
+    for row in TABLE_3:
+        own = harmonic_mean([row.ES, row.PS, row.NS, row.RS, row.DNS])
+        fits = own == pytest.approx(row.average, abs=0.0101)
+        assert fits == ((row.model, row.editor, row.sadr) not in misfits), row
+    assert len(TABLE_3) == 21
     assert harmonic_mean([100.0, 50.0]) == pytest.approx(200 / 3)
     assert harmonic_mean([100.0, 0.0]) == 0.0
     assert harmonic_mean([]) == 0.0
+
+
+def test_everything_that_is_asked() -> None:
+    case = Case(
+        "x",
+        dl.EditRequest("{} is in", "The Louvre", "Rome", "Paris"),
+        neighbours=(Cloze("Notre-Dame is in", "Paris"),),
+        relations=(Cloze("The Louvre is a", "museum"),),
+        aliases=("The Grand Louvre is in",),
+        reasoning=(Cloze("The Louvre's country is", "Italy"),),
+        distractors=(Cloze("He saw The Louvre. Berlin is in", "Germany"),),
+        commonsense=(Commonsense("To read", "open a book.", "eat it."),),
+    )
+    probes = {probe.metric: probe for probe in case.probes(ALL_METRICS)}
+    assert set(probes) == set(ALL_METRICS) - {"PS"}
+    lead = probes["lead-relation"].prompt.removesuffix(" The Louvre is a")
+    assert lead in UNRELATED
+    asked = {name: (p.prompt, p.right, p.wrong) for name, p in probes.items()}
+    assert asked["alias"] == ("The Grand Louvre is in", "Rome", "Paris")
+    assert asked["reasoning"] == ("The Louvre's country is", "Italy", None)
+    assert asked["distractor"] == ("He saw The Louvre. Berlin is in", "Germany", "Rome")
+    distract = "The Louvre is in Rome. The Louvre is a"
+    assert asked["distract-relation"] == (distract, "museum", "Rome")
+    assert asked["commonsense"] == ("To read", "open a book.", "eat it.")
+    assert asked["lead-neighbour"] == (f"{lead} Notre-Dame is in", "Paris", "Rome")
+    assert asked["lead-relation"] == (f"{lead} The Louvre is a", "museum", "Rome")
+    assert [p.metric for p in case.probes(("DNS", "RS"))] == ["RS", "DNS"]
+
+
+def answer(metric: Any, right: float, wrong: float | None = -1.0, **fields: Any) -> Answer:
+    return Answer(metric, right, wrong, **fields)
+
+
+def test_measures_by_hand() -> None:
+    groups = [
+        [answer("RS", -0.5, right_prob=0.6, exact=True), answer("RS", -3.0, right_prob=0.05)],
+        [answer("RS", -2.0, right_prob=0.1)],
+        [answer("reasoning", -0.1, None, right_prob=0.9, exact=True)],
+    ]
+    assert rates(groups)["RS"].value == pytest.approx(100 / 3)
+    assert rates(groups, by="case")["RS"].value == pytest.approx(25.0)
+    assert rates(groups, "exact")["RS"].value == pytest.approx(100 / 3)
+    assert rates(groups, "prob")["RS"].value == pytest.approx(0.25)
+    assert rates(groups, "prob", by="case")["RS"].value == pytest.approx((0.325 + 0.1) / 2)
+    assert rates(groups, "margin")["RS"].value == pytest.approx((0.5 - 2.0 - 1.0) / 3)
+    # Nothing to compare with: success is the exact match, and there is no margin.
+    assert rates(groups)["reasoning"].value == 100.0
+    assert "reasoning" not in rates(groups, "margin")
+    assert (rates(groups)["RS"].prompts, rates(groups, by="case")["RS"].cases) == (3, 2)
+
+
+def test_paired_differences_by_hand() -> None:
+    good, bad = answer("RS", -0.5), answer("RS", -2.0)
+    first = {"a": [good, good], "b": [good], "c": [bad], "only here": [good]}
+    second = {"c": [good], "a": [bad, good], "b": [bad], "only there": [bad]}
+    found = compare(first, second)["RS"]
+    assert found.value == pytest.approx(100 * (1 + 1 - 1) / 4)
+    assert (found.better, found.worse, found.cases) == (2, 1, 3)
+    of_case = np.array([50.0, 100.0, -100.0])
+    assert found.effect == pytest.approx(of_case.mean() / of_case.std(ddof=1))
+    assert found.low == -100.0  # only the third case drawn
+    assert found.high == 100.0  # only the second
+    same = compare(first, first)["RS"]
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    assert np.isnan(same.effect)
+    with pytest.raises(ValueError, match="same prompts"):
+        compare({"a": [good]}, {"a": [good, good]})
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +189,33 @@ def model() -> dl.LensModel:
 
 
 def test_answers_are_scores(model: dl.LensModel, tmp_path: Path) -> None:
+    """Against a scorer that runs each text alone and reads every token by hand."""
     (case,) = read_cases(write(tmp_path / "data.json", RECORD))
-    for probe, answer in zip(case.probes(), answers(model, case), strict=True):
-        scores = dl.score_details(model, probe.prompt, [probe.right, probe.wrong])
-        assert answer.metric == probe.metric
-        assert answer.right == pytest.approx(scores[probe.right].mean_logprob, abs=1e-5)
-        assert answer.wrong == pytest.approx(scores[probe.wrong].mean_logprob, abs=1e-5)
+    case = replace(case, reasoning=(Cloze("The Louvre's country is", "Italy"),))
+    probes = case.probes(ALL_METRICS)
+
+    def by_hand(prompt: str, text: str) -> tuple[list[float], bool]:
+        ids = model.tokens.encode_prompt(prompt).ids
+        target = model.tokens.target_ids(text)
+        with torch.no_grad():
+            logits = model.hf_model(torch.tensor([[*ids, *target]])).logits[0].double()
+        logprobs = logits.log_softmax(-1)[len(ids) - 1 : -1]
+        own = [float(row[t]) for row, t in zip(logprobs, target, strict=True)]
+        return own, all(int(row.argmax()) == t for row, t in zip(logprobs, target, strict=True))
+
+    for probe, found in zip(probes, answers(model, case, ALL_METRICS), strict=True):
+        assert found.metric == probe.metric
+        right, exact = by_hand(probe.prompt, probe.right)
+        assert found.right == pytest.approx(np.mean(right), abs=1e-5)
+        assert found.right_prob == pytest.approx(np.exp(sum(right)), rel=1e-4)
+        assert found.exact == exact
+        if probe.wrong is None:
+            assert found.wrong is None
+            assert found.wrong_prob is None
+        else:
+            wrong, _ = by_hand(probe.prompt, probe.wrong)
+            assert found.wrong == pytest.approx(np.mean(wrong), abs=1e-5)
+            assert found.wrong_prob == pytest.approx(np.exp(sum(wrong)), rel=1e-4)
 
 
 # --- the journal -----------------------------------------------------------------------------
@@ -295,7 +401,6 @@ def test_a_search_begins_with_what_its_relative_found(
 @pytest.mark.parametrize("method", ["rome", "r-rome", "memit", "pmet", "emmet", "alphaedit",
                                     "ft-l", "ft-m", "grace"])  # fmt: skip
 def test_every_method_has_valid_trials(method: str) -> None:
-    from dataclasses import replace
 
     from driftlens.editing.configs import checked
     from driftlens.editing.methods import METHODS
