@@ -117,6 +117,26 @@ class Case:
         }
         return {"id": self.id, "category": self.category, **self.request.to_dict(), **counts}
 
+    def to_record(self) -> dict[str, Any]:
+        """JSON-ready, in the project's own format, which :func:`~driftlens.readers.read_cases`
+        reads back."""
+        asked = ("neighbours", "relations", "distractors", "reasoning")
+        return {
+            "id": self.id,
+            **({"category": self.category} if self.category else {}),
+            **{name: value for name, value in self.request.to_dict().items() if value is not None},
+            "paraphrases": list(self.paraphrases),
+            **{
+                "neighbors" if name == "neighbours" else name: [
+                    query._asdict() for query in getattr(self, name)
+                ]
+                for name in asked
+            },
+            "aliases": list(self.aliases),
+            "generation": list(self.generation),
+            "commonsense": [choice._asdict() for choice in self.commonsense],
+        }
+
     def probes(self, metrics: Collection[Metric] = METRICS) -> list[Probe]:
         """What is asked (paper section 3; the benchmarks' usual definitions).
 

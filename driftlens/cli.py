@@ -1,4 +1,4 @@
-"""The command line: ``driftlens demo | edit | drift | patch | models | methods``.
+"""The command line: ``driftlens demo | edit | drift | patch | bench | models | methods``.
 
 Modules that import torch are imported inside the commands, so that ``--help`` is quick.
 """
@@ -304,6 +304,84 @@ def patch(
                 print(f"  {name:<7} {change:+.4f}")
         else:
             print(f"  recovered share {result.recovered_share:.2f}")
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; continued if any.")],
+    model: ModelOption = "smollm2-135m",
+    methods: Annotated[str, typer.Option(help="Editors, or 'all'.")] = "rome,memit",
+    penalties: Annotated[str, typer.Option(help="Restrictions of each; 'none' is one.")] = (
+        "none,sadr"
+    ),
+    config: Annotated[
+        list[Path] | None,
+        typer.Option("--config", help="A TOML file that is an arm of its own; may be repeated."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A file of cases; by default the shipped facts.")
+    ] = None,
+    data_format: Annotated[
+        str | None, typer.Option("--format", help="Of the file, if it cannot be told.")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out records that are no case, and list them.")
+    ] = False,
+    split: Annotated[
+        str,
+        typer.Option(help="'all', 'held-back' (not for tuning) or 'tuning': a quarter, by hash."),
+    ] = "all",
+    cases: Annotated[int, typer.Option(help="How many of them.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the sampled contexts.")] = 0,
+    retry_failed: Annotated[bool, typer.Option(help="Try failed cases again.")] = False,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Edit many cases with many editors, ask everything, and keep each result at once."""
+    _check_outputs(json_file)
+    _check_folder(out)
+    import driftlens as dl
+    from driftlens.assets import asset
+    from driftlens.bench import Arm, Setting, make_arms, run_bench
+    from driftlens.cases import balanced, tuning_split
+    from driftlens.editing.methods import METHODS, resolve_config
+    from driftlens.readers import read_cases
+
+    source = asset("facts.jsonl") if data is None else data
+    found = read_cases(source, data_format, strict=not skip_bad)  # type: ignore[arg-type]
+    for skipped in found.skipped:
+        print(skipped)
+    tuning, held_back = tuning_split(found)
+    splits = {"all": list(found), "tuning": tuning, "held-back": held_back}
+    if split not in splits:
+        raise RequestError(f"There is no split {split!r}.", f"Choose one of {', '.join(splits)}.")
+    if cases < 1:
+        raise RequestError(f"--cases is {cases}.", "Give at least 1.")
+    chosen = balanced(splits[split], cases)
+    lens = _load(model)
+    named = list(METHODS) if methods == "all" else [m for m in methods.split(",") if m]
+    arms = make_arms(lens, named, [p for p in penalties.split(",") if p])
+    for path in config or []:
+        plan = dl.read_config(path)
+        method = plan.method or "rome"
+        values = resolve_config(lens, method, None, plan.config)
+        arms.append(Arm(path.stem, method, values, plan.penalties))
+    result = run_bench(
+        lens,
+        chosen,
+        arms,
+        out,
+        setting=Setting(seed=seed),
+        retry_failed=retry_failed,
+        command=" ".join(["driftlens", *sys.argv[1:]]),
+        progress=not quiet,
+    )
+    table = result.table()
+    _write(json_file, lambda: str(table.to_json(orient="records", indent=1)))
+    if json_file is None or str(json_file) != "-":
+        print(result.to_markdown())
+        for arm, case, reason in result.failed:
+            print(f"failed: {arm}, {case}: {reason}")
 
 
 @app.command()

@@ -165,6 +165,43 @@ def _sums(
     )
 
 
+def average(
+    cases: Iterable[Sequence[Answer]],
+    by: Literal["prompt", "case"] = "prompt",
+    draws: int = 2000,
+    seed: int = 0,
+) -> Rate | None:
+    """Avg. S: the harmonic mean of the success of ES, PS, NS, RS and DNS (paper, table 3).
+
+    The interval is a bootstrap over cases of all metrics together. ``None`` where a metric has
+    no prompt.
+
+    Args:
+        cases: The answers of each case.
+        by: As for :func:`rates`.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
+    groups = list(cases)
+    chosen = np.random.default_rng(seed).integers(0, max(len(groups), 1), (draws, len(groups)))
+    values, means = [], []
+    for metric in METRICS:
+        sums, counts = _sums(groups, metric, "success")
+        if not counts.any():
+            return None
+        if by == "case":
+            asked = counts > 0
+            sums, counts = np.divide(sums, counts, where=asked, out=sums), asked.astype(float)
+        values.append(float(sums.sum() / counts.sum()))
+        drawn = counts[chosen].sum(1)
+        # A draw without a prompt of some metric tells nothing of it: the value of all.
+        means.append(np.where(drawn > 0, sums[chosen].sum(1) / np.maximum(drawn, 1), values[-1]))
+    spread = [harmonic_mean(column) for column in np.array(means).T]
+    low, high = np.quantile(spread, [0.025, 0.975])
+    prompts = sum(len(group) for group in groups)
+    return Rate(harmonic_mean(values), float(low), float(high), prompts, len(groups))
+
+
 @dataclass(frozen=True)
 class Difference:
     """A measure under one condition less that under another, on the same cases.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -10,9 +11,13 @@ from typing import Any
 
 from driftlens.errors import DataError
 
+CHECKSUM = "sha256"
+
 
 class Journal:
     """An append-only file of records; the unit of each is its identity.
+
+    Each record is a line with a checksum, so that a damaged file loses damaged records only.
 
     Args:
         path: The file; made at the first record.
@@ -37,8 +42,8 @@ class Journal:
         Raises:
             DataError: If the file cannot be written; what was in it stays.
         """
-        record = {"unit": unit, **fields}
-        line = json.dumps(record, ensure_ascii=False) + "\n"
+        record = json.loads(json.dumps({"unit": unit, **fields}, ensure_ascii=False))
+        line = json.dumps({**record, CHECKSUM: _checksum(record)}, ensure_ascii=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A line that was cut off must not swallow the next one.
@@ -52,7 +57,7 @@ class Journal:
                 f"{self.path} cannot be written: {error.strerror or error}.",
                 "Free some space or choose another folder; what was finished is kept.",
             ) from error
-        self._records[self._key(unit)] = json.loads(line)
+        self._records[self._key(unit)] = record
         return self[unit]
 
     def _ends_whole(self) -> bool:
@@ -63,7 +68,7 @@ class Journal:
             return file.read() == b"\n"
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        """Whole records; what was cut off is left out."""
+        """Whole records; what was cut off or overwritten is left out."""
         if not self.path.is_file():
             return
         for line in self.path.read_bytes().splitlines():
@@ -71,9 +76,14 @@ class Journal:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and "unit" in record:
+            if isinstance(record, dict) and record.pop(CHECKSUM, None) == _checksum(record):
                 yield record
 
     @staticmethod
     def _key(unit: Any) -> str:
         return json.dumps(unit, sort_keys=True, ensure_ascii=False)
+
+
+def _checksum(record: Any) -> str:
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

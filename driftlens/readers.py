@@ -437,7 +437,7 @@ class DriftLens(_Schema):
     category: Text | None = None
     prompt: Text
     subject: Text
-    target_true: Text
+    target_true: Text | None = None
     target_new: Text
     paraphrases: list[Text] = []
     neighbors: list[_Asked] = []

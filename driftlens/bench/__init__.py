@@ -1,0 +1,28 @@
+"""Benchmarks: cases x arms (an editor and its restrictions), each finished unit kept at once.
+
+A unit is one case under one arm. Its identity holds everything that determines its result, so a
+run that was killed goes on where it was, and a changed configuration is another unit. A folder of
+results holds
+
+    bench.json    what the latest run was asked for, with versions
+    cases.jsonl   its cases
+    units.jsonl   every finished unit, in the order in which they were finished
+
+``units.py`` says what a unit is and computes it, ``run.py`` runs what is missing, and
+``results.py`` reads a folder.
+"""
+
+from driftlens.bench.results import BenchResult
+from driftlens.bench.run import run_bench
+from driftlens.bench.units import UNEDITED, Arm, Executor, LocalExecutor, Setting, make_arms
+
+__all__ = [
+    "UNEDITED",
+    "Arm",
+    "BenchResult",
+    "Executor",
+    "LocalExecutor",
+    "Setting",
+    "make_arms",
+    "run_bench",
+]

@@ -1,0 +1,163 @@
+"""Results of a benchmark, read from its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from driftlens.cases import METRICS, Case, Metric
+from driftlens.errors import DataError, RequestError
+from driftlens.evaluation import Answer, Difference, Measure, Rate, average, compare, rates
+from driftlens.journal import Journal
+from driftlens.readers import read_cases
+
+PLAN, CASES, UNITS = "bench.json", "cases.jsonl", "units.jsonl"
+
+
+@dataclass
+class BenchResult:
+    """A folder of results.
+
+    Args:
+        folder: That :func:`run_bench` wrote to.
+
+    Attributes:
+        plan: What was asked for.
+        cases: By id.
+        records: By arm and case; what is not finished is missing.
+
+    Raises:
+        DataError: If the folder holds no results, or they are damaged.
+    """
+
+    folder: Path
+    plan: dict[str, Any] = field(init=False, repr=False)
+    cases: dict[str, Case] = field(init=False, repr=False)
+    records: dict[str, dict[str, dict[str, Any]]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        try:
+            self.plan = json.loads((self.folder / PLAN).read_text("utf-8"))
+            units = self.plan["units"]
+        except OSError as error:
+            raise DataError(
+                f"{self.folder} holds no results: {error.strerror or error}.",
+                "Give the folder that `driftlens bench --out` wrote.",
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.folder / PLAN} is damaged.", "Run the same command again: units are kept."
+            ) from error
+        self.cases = {case.id: case for case in read_cases(self.folder / CASES, "driftlens")}
+        journal = Journal(self.folder / UNITS)
+        self.records = {arm["name"]: {} for arm in self.plan["arms"]}
+        for unit in units:
+            if unit["identity"] in journal:
+                self.records[unit["arm"]][unit["case"]] = journal[unit["identity"]]
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms."""
+        return list(self.records)
+
+    @property
+    def failed(self) -> list[tuple[str, str, str]]:
+        """Arm, case and reason of each unit that failed."""
+        return [
+            (arm, case, record["error"])
+            for arm, records in self.records.items()
+            for case, record in records.items()
+            if "error" in record
+        ]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every unit is finished."""
+        return sum(map(len, self.records.values())) == len(self.plan["units"])
+
+    def answers(self, arm: str) -> dict[str, list[Answer]]:
+        """What was answered under an arm, by case; without cases that failed.
+
+        Raises:
+            RequestError: If there is no such arm.
+        """
+        if arm not in self.records:
+            raise RequestError(f"There is no arm {arm!r}.", f"There are {', '.join(self.arms)}.")
+        return {
+            case: [Answer(**a) for a in record["answers"]]
+            for case, record in self.records[arm].items()
+            if "answers" in record
+        }
+
+    def rates(
+        self, arm: str, measure: Measure = "success", by: Literal["prompt", "case"] = "prompt"
+    ) -> dict[Metric, Rate]:
+        """A measure of each metric under an arm, with 95 % intervals by bootstrap over cases."""
+        return rates(self.answers(arm).values(), measure, by)
+
+    def compare(
+        self, arm: str, other: str, measure: Measure = "success"
+    ) -> dict[Metric, Difference]:
+        """Paired differences: an arm less another, over the cases that both have."""
+        return compare(self.answers(arm), self.answers(other), measure)
+
+    def table(
+        self, measure: Measure = "success", by: Literal["prompt", "case"] = "prompt"
+    ) -> pd.DataFrame:
+        """A row for each arm and metric: value, interval, prompts, cases; ``Avg. S`` too."""
+        rows = []
+        for arm in self.arms:
+            found: dict[str, Rate] = dict(self.rates(arm, measure, by))  # type: ignore[arg-type]
+            if measure == "success":
+                whole = average(self.answers(arm).values(), by)
+                found |= {} if whole is None else {"Avg. S": whole}
+            rows += [{"arm": arm, "metric": metric, **asdict(r)} for metric, r in found.items()]
+        return pd.DataFrame(rows)
+
+    def seconds(self, arm: str) -> float:
+        """Median seconds of an edit; ``nan`` for the unedited model."""
+        found = [r["seconds"] for r in self.records[arm].values() if "seconds" in r]
+        return float(np.median(found)) if found else float("nan")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row for each prompt of each unit: arm, case, metric, texts, and what was answered."""
+        metrics = self.plan["setting"]["metrics"]
+        rows: list[dict[str, Any]] = []
+        for arm in self.arms:
+            for name, found in self.answers(arm).items():
+                case = self.cases[name]
+                for probe, answer in zip(case.probes(metrics), found, strict=True):
+                    rows.append(
+                        {
+                            "arm": arm,
+                            "case": name,
+                            "category": case.category,
+                            "prompt": probe.prompt,
+                            "right_text": probe.right,
+                            "wrong_text": probe.wrong,
+                            "success": answer.success,
+                            **answer.to_dict(),
+                        }
+                    )
+        return pd.DataFrame(rows)
+
+    def to_markdown(self, metrics: Sequence[Metric] = METRICS) -> str:
+        """The main table: success in per cent with 95 % intervals, and seconds for each edit."""
+        lines = [
+            f"| arm | Avg. S | {' | '.join(metrics)} | seconds |",
+            "|---" * (3 + len(metrics)) + "|",
+        ]
+        for arm in self.arms:
+            found, whole = self.rates(arm), average(self.answers(arm).values())
+            cells = [str(found[m]) if m in found else "-" for m in metrics]
+            seconds = self.seconds(arm)
+            shown = "-" if np.isnan(seconds) else f"{seconds:.1f}"
+            lines.append(f"| {arm} | {whole or '-'} | {' | '.join(cells)} | {shown} |")
+        return "\n".join(lines)

@@ -1,0 +1,160 @@
+"""A run: what is missing of cases x arms, each finished unit kept at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+import driftlens
+from driftlens.bench.results import CASES, PLAN, UNITS, BenchResult
+from driftlens.bench.units import Arm, Executor, Job, LocalExecutor, Setting, identity
+from driftlens.cases import Case
+from driftlens.edits import write_atomically
+from driftlens.errors import DataError, ModelError, RequestError
+from driftlens.journal import Journal
+from driftlens.models import LensModel
+
+
+def run_bench(
+    model: LensModel,
+    cases: Sequence[Case],
+    arms: Sequence[Arm],
+    out: str | os.PathLike[str],
+    *,
+    setting: Setting | None = None,
+    executor: Executor | None = None,
+    cases_at_once: int = 8,
+    retry_failed: bool = False,
+    command: str = "",
+    progress: bool = True,
+) -> BenchResult:
+    """Run what is missing of cases x arms, and read the folder's results.
+
+    Args:
+        model: The unedited model.
+        cases: The cases; each is edited alone.
+        arms: The conditions (:func:`make_arms`).
+        out: Folder of results; made if it is not there.
+        setting: What is asked, and the seed.
+        executor: Where jobs run; by default in this process.
+        cases_at_once: Cases whose values are searched in shared passes.
+        retry_failed: Try cases again that failed before.
+        command: How to run this again, for the record.
+        progress: Whether to show a bar with the time to go.
+
+    Raises:
+        RequestError: If there is nothing to run, or two arms or cases have one name.
+        ModelError: If an edit is applied to the model, or its weights changed on the way.
+        DataError: If the folder cannot be written, or another run is writing to it.
+    """
+    setting = Setting() if setting is None else setting
+    _check(model, cases, arms)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DataError(
+            f"Another run is writing to {folder}.", "Wait for it, or choose another folder."
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"The folder {folder} cannot be written to: {error.strerror or error}."
+        ) from error
+    with lock:
+        fingerprint = model.fingerprint()
+        units = {
+            (case.id, arm.name): identity(fingerprint, model, case, arm, setting)
+            for arm in arms
+            for case in cases
+        }
+        _write_plan(folder, model, cases, arms, units, setting, command)
+        journal = Journal(folder / UNITS)
+
+        def is_finished(unit: dict[str, Any]) -> bool:
+            return unit in journal and not (retry_failed and "error" in journal[unit])
+
+        missing = {key for key, unit in units.items() if not is_finished(unit)}
+        jobs = _jobs(cases, arms, missing, cases_at_once)
+        bar = tqdm(total=len(units), initial=len(units) - len(missing), desc="bench",
+                   unit="unit", disable=not progress)  # fmt: skip
+        with bar:
+            run = LocalExecutor(model) if executor is None else executor
+            for job, case, record in run.run(jobs, setting):
+                journal.add(units[case.id, job.arm.name], **record)
+                bar.update()
+                bar.set_postfix_str(job.arm.name, refresh=False)
+    return BenchResult(folder)
+
+
+def _check(model: LensModel, cases: Sequence[Case], arms: Sequence[Arm]) -> None:
+    if model.weights.is_edited:
+        raise ModelError("An edit is applied to the model.", "Run the benchmark outside of it.")
+    if not cases or not arms:
+        raise RequestError(f"There are {len(cases)} cases and {len(arms)} arms.", "Give some.")
+    for what, names in (("cases", [c.id for c in cases]), ("arms", [a.name for a in arms])):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise RequestError(f"Two {what} are called {twice[0]!r}.", "Give each its own name.")
+
+
+def _jobs(
+    cases: Sequence[Case],
+    arms: Sequence[Arm],
+    missing: set[tuple[str, str]],
+    cases_at_once: int,
+) -> Iterator[Job]:
+    """Part by part of the cases, so that a stopped run has something of every arm."""
+    for first in range(0, len(cases), cases_at_once):
+        part = tuple(cases[first : first + cases_at_once])
+        for arm in arms:
+            wanted = frozenset(case.id for case in part if (case.id, arm.name) in missing)
+            if wanted:
+                yield Job(arm, part, wanted)
+
+
+def _write_plan(
+    folder: Path,
+    model: LensModel,
+    cases: Sequence[Case],
+    arms: Sequence[Arm],
+    units: Mapping[tuple[str, str], dict[str, Any]],
+    setting: Setting,
+    command: str,
+) -> None:
+    plan = {
+        "model": model.info.to_dict(),
+        "arms": [{"name": arm.name, **arm.to_dict()} for arm in arms],
+        "setting": asdict(setting),
+        "command": command,
+        "versions": {
+            "driftlens": driftlens.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        },
+        "units": [
+            {"case": case, "arm": arm, "identity": unit} for (case, arm), unit in units.items()
+        ],
+    }
+    lines = [json.dumps(case.to_record(), ensure_ascii=False) for case in cases]
+    try:
+        write_atomically(folder / CASES, ("\n".join(lines) + "\n").encode())
+        write_atomically(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written to: {error.strerror or error}.",
+            "Free some space or choose another folder.",
+        ) from error

@@ -1,0 +1,216 @@
+"""Units of work: one case under one arm, and what its result is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from driftlens.cases import ALL_METRICS, UNRELATED, Case, Metric
+from driftlens.editing.configs import EditConfig
+from driftlens.editing.defaults import sadr_gamma
+from driftlens.editing.family import PENALTIES
+from driftlens.editing.methods import edit, edit_each, resolve_config
+from driftlens.editing.penalties import Penalty
+from driftlens.editing.sadr import SADR
+from driftlens.editing.statistics import DEFAULT_TOKENS
+from driftlens.edits import Edit
+from driftlens.errors import DriftLensError, ModelError, RequestError
+from driftlens.evaluation import answers
+from driftlens.models import LensModel
+
+UNEDITED = "unedited"
+"""The arm that leaves the model as it is."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One condition: an editor with its hyperparameters and restrictions.
+
+    Args:
+        name: How tables call it; each arm of a run has its own.
+        method: The editor; ``None`` leaves the model unedited.
+        config: Its hyperparameters.
+        penalties: Its restrictions.
+    """
+
+    name: str
+    method: str | None = None
+    config: EditConfig | None = None
+    penalties: tuple[Penalty, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What determines results, JSON-ready; the name does not."""
+        return {
+            "method": self.method,
+            "config": None if self.config is None else asdict(self.config),
+            "penalties": [penalty.to_dict() for penalty in self.penalties],
+        }
+
+
+def make_arms(
+    model: LensModel, methods: Sequence[str], penalties: Sequence[str] = ("none", "sadr")
+) -> list[Arm]:
+    """Each editor with each restriction, after the unedited model.
+
+    Args:
+        model: Its defaults are taken.
+        methods: Names of editors.
+        penalties: Names of penalties, or ``"none"``; SADR with the model's gamma for each
+            editor, the others as their classes have it.
+
+    Raises:
+        RequestError: On an unknown name.
+    """
+    arms = [Arm(UNEDITED)]
+    for method in methods:
+        config = resolve_config(model, method)
+        for name in penalties:
+            if name != "none" and name not in PENALTIES:
+                raise RequestError(
+                    f"There is no penalty {name!r}.",
+                    f"Choose none, or some of {', '.join(PENALTIES)}.",
+                )
+            if name == "none":
+                arms.append(Arm(method, method, config))
+                continue
+            held = SADR(gamma=sadr_gamma(model, method)) if name == SADR.kind else PENALTIES[name]()
+            arms.append(Arm(f"{method} + {name}", method, config, (held,)))
+    return arms
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all units of a run have in common.
+
+    Args:
+        metrics: What is asked.
+        seed: Of the sampled contexts.
+    """
+
+    metrics: tuple[Metric, ...] = tuple(ALL_METRICS)
+    seed: int = 0
+
+
+def identity(
+    fingerprint: str, model: LensModel, case: Case, arm: Arm, setting: Setting
+) -> dict[str, Any]:
+    """Everything that determines a unit's result, JSON-ready."""
+    found: dict[str, Any] = {
+        "model": fingerprint,
+        "dtype": model.info.dtype,
+        "prepends_bos": model.info.prepends_bos,
+        "case": case.id,
+        "content": _digest([case.to_record(), UNRELATED]),
+        "metrics": list(setting.metrics),
+        **arm.to_dict(),
+    }
+    if arm.method is not None:
+        found |= {"seed": setting.seed, "covariance": f"{DEFAULT_TOKENS} tokens of wikipedia-leads"}
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Units that share passes: one arm, and cases that are edited together.
+
+    Args:
+        arm: The condition.
+        cases: All of them are edited, so that results do not depend on what was finished.
+        missing: Ids of those that are asked about.
+    """
+
+    arm: Arm
+    cases: tuple[Case, ...]
+    missing: frozenset[str]
+
+
+def run_job(model: LensModel, job: Job, setting: Setting) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """A record for each missing case of a job.
+
+    Raises:
+        ModelError: If the model's weights are not the same afterwards.
+    """
+    before = model.fingerprint()
+    for case, edited in _edits(model, job, setting):
+        if case.id not in job.missing:
+            continue
+        try:
+            if isinstance(edited, DriftLensError):
+                raise edited
+            yield case, _asked(model, case, edited, setting)
+        except DriftLensError as error:
+            yield case, {"error": f"{type(error).__name__}: {error}"}
+        if model.fingerprint() != before:
+            raise ModelError("The model's weights are not what they were before the case.")
+
+
+def _edits(
+    model: LensModel, job: Job, setting: Setting
+) -> Iterator[tuple[Case, Edit | DriftLensError | None]]:
+    """Each case with its edit, or with what prevents it; shared passes where possible."""
+    arm = job.arm
+    if arm.method is None:
+        yield from ((case, None) for case in job.cases)
+        return
+    options: dict[str, Any] = {
+        "config": arm.config, "penalty": arm.penalties, "seed": setting.seed, "progress": False,
+    }  # fmt: skip
+    requests = [case.request for case in job.cases]
+    try:
+        together: list[Edit] | None = list(edit_each(model, requests, arm.method, **options))
+    except DriftLensError:  # one of them cannot be edited: find out which
+        together = None
+    for i, case in enumerate(job.cases):
+        try:
+            made = together[i] if together else edit(model, case.request, arm.method, **options)
+            yield case, made
+        except DriftLensError as error:
+            yield case, error
+
+
+def _asked(model: LensModel, case: Case, made: Edit | None, setting: Setting) -> dict[str, Any]:
+    if made is None:
+        return {"answers": [a.to_dict() for a in answers(model, case, setting.metrics)]}
+    with made.applied(model):
+        found = answers(model, case, setting.metrics)
+    last = made.trace[-1]
+    return {
+        "answers": [a.to_dict() for a in found],
+        "seconds": made.info["seconds"],
+        "steps": len(made.trace),
+        "target_prob": last["target_prob"],
+        "engine": made.info["engine"],
+    }
+
+
+class Executor(Protocol):
+    """Runs jobs somewhere; records may come in any order."""
+
+    def run(
+        self, jobs: Iterable[Job], setting: Setting
+    ) -> Iterator[tuple[Job, Case, dict[str, Any]]]:
+        """A record for each missing case of each job."""
+        ...
+
+
+class LocalExecutor:
+    """One job after another, in this process."""
+
+    def __init__(self, model: LensModel) -> None:
+        self.model = model
+
+    def run(
+        self, jobs: Iterable[Job], setting: Setting
+    ) -> Iterator[tuple[Job, Case, dict[str, Any]]]:
+        """A record for each missing case of each job."""
+        for job in jobs:
+            for case, record in run_job(self.model, job, setting):
+                yield job, case, record

@@ -1,0 +1,410 @@
+"""Benchmark runs: units, resuming, failing, results."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+import driftlens as dl
+from driftlens.assets import asset
+from driftlens.bench import UNEDITED, Arm, BenchResult, Setting, make_arms, run_bench, units
+from driftlens.bench.results import CASES, PLAN, UNITS
+from driftlens.bench.units import identity
+from driftlens.cases import ALL_METRICS, Case, Cloze
+from driftlens.errors import DataError, EditError, ModelError, RequestError
+from driftlens.evaluation import answers, average, harmonic_mean, rates
+from driftlens.readers import read_cases
+
+QUICK = dl.FtConfig(layer=1, steps=3, lr=1e-2)
+ARMS = [
+    Arm(UNEDITED),
+    Arm("ft", "ft-m", QUICK),
+    Arm("ft + sadr", "ft-m", QUICK, (dl.SADR(gamma=0.5),)),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> dl.LensModel:
+    return dl.load_model(tiny.hf_model("gpt2", 1), tiny.tokenizer(), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    return list(read_cases(asset("facts.jsonl"))[:5])
+
+
+def bench(model: dl.LensModel, cases: Any, out: Path, **options: Any) -> BenchResult:
+    return run_bench(model, cases, ARMS, out, cases_at_once=2, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    model: dl.LensModel, cases: list[Case], tmp_path_factory: pytest.TempPathFactory
+) -> BenchResult:
+    return bench(model, cases, tmp_path_factory.mktemp("bench") / "whole")
+
+
+def records(result: BenchResult) -> dict[str, Any]:
+    """Everything but times."""
+    return {
+        arm: {
+            case: {k: v for k, v in record.items() if k != "seconds"}
+            for case, record in found.items()
+        }
+        for arm, found in result.records.items()
+    }
+
+
+def test_a_unit_is_an_edit_and_what_was_asked(
+    model: dl.LensModel, cases: list[Case], whole: BenchResult
+) -> None:
+    assert whole.is_complete
+    assert whole.arms == ["unedited", "ft", "ft + sadr"]
+    assert list(whole.cases.values()) == cases
+    for case in cases:
+        plain = answers(model, case, tuple(ALL_METRICS))
+        assert whole.answers("unedited")[case.id] == plain
+        edit = dl.edit(model, case.request, "ft-m", config=QUICK, progress=False)
+        with edit.applied(model):
+            found = answers(model, case, tuple(ALL_METRICS))
+        mine = whole.answers("ft")[case.id]
+        assert [a.metric for a in mine] == [a.metric for a in found]
+        assert [a.right for a in mine] == pytest.approx([a.right for a in found], abs=1e-5)
+        record = whole.records["ft"][case.id]
+        assert record["steps"] == len(edit.trace)
+        assert record["seconds"] > 0
+
+
+def test_tables(whole: BenchResult, cases: list[Case]) -> None:
+    frame = whole.to_dataframe()
+    assert set(frame["metric"]) == {
+        "ES", "PS", "NS", "RS", "DNS", "distractor", "distract-relation", "lead-neighbour",
+        "lead-relation",
+    }  # fmt: skip
+    expected = rates(whole.answers("ft").values())
+    pooled = frame[frame["arm"] == "ft"].groupby("metric")["success"].mean() * 100
+    for metric, rate in expected.items():
+        assert pooled[metric] == pytest.approx(rate.value)
+    table = whole.table().set_index(["arm", "metric"])
+    assert table.loc[("ft", "NS"), "value"] == expected["NS"].value
+    five = [expected[m].value for m in ("ES", "PS", "NS", "RS", "DNS")]
+    assert table.loc[("ft", "Avg. S"), "value"] == pytest.approx(harmonic_mean(five))
+    assert "Avg. S" not in whole.table("prob")["metric"].tolist()
+    row = frame[(frame["arm"] == "ft") & (frame["metric"] == "ES")].iloc[0]
+    case = whole.cases[row["case"]]
+    assert (row["prompt"], row["right_text"]) == (case.request.text, case.request.target_new)
+    shown = whole.to_markdown()
+    assert shown.count("\n") == 1 + len(ARMS)
+    assert "| ft + sadr |" in shown
+    assert np.isnan(whole.seconds("unedited"))
+    assert whole.compare("ft", "ft")["RS"].value == 0.0
+    assert whole.compare("ft", "unedited", "prob")["ES"].cases == len(cases)
+    with pytest.raises(RequestError, match="no arm 'x'"):
+        whole.answers("x")
+
+
+def test_avg_s_has_an_interval_over_cases(whole: BenchResult) -> None:
+    groups = list(whole.answers("unedited").values())
+    found = average(groups)
+    assert found is not None
+    assert found.low <= found.value <= found.high
+    same = average([groups[0]] * 4)
+    assert same is not None
+    assert same.low == same.high == same.value
+    assert average([[a for a in groups[0] if a.metric != "RS"]]) is None
+    assert average([]) is None
+
+
+def test_nothing_finished_is_done_again(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = bench(model, cases[:3], tmp_path)
+    before = (tmp_path / UNITS).read_bytes()
+    monkeypatch.setattr(units, "edit_each", None)
+    monkeypatch.setattr(units, "answers", None)
+    assert records(bench(model, cases[:3], tmp_path)) == records(few)
+    assert (tmp_path / UNITS).read_bytes() == before
+
+
+def test_more_cases_and_arms_add_to_it(
+    model: dl.LensModel, cases: list[Case], whole: BenchResult, tmp_path: Path
+) -> None:
+    run_bench(model, cases[:2], ARMS[:2], tmp_path, cases_at_once=2, progress=False)
+    finished = (tmp_path / UNITS).read_bytes()
+    found = bench(model, cases, tmp_path)
+    assert (tmp_path / UNITS).read_bytes().startswith(finished)
+    assert len((tmp_path / UNITS).read_bytes().splitlines()) == 15
+    assert records(found) == records(whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": replace(QUICK, lr=2e-2)},
+        {"penalties": (dl.SADR(gamma=0.6),)},
+        {"method": "ft-l"},
+        {"case": {"paraphrases": ("Another question:",)}},
+        {"case": {"neighbours": (Cloze("Oslo is in", "Norway"),)}},
+        {"setting": Setting(seed=1)},
+        {"setting": Setting(metrics=("ES",))},
+        {"fingerprint": "other"},
+    ],
+)
+def test_what_determines_a_result_is_in_its_identity(
+    model: dl.LensModel, cases: list[Case], change: dict[str, Any]
+) -> None:
+    arm, case, setting = ARMS[2], cases[0], Setting()
+    plain = identity("model", model, case, arm, setting)
+    other = identity(
+        change.get("fingerprint", "model"),
+        model,
+        replace(case, **change.get("case", {})),
+        replace(arm, **{k: v for k, v in change.items() if k in ("config", "penalties", "method")}),
+        change.get("setting", setting),
+    )
+    assert plain != other
+    assert plain == identity("model", model, case, replace(arm, name="renamed"), setting)
+
+
+def test_a_case_that_fails_does_not_stop_the_others(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = replace(
+        cases[1], request=dl.EditRequest("{} is " + "x " * 300 + "in", "Oslo", "Rome", "Norway")
+    )
+    mixed = [cases[0], long, *cases[2:]]
+    found = bench(model, mixed, tmp_path)
+    assert found.is_complete
+    assert [(arm, case) for arm, case, _ in found.failed] == [
+        (arm, long.id) for arm in ("unedited", "ft", "ft + sadr")
+    ]
+    assert "more than the 128 of tiny" in found.failed[0][2]
+    assert len(found.answers("ft")) == 4
+    again: list[str] = []
+    asked = units._asked
+
+    def watched(model: Any, case: Case, *args: Any) -> Any:
+        again.append(case.id)
+        return asked(model, case, *args)
+
+    monkeypatch.setattr(units, "_asked", watched)
+    bench(model, mixed, tmp_path)
+    assert again == []
+    monkeypatch.setattr(units, "edit_each", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a defect is no failed case
+        bench(model, mixed, tmp_path, retry_failed=True)
+    assert len(BenchResult(tmp_path).failed) == 3
+
+
+def test_changed_weights_end_the_run(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = model.down_projection(0).weight
+    real = units.answers
+
+    def harm(model: dl.LensModel, case: Case, metrics: Any) -> Any:
+        if case.id == cases[1].id:
+            weight.data[0, 0] += 1.0
+        return real(model, case, metrics)
+
+    monkeypatch.setattr(units, "answers", harm)
+    kept = weight.data.clone()
+    with pytest.raises(ModelError, match="not what they were"):
+        bench(model, cases, tmp_path)
+    weight.data.copy_(kept)
+    assert len((tmp_path / UNITS).read_bytes().splitlines()) == 2
+
+
+def test_bad_requests(
+    model: dl.LensModel, cases: list[Case], whole: BenchResult, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match="0 cases"):
+        bench(model, [], tmp_path)
+    with pytest.raises(RequestError, match="Two cases are called"):
+        bench(model, [cases[0], cases[0]], tmp_path)
+    with pytest.raises(RequestError, match="Two arms are called 'unedited'"):
+        run_bench(model, cases, [ARMS[0], ARMS[0]], tmp_path)
+    with pytest.raises(RequestError, match="no penalty 'x'"):
+        make_arms(model, ["ft-m"], ["x"])
+    edit = dl.edit(model, cases[0].request, "ft-m", config=QUICK, progress=False)
+    with edit.applied(model), pytest.raises(ModelError, match="An edit is applied"):
+        bench(model, cases, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written to"):
+        bench(model, cases, tmp_path / "file" / "bench")
+    with pytest.raises(DataError, match="holds no results"):
+        BenchResult(tmp_path)
+    (tmp_path / PLAN).write_text("{")
+    with pytest.raises(DataError, match="is damaged"):
+        BenchResult(tmp_path)
+
+
+def test_arms_by_name(model: dl.LensModel) -> None:
+    with pytest.warns(UserWarning, match="known to be good"):
+        arms = make_arms(model, ["ft-m", "grace"], ["none", "sadr", "key-drift"])
+    assert [arm.name for arm in arms] == [
+        "unedited", "ft-m", "ft-m + sadr", "ft-m + key-drift", "grace", "grace + sadr",
+        "grace + key-drift",
+    ]  # fmt: skip
+    assert arms[2].penalties == (dl.SADR(gamma=0.01),)
+
+
+def test_two_runs_at_once_are_refused(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second(*args: Any, **options: Any) -> Any:
+        with pytest.raises(DataError, match="Another run is writing"):
+            bench(model, cases, tmp_path)
+        raise EditError("enough")
+
+    monkeypatch.setattr(units, "edit_each", second)
+    monkeypatch.setattr(units, "edit", second)
+    found = bench(model, cases[:1], tmp_path)
+    assert [reason for _, _, reason in found.failed] == ["EditError: enough"] * 2
+
+
+# --- killed and damaged -----------------------------------------------------------------------
+
+SCRIPT = """
+    # Runs are forked, so that the model is loaded only once.
+    import os, random, signal, sys, time
+    sys.path.insert(0, {tests!r})
+    import torch
+    torch.set_num_threads(1)
+    import test_bench, tiny
+    import driftlens as dl
+    from driftlens.assets import asset
+    from driftlens.readers import read_cases
+
+    model = dl.load_model(tiny.hf_model("gpt2", 1), tiny.tokenizer(), name="tiny")
+    cases = list(read_cases(asset("facts.jsonl"))[:5])
+    out, rng, kills, run = {out!r}, random.Random(0), 0, 0
+
+    def start(name):
+        child = os.fork()
+        if child == 0:
+            test_bench.bench(model, cases, out + "/" + name)
+            os._exit(0)
+        return child
+
+    began = time.monotonic()
+    assert os.waitpid(start("undisturbed"), 0)[1] == 0
+    whole = time.monotonic() - began
+    while kills < 30:
+        child = start("killed-" + str(run))
+        time.sleep(rng.uniform(0, whole / 2))
+        finished, _ = os.waitpid(child, os.WNOHANG)
+        if finished:  # nothing left to disturb: another folder
+            run += 1
+            continue
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    for i in range(run + 1):
+        assert os.waitpid(start("killed-" + str(i)), 0)[1] == 0
+    print("kills", kills)
+"""
+
+
+def test_killed_at_30_random_moments(tmp_path: Path) -> None:
+    """In the end the units are those of an undisturbed run, each once, to the bit."""
+    script = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.strip().endswith("kills 30"), done.stderr
+    expected = BenchResult(tmp_path / "undisturbed")
+    assert expected.is_complete
+    killed = sorted(tmp_path.glob("killed-*"))
+    for folder in killed:
+        found = BenchResult(folder)
+        assert found.is_complete
+        assert records(found) == records(expected)
+        lines = [line for line in (folder / UNITS).read_bytes().splitlines() if line.strip()]
+        whole_lines = []
+        for line in lines:
+            try:
+                whole_lines.append(json.dumps(json.loads(line)["unit"], sort_keys=True))
+            except ValueError:
+                continue  # cut off by a kill
+        assert len(whole_lines) == len(set(whole_lines)) == 15
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_files(
+    model: dl.LensModel, cases: list[Case], whole: BenchResult, tmp_path: Path, seed: int
+) -> None:
+    """Cut off, overwritten or removed: what is still whole counts, the rest is done again."""
+    rng = random.Random(seed)
+    for name in (PLAN, CASES, UNITS):
+        content = bytearray((whole.folder / name).read_bytes())
+        kind = rng.choice(["cut", "overwritten", "removed", "left"])
+        if kind == "cut":
+            content = content[: rng.randrange(len(content))]
+        elif kind == "overwritten":
+            at = rng.randrange(len(content))
+            rubbish = rng.randbytes(rng.randrange(1, 200))
+            content[at : at + len(rubbish)] = rubbish
+        if kind != "removed":
+            (tmp_path / name).write_bytes(content)
+    found = bench(model, cases, tmp_path)
+    assert found.is_complete
+    for arm, expected in records(whole).items():
+        for case, record in expected.items():
+            mine = records(found)[arm][case]
+            assert [a["right"] for a in mine["answers"]] == pytest.approx(
+                [a["right"] for a in record["answers"]], abs=1e-5
+            )
+
+
+def test_bench_on_the_command_line(
+    model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from driftlens import cli
+
+    monkeypatch.setattr(cli, "_load", lambda name: model)
+    plan = tmp_path / "slow.toml"
+    plan.write_text('method = "ft-l"\n[config]\nlayer = 1\nsteps = 2\n')
+    options = ["bench", "--methods", "", "--config", str(plan), "--cases", "3", "--quiet"]
+
+    def run(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["driftlens", *options, *more])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code in (0, None), end.value.code
+        return capsys.readouterr().out
+
+    shown = run("--out", str(tmp_path / "out"))
+    assert "| slow |" in shown
+    result = BenchResult(tmp_path / "out")
+    assert result.plan["command"].startswith("driftlens bench --methods")
+    assert len(result.cases) == 3
+    table = json.loads(run("--out", str(tmp_path / "out"), "--json", "-"))
+    assert {row["arm"] for row in table} == {"unedited", "slow"}
+    data = tmp_path / "data.jsonl"
+    data.write_text(asset("facts.jsonl").read_text().splitlines()[0] + "\n{}\n")
+    shown = run("--out", str(tmp_path / "b"), "--data", str(data), "--skip-bad")
+    assert "Record 1, prompt: Field required." in shown
+    for wrong, message in (
+        (["--split", "x"], "no split 'x'"),
+        (["--data", str(data)], "Record 1, prompt"),
+        (["--cases", "0"], "--cases is 0"),
+        (["--penalties", "x", "--methods", "ft-m"], "no penalty 'x'"),
+        (["--methods", "x"], "no editor 'x'"),
+    ):
+        monkeypatch.setattr(
+            sys, "argv", ["driftlens", *options, "--out", str(tmp_path / "c"), *wrong]
+        )
+        with pytest.raises(SystemExit, match=message):
+            cli.main()
