@@ -376,8 +376,7 @@ def bench(
         command=" ".join(["driftlens", *sys.argv[1:]]),
         progress=not quiet,
     )
-    table = result.table()
-    _write(json_file, lambda: str(table.to_json(orient="records", indent=1)))
+    _write(json_file, lambda: json.dumps(result.summary(), indent=1, ensure_ascii=False))
     if json_file is None or str(json_file) != "-":
         print(result.to_markdown())
         for arm, case, reason in result.failed:

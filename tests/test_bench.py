@@ -390,8 +390,12 @@ def test_bench_on_the_command_line(
     result = BenchResult(tmp_path / "out")
     assert result.plan["command"].startswith("driftlens bench --methods")
     assert len(result.cases) == 3
-    table = json.loads(run("--out", str(tmp_path / "out"), "--json", "-"))
-    assert {row["arm"] for row in table} == {"unedited", "slow"}
+    summary = json.loads(run("--out", str(tmp_path / "out"), "--json", "-"))
+    assert {row["arm"] for row in summary["table"]} == {"unedited", "slow"}
+    assert [arm["seconds_per_edit"] is None for arm in summary["arms"]] == [True, False]
+    assert summary["arms"][1]["config"]["steps"] == 2
+    assert summary["failed"] == []
+    assert len(summary["cases"]) == 3
     data = tmp_path / "data.jsonl"
     data.write_text(asset("facts.jsonl").read_text().splitlines()[0] + "\n{}\n")
     shown = run("--out", str(tmp_path / "b"), "--data", str(data), "--skip-bad")

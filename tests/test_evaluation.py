@@ -27,7 +27,7 @@ from driftlens.cases import (
 )
 from driftlens.errors import DataError
 from driftlens.evaluation import Answer, answers, compare, harmonic_mean, rates
-from driftlens.experiments import editors, many, tuning
+from driftlens.experiments import many, tuning
 from driftlens.experiments.paper import TABLE_3
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
@@ -257,46 +257,6 @@ def test_a_journal_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 # --- the experiments -------------------------------------------------------------------------
-
-
-def test_the_table_resumes_and_counts_failures(
-    model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cases = read_cases(write(tmp_path / "data.json", RECORD))
-    monkeypatch.setattr(editors.dl, "load_model", lambda name: model)
-    asked = []
-    made = dl.edit_each
-
-    def watched(*args: Any, **options: Any) -> Any:
-        asked.append(args[2])
-        return made(*args, **options)
-
-    monkeypatch.setattr(editors.dl, "edit_each", watched)
-    with pytest.warns(UserWarning, match="known to be good"):
-        target = editors.run("tiny", cases[:1], ["ft-m", "grace"], tmp_path)
-    assert asked == ["ft-m", "ft-m", "grace", "grace"]
-    result = json.loads(target.read_text())
-    assert [(r["method"], r["restriction"]) for r in result["rows"]] == [
-        ("none", "none"), ("ft-m", "none"), ("ft-m", "sadr"), ("grace", "none"), ("grace", "sadr"),
-    ]  # fmt: skip
-    assert all(set(row["rates"]) == {"ES", "PS", "NS", "RS", "DNS"} for row in result["rows"])
-    table = editors.markdown(result)
-    assert table.count("\n") == 6
-    assert "| ft-m | 0.01 |" in table
-    with pytest.warns(UserWarning, match="known to be good"):
-        assert json.loads(editors.run("tiny", cases[:1], ["ft-m", "grace"], tmp_path).read_text())
-    assert len(asked) == 4
-
-
-def test_a_case_that_cannot_be_edited_is_recorded(model: dl.LensModel, tmp_path: Path) -> None:
-    good = read_cases(write(tmp_path / "data.json", RECORD))
-    long = Case("long", dl.EditRequest("{} is " + "x " * 300 + "in", "The Louvre", "Rome", "Oslo"))
-    config = dl.FtConfig(layer=1, steps=2)
-    edited = editors.edit_cases(model, [long, *good], "ft-m", config)
-    found = {case.id: record for case, record in edited}
-    assert set(found) == {"long", "data-0"}
-    assert "more than the 128 of tiny" in found["long"]["error"]
-    assert len(found["data-0"]["answers"]) == 5
 
 
 def test_many_facts_at_once_and_in_a_row(

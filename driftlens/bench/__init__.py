@@ -14,15 +14,26 @@ results holds
 
 from driftlens.bench.results import BenchResult
 from driftlens.bench.run import run_bench
-from driftlens.bench.units import UNEDITED, Arm, Executor, LocalExecutor, Setting, make_arms
+from driftlens.bench.units import (
+    UNEDITED,
+    Arm,
+    Executor,
+    Job,
+    LocalExecutor,
+    Setting,
+    make_arms,
+    run_job,
+)
 
 __all__ = [
     "UNEDITED",
     "Arm",
     "BenchResult",
     "Executor",
+    "Job",
     "LocalExecutor",
     "Setting",
     "make_arms",
     "run_bench",
+    "run_job",
 ]

@@ -148,6 +148,25 @@ class BenchResult:
                     )
         return pd.DataFrame(rows)
 
+    def summary(self) -> dict[str, Any]:
+        """Everything but single answers, JSON-ready: how it was made, and the table."""
+        arms = [
+            {
+                **arm,
+                "finished": len(self.records[arm["name"]]),
+                "seconds_per_edit": _or_none(self.seconds(arm["name"])),
+            }
+            for arm in self.plan["arms"]
+        ]
+        failed = [{"arm": a, "case": c, "reason": reason} for a, c, reason in self.failed]
+        return {
+            **{name: self.plan[name] for name in ("command", "model", "versions", "setting")},
+            "cases": list(self.cases),
+            "arms": arms,
+            "failed": failed,
+            "table": self.table().to_dict("records"),
+        }
+
     def to_markdown(self, metrics: Sequence[Metric] = METRICS) -> str:
         """The main table: success in per cent with 95 % intervals, and seconds for each edit."""
         lines = [
@@ -161,3 +180,7 @@ class BenchResult:
             shown = "-" if np.isnan(seconds) else f"{seconds:.1f}"
             lines.append(f"| {arm} | {whole or '-'} | {' | '.join(cells)} | {shown} |")
         return "\n".join(lines)
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else value

@@ -2,7 +2,8 @@
 
 Layers and hyperparameters are those of the methods' authors where they published some
 (ROME, MEMIT, PMET, AlphaEdit: their repositories; EMMET and Llama 2, Qwen 2.5, Mistral:
-EasyEdit; TinyLlama and Llama 2 13B: SADR's repository).
+EasyEdit; TinyLlama and Llama 2 13B: SADR's repository). Those of the small bundled models come
+from a recorded search (``driftlens.experiments.tuning``), as far as it is done.
 """
 
 from __future__ import annotations
@@ -83,8 +84,14 @@ KNOWN: dict[tuple[str, int], dict[str, Values]] = {
         "memit": {"layers": (4, 5, 6, 7, 8), **_LLAMA_SEARCH},
         "ft": {"layer": 21, "norm_constraint": 5e-5},
     },
-    ("llama", 30): {  # SmolLM2-135M
+    ("llama", 30): {  # SmolLM2-135M; MEMIT: assets/results/tuning
         "rome": {"layer": 8},
+        "memit": {
+            "layers": (4, 5, 6),
+            "clamp_factor": 4.0,
+            "weight_decay": 1e-3,
+            "cov_weight": 100.0,
+        },
     },
     ("gemma3_text", 18): {  # Gemma 3 270M
         "rome": {"layer": 5},
@@ -128,6 +135,7 @@ SADR_GAMMA = 0.01
 
 GAMMAS: dict[tuple[str, int], dict[str, float]] = {
     ("gptj", 28): {"rome": 0.01, "memit": 0.005, "pmet": 0.08},
+    ("llama", 30): {"memit": 0.2},
 }
 """By model (as in KNOWN) and method."""
 

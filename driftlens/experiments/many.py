@@ -25,7 +25,7 @@ from driftlens.editing.methods import METHODS, resolve_config
 from driftlens.edits import write_atomically
 from driftlens.errors import DriftLensError
 from driftlens.evaluation import answers, rate_cells, rates
-from driftlens.experiments.editors import arguments
+from driftlens.experiments.options import arguments
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 

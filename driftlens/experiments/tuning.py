@@ -23,13 +23,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import driftlens as dl
-from driftlens.cases import Case, balanced, tuning_split
+from driftlens.bench import Arm, Job, Setting, run_job
+from driftlens.cases import METRICS, Case, balanced, tuning_split
 from driftlens.editing.configs import ValueSearch
 from driftlens.editing.defaults import by_depth
 from driftlens.editing.methods import METHODS
 from driftlens.errors import DriftLensError
 from driftlens.evaluation import Answer, harmonic_mean, rates
-from driftlens.experiments.editors import arguments, edit_cases
+from driftlens.experiments.options import arguments
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 
@@ -106,11 +107,12 @@ class Search:
         cases = self.cases if whole else balanced(self.cases, (len(self.cases) + 1) // 2)
         unit = {"config": asdict(config), "gamma": gamma, "cases": [case.id for case in cases]}
         if unit not in self.journal:
-            penalties = [] if gamma is None else [dl.SADR(gamma=gamma)]
+            penalties = () if gamma is None else (dl.SADR(gamma=gamma),)
+            arm = Arm(f"{self.method} gamma {gamma}", self.method, config, penalties)
+            job = Job(arm, tuple(cases), frozenset(case.id for case in cases))
             found, seconds = [], 0.0
-            edited = edit_cases(self.model, cases, self.method, config, penalties)
-            shown = f"{self.method} gamma {gamma}"
-            for case, record in tqdm(edited, desc=shown, total=len(cases), leave=False):
+            asked = run_job(self.model, job, Setting(METRICS))
+            for case, record in tqdm(asked, desc=arm.name, total=len(cases), leave=False):
                 if "error" in record:
                     self.journal.add(unit, error=f"{case.id}: {record['error']}")
                     return self.journal[unit]

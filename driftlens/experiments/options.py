@@ -1,0 +1,27 @@
+"""Command-line options that experiments share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from driftlens.editing.methods import METHODS
+
+
+def arguments(
+    description: str, cases: int, out: Path, counted: str = "cases"
+) -> argparse.ArgumentParser:
+    """What the experiments on the paper's cases have in common.
+
+    Args:
+        cases: How many cases by default.
+        out: Where results go by default.
+        counted: What the option for their number is called.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", required=True, help="the paper's merged file")
+    parser.add_argument(f"--{counted}", type=int, default=cases)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--out", type=Path, default=out)
+    return parser
