@@ -26,10 +26,16 @@ from driftlens.editing.contexts import Context
 from driftlens.editing.descent import Notes, Terms, descend
 from driftlens.editing.outcome import VALUE_BUDGET, Outcome, Resources, bytes_of_row
 from driftlens.editing.penalties import ESSENCE
-from driftlens.editing.target import Observer, ValueProblem, build_problem, make_sites
+from driftlens.editing.target import (
+    Observer,
+    ValueProblem,
+    build_problem,
+    make_sites,
+    terms_of_each,
+)
 from driftlens.facts import EditRequest
 from driftlens.interventions import Hook, down_in_name, down_out_name
-from driftlens.models import LensModel, recording
+from driftlens.models import LensModel
 from driftlens.precision import in_float32
 from driftlens.reuse import (
     Engine,
@@ -66,35 +72,18 @@ def ft_m(
     return _fine_tune(model, [requests], config, resources, teacher_forced=True)[0]
 
 
-def ft_l_each(
-    model: LensModel, requests: Sequence[EditRequest], config: FtConfig, resources: Resources
-) -> list[Outcome]:
-    """FT-L for each of several facts on its own, in shared passes.
-
-    Raises:
-        EditError: If a loss stops being a number.
-    """
-    return _each(model, requests, config, resources, teacher_forced=False)
-
-
-def ft_m_each(
-    model: LensModel, requests: Sequence[EditRequest], config: FtConfig, resources: Resources
-) -> list[Outcome]:
-    """FT-M for each of several facts on its own, in shared passes.
-
-    Raises:
-        EditError: If a loss stops being a number.
-    """
-    return _each(model, requests, config, resources, teacher_forced=True)
-
-
-def _each(
+def ft_each(
     model: LensModel,
     requests: Sequence[EditRequest],
     config: FtConfig,
     resources: Resources,
     teacher_forced: bool,
 ) -> list[Outcome]:
+    """FT-L, or FT-M if teacher-forced, for each of several facts on its own, in shared passes.
+
+    Raises:
+        EditError: If a loss stops being a number.
+    """
     rows = [build_problem(model, request, [Context()]).rows for request in requests]
     width = max(len(row) for group in rows for row in group)
     trained = 16 * model.down_projection(config.layer).weight.numel()  # with gradient and moments
@@ -124,18 +113,8 @@ def _fine_tune(
 
     def evaluate(step: int, active: list[int]) -> list[tuple[Terms, Notes]]:
         chosen = [tasks[i] for i in active]
-        longest = max(task.at.shape[1] for task in chosen)
-        at = torch.cat([task.reading(longest) for task in chosen])
         adding = _beside(config.layer, [(len(task.at), task.trained) for task in chosen])
-        now: dict[str, torch.Tensor] = {}
-        logits = passes.run(active, [*adding, *recording(now, chosen[0].observer.names)], at)
-        found, first = [], 0
-        for task in chosen:
-            rows = slice(first, first + len(task.at))
-            first = rows.stop
-            own = {name: tensor[rows] for name, tensor in now.items()}
-            found.append(task.terms(logits[rows, : task.at.shape[1]], own))
-        return found
+        return terms_of_each(chosen, adding, lambda hooks, at: passes.run(active, hooks, at))
 
     traces = descend(
         model, [task.trained for task in tasks], evaluate, steps=config.steps, lr=config.lr,
@@ -206,11 +185,6 @@ class _Task:
             model, self.at[:n], subjects, batch.prompts, [0] * n, width, config.layer
         )
         self.observer = Observer(resources.penalties, sites)
-
-    def reading(self, width: int) -> Int[torch.Tensor, "row target"]:
-        """Where its rows are read, the last position repeated."""
-        more = self.at[:, -1:].expand(-1, width - self.at.shape[1])
-        return torch.cat([self.at, more], dim=1)
 
     def terms(
         self, logits: Float[torch.Tensor, "row target d_vocab"], now: dict[str, torch.Tensor]

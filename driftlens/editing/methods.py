@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -33,7 +34,7 @@ from driftlens.editing.contexts import Context, parse_contexts, sample_contexts
 from driftlens.editing.defaults import defaults, is_known
 from driftlens.editing.emmet import emmet
 from driftlens.editing.family import as_penalties
-from driftlens.editing.fine_tuning import ft_l, ft_l_each, ft_m, ft_m_each
+from driftlens.editing.fine_tuning import ft_each, ft_l, ft_m
 from driftlens.editing.grace import grace, grace_query
 from driftlens.editing.memit import memit, residual_query
 from driftlens.editing.outcome import NullSpaceState, Outcome, Query, Resources, find_values
@@ -92,11 +93,11 @@ METHODS: dict[str, Method] = {
     ),
     "ft-l": Method(
         "FT-L: fine-tuning (Meng et al., 2022)", FtConfig, ft_l,
-        takes_several=True, needs_covariance=False, each=ft_l_each,
+        takes_several=True, needs_covariance=False, each=partial(ft_each, teacher_forced=False),
     ),
     "ft-m": Method(
         "FT-M: fine-tuning (Zhang et al., 2024)", FtConfig, ft_m,
-        takes_several=True, needs_covariance=False, each=ft_m_each,
+        takes_several=True, needs_covariance=False, each=partial(ft_each, teacher_forced=True),
     ),
     "grace": Method(
         "GRACE (Hartvigsen et al., NeurIPS 2023)", GraceConfig, grace,

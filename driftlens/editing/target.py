@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -359,20 +359,9 @@ def optimise_values(
 
     def evaluate(step: int, active: list[int]) -> list[tuple[Terms, Notes]]:
         chosen = [tasks[i] for i in active]
-        longest = max(task.at.shape[1] for task in chosen)
-        at = torch.cat([task.reading(longest) for task in chosen])
-        now: dict[str, torch.Tensor] = {}
         adding = [_add_at(name, [(t.positions, t.deltas[k]) for t in chosen])
                   for k, name in enumerate(runner.hooks)]  # fmt: skip
-        names = chosen[0].observer.names
-        logits = runner.run(active, [*adding, *recording(now, names)], at)
-        found, first = [], 0
-        for task in chosen:
-            rows = slice(first, first + len(task.positions))
-            first = rows.stop
-            own = {name: tensor[rows] for name, tensor in now.items()}
-            found.append(task.terms(logits[rows, : task.at.shape[1]], own))
-        return found
+        return terms_of_each(chosen, adding, lambda hooks, at: runner.run(active, hooks, at))
 
     traces = descend(
         runner.model, [task.deltas for task in tasks], evaluate, steps=search.steps, lr=search.lr,
@@ -383,6 +372,46 @@ def optimise_values(
         Value([delta.detach() for delta in task.deltas], trace, task.start.engine)
         for task, trace in zip(tasks, traces, strict=True)
     ]
+
+
+class Task(Protocol):
+    """Something that is optimised in passes shared with others: where its rows are read
+    (``at``, ``[row, read]``), what its penalties look at, and its loss."""
+
+    at: torch.Tensor
+    observer: Observer
+
+    def terms(self, logits: torch.Tensor, now: dict[str, torch.Tensor]) -> tuple[Terms, Notes]:
+        """The terms of the loss, and what to note, from what its own rows gave."""
+        ...
+
+
+def terms_of_each(
+    tasks: Sequence[Task],
+    adding: Sequence[Hook],
+    run: Callable[[Sequence[Hook], torch.Tensor], torch.Tensor],
+) -> list[tuple[Terms, Notes]]:
+    """One pass over the rows of several tasks, one task after another, and each one's terms.
+
+    Args:
+        tasks: With penalties of the same kinds.
+        adding: Hooks that put the tasks' parameters into the pass.
+        run: The pass, given hooks and where each row is read.
+    """
+    longest = max(task.at.shape[1] for task in tasks)
+    # Where a row is read at fewer positions, the last one is repeated.
+    reading = [
+        torch.cat([t.at, t.at[:, -1:].expand(-1, longest - t.at.shape[1])], 1) for t in tasks
+    ]
+    now: dict[str, torch.Tensor] = {}
+    logits = run([*adding, *recording(now, tasks[0].observer.names)], torch.cat(reading))
+    found, first = [], 0
+    for task in tasks:
+        rows = slice(first, first + len(task.at))
+        first = rows.stop
+        own = {name: tensor[rows] for name, tensor in now.items()}
+        found.append(task.terms(logits[rows, : task.at.shape[1]], own))
+    return found
 
 
 class _Task:
@@ -406,11 +435,6 @@ class _Task:
         self.observer = Observer(penalties, sites)
         target = torch.tensor(problem.target, device=start.initial[0].device)
         self._target = target.expand(n_contexts, -1)[..., None]
-
-    def reading(self, width: int) -> Int[torch.Tensor, "row read"]:
-        """Where its rows are read, the last position repeated."""
-        more = self.at[:, -1:].expand(-1, width - self.at.shape[1])
-        return torch.cat([self.at, more], dim=1)
 
     def terms(
         self, logits: Float[torch.Tensor, "row target d_vocab"], now: dict[str, torch.Tensor]
