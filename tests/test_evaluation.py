@@ -250,6 +250,15 @@ def test_a_torn_journal_loses_one_record_at_most(cut: int, rubbish: bytes) -> No
         assert before | {7} <= after
 
 
+def test_a_record_that_was_overwritten_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.add("a", value=1234)
+    journal.add("b", value=5)
+    path.write_bytes(path.read_bytes().replace(b"1234", b"1934"))
+    assert [record["unit"] for record in Journal(path)] == ["b"]
+
+
 def test_a_journal_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
