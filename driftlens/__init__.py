@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         RomeConfig,
     )
     from driftlens.editing.methods import edit, edit_each, edit_sequence
-    from driftlens.editing.outcome import NullSpaceState
+    from driftlens.editing.outcome import NullSpaceState, ValueStore
     from driftlens.editing.penalties import Penalty, PenaltyTerm, Sites
     from driftlens.editing.rivals import EssenceKL, HiddenDrift, KeyDrift
     from driftlens.editing.sadr import SADR
@@ -84,6 +84,7 @@ _HOME = {
     "edit_each": "editing.methods",
     "edit_sequence": "editing.methods",
     "NullSpaceState": "editing.outcome",
+    "ValueStore": "editing.outcome",
     "Penalty": "editing.penalties",
     "PenaltyTerm": "editing.penalties",
     "Sites": "editing.penalties",
@@ -160,6 +161,7 @@ __all__ = [
     "RomeConfig",
     "Sites",
     "TokenError",
+    "ValueStore",
     "edit",
     "edit_each",
     "edit_sequence",

@@ -508,6 +508,70 @@ def test_values_are_searched_in_parts_if_memory_is_short(monkeypatch: pytest.Mon
             )
 
 
+SEARCHES_OF = [  # what is asked of one store in turn, and how many searches that makes
+    (["rome", "r-rome", "rome"], {}, 1),
+    (["memit", "emmet", "alphaedit"], {}, 1),
+    (["memit", "memit"], {"cov_weight": 0.7}, 1),
+    (["memit", "pmet"], {}, 2),
+    (["rome", "memit"], {}, 2),  # they measure delta by different activations
+    (["memit", "memit"], {"lr": 0.2}, 2),
+    (["memit", "memit"], {"early_stop_loss": 1.0}, 2),
+    (["memit", "memit"], {"penalty": dl.SADR(0.5)}, 2),
+    (["memit", "memit"], {"context_prompts": TEMPLATES[:2]}, 2),
+    (["memit", "memit"], {"layers": (0,)}, 2),
+    (["memit", "memit"], {"engine": "plain"}, 2),
+    (["pmet", "pmet"], {"greedy_nll_factor": 0.5}, 2),
+    (["pmet", "pmet"], {}, 1),
+]
+
+
+@pytest.mark.parametrize(("methods", "last", "searches"), SEARCHES_OF)
+def test_editors_that_search_alike_share_values(
+    methods: list[str], last: dict[str, Any], searches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lens("gpt2")
+    store = dl.ValueStore()
+    asked: list[int] = []
+    search = outcome.optimise_values
+    monkeypatch.setattr(outcome, "optimise_values", lambda *a: asked.append(1) or search(*a))
+    for i, method in enumerate(methods):
+        options = options_for(method, model) | (last if i == len(methods) - 1 else {})
+        before = len(asked)
+        found = list(dl.edit_each(model, REQUESTS, method, store=store, **options))
+        mine = len(asked) - before
+        for edit, alone in zip(
+            found, dl.edit_each(model, REQUESTS, method, **options), strict=True
+        ):
+            assert edit.trace == alone.trace
+            assert edit.info["seconds"] > 0
+            for name, delta in alone.deltas.items():
+                for field, tensor in delta.tensors().items():
+                    assert torch.equal(edit.deltas[name].tensors()[field], tensor)
+        del asked[before + mine :]  # what was searched without the store
+    assert len(asked) == searches
+
+
+def test_values_are_not_shared_between_models_facts_or_on_top_of_an_edit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, other = lens("gpt2"), lens("gpt2", torch.float32)
+    store = dl.ValueStore()
+    asked: list[int] = []
+    search = outcome.optimise_values
+    monkeypatch.setattr(outcome, "optimise_values", lambda *a: asked.append(1) or search(*a))
+    options = LOCATED["rome"]
+    first = list(dl.edit_each(model, REQUESTS[:2], "rome", store=store, **options))
+    for on, facts in ((other, REQUESTS[:2]), (model, REQUESTS[1::-1]), (model, REQUESTS[:1])):
+        before = len(asked)
+        list(dl.edit_each(on, facts, "rome", store=store, **options))
+        assert len(asked) == before + 1
+    with first[0].applied(model):
+        before = len(asked)
+        on_top = list(dl.edit_each(model, REQUESTS[:2], "rome", store=store, **options))
+        assert len(asked) == before + 1
+    assert on_top[1].trace != first[1].trace
+
+
 def test_changes_are_trained_in_parts_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lens("gpt2")
     expected = [dl.edit(model, request, "ft-m", layer=1, steps=3) for request in REQUESTS]

@@ -13,6 +13,7 @@ from driftlens.editing.configs import EditConfig
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.family import PENALTIES
 from driftlens.editing.methods import edit, edit_each, resolve_config
+from driftlens.editing.outcome import ValueStore
 from driftlens.editing.penalties import Penalty
 from driftlens.editing.sadr import SADR
 from driftlens.editing.statistics import DEFAULT_TOKENS
@@ -132,14 +133,19 @@ class Job:
     missing: frozenset[str]
 
 
-def run_job(model: LensModel, job: Job, setting: Setting) -> Iterator[tuple[Case, dict[str, Any]]]:
+def run_job(
+    model: LensModel, job: Job, setting: Setting, store: ValueStore | None = None
+) -> Iterator[tuple[Case, dict[str, Any]]]:
     """A record for each missing case of a job.
+
+    Args:
+        store: Where values that other arms may take, too, are kept.
 
     Raises:
         ModelError: If the model's weights are not the same afterwards.
     """
     before = model.fingerprint()
-    for case, edited in _edits(model, job, setting):
+    for case, edited in _edits(model, job, setting, store):
         if case.id not in job.missing:
             continue
         try:
@@ -153,7 +159,7 @@ def run_job(model: LensModel, job: Job, setting: Setting) -> Iterator[tuple[Case
 
 
 def _edits(
-    model: LensModel, job: Job, setting: Setting
+    model: LensModel, job: Job, setting: Setting, store: ValueStore | None
 ) -> Iterator[tuple[Case, Edit | DriftLensError | None]]:
     """Each case with its edit, or with what prevents it; shared passes where possible."""
     arm = job.arm
@@ -165,7 +171,9 @@ def _edits(
     }  # fmt: skip
     requests = [case.request for case in job.cases]
     try:
-        together: list[Edit] | None = list(edit_each(model, requests, arm.method, **options))
+        together: list[Edit] | None = list(
+            edit_each(model, requests, arm.method, store=store, **options)
+        )
     except DriftLensError:  # one of them cannot be edited: find out which
         together = None
     for i, case in enumerate(job.cases):
@@ -211,6 +219,9 @@ class LocalExecutor:
         self, jobs: Iterable[Job], setting: Setting
     ) -> Iterator[tuple[Job, Case, dict[str, Any]]]:
         """A record for each missing case of each job."""
+        cases, store = None, ValueStore()
         for job in jobs:
-            for case, record in run_job(self.model, job, setting):
+            if job.cases != cases:  # of no use to what follows
+                cases, store = job.cases, ValueStore()
+            for case, record in run_job(self.model, job, setting, store):
                 yield job, case, record

@@ -27,6 +27,7 @@ from driftlens.editing.descent import Notes, Terms, descend
 from driftlens.editing.outcome import VALUE_BUDGET, Outcome, Resources, bytes_of_row
 from driftlens.editing.penalties import ESSENCE
 from driftlens.editing.target import (
+    Below,
     Observer,
     ValueProblem,
     build_problem,
@@ -118,7 +119,7 @@ def _fine_tune(
 
     traces = descend(
         model, [task.trained for task in tasks], evaluate, steps=config.steps, lr=config.lr,
-        stops=lambda record: record["nll"] < config.stop_loss,
+        stops=Below("nll", config.stop_loss),
         confine=lambda i: tasks[i].confine(),
         decay=(lambda i: tasks[i].decay()) if config.weight_decay else None,
         description="fine-tuning", progress=resources.progress,

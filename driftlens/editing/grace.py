@@ -18,7 +18,7 @@ from __future__ import annotations
 from driftlens.codebook import Codebook
 from driftlens.editing.configs import GraceConfig
 from driftlens.editing.outcome import Outcome, Query, Resources, find_value
-from driftlens.editing.target import Descent, down_projection_out
+from driftlens.editing.target import Below, Descent, down_projection_out
 from driftlens.facts import EditRequest
 from driftlens.interventions import down_in_name, down_out_name
 from driftlens.models import LensModel
@@ -32,7 +32,7 @@ def grace_query(model: LensModel, config: GraceConfig) -> Query:
         weight_decay=0.0,
         clamp_factor=float("inf"),
         kl_factor=0.0,
-        stops=lambda record: record["nll"] < config.stop_loss,
+        stops=Below("nll", config.stop_loss),
     )
     place = down_projection_out(model, config.layer)
     return Query(config.layer, (place,), search, (down_in_name(config.layer),), "last_prompt")

@@ -37,7 +37,7 @@ from driftlens.editing.family import as_penalties
 from driftlens.editing.fine_tuning import ft_each, ft_l, ft_m
 from driftlens.editing.grace import grace, grace_query
 from driftlens.editing.memit import memit, residual_query
-from driftlens.editing.outcome import NullSpaceState, Outcome, Query, Resources, find_values
+from driftlens.editing.outcome import NullSpaceState, Outcome, Query, Resources, ValueStore
 from driftlens.editing.penalties import Penalty
 from driftlens.editing.pmet import pmet, pmet_query
 from driftlens.editing.rome import r_rome, rome, rome_query
@@ -194,6 +194,7 @@ def edit_each(
     seed: int = 0,
     progress: bool = True,
     engine: Engine | None = None,
+    store: ValueStore | None = None,
     **overrides: Any,
 ) -> Iterator[Edit]:
     """Edit facts independently of one another: an edit of the given model for each.
@@ -203,6 +204,8 @@ def edit_each(
 
     Args:
         requests: The facts; their edits come in this order, once all values are found.
+        store: Pass the same one again to edit the same facts with an editor that searches for
+            the same values: it then takes those that were found.
 
     The others are those of :func:`edit`. AlphaEdit treats each fact as the first one.
 
@@ -218,7 +221,8 @@ def edit_each(
     resources = _resources(
         model, method, chosen, penalty, context_prompts, covariance, seed, progress, engine, state
     )
-    found = _outcomes_of_each(model, facts, method, chosen, resources)
+    known = ValueStore() if store is None else store
+    found = _outcomes_of_each(model, facts, method, chosen, resources, known)
     for request, (outcome, seconds) in zip(facts, found, strict=True):
         yield make_edit(
             model,
@@ -237,6 +241,7 @@ def _outcomes_of_each(
     method: str,
     config: EditConfig,
     resources: Resources,
+    store: ValueStore,
 ) -> Iterator[tuple[Outcome, float]]:
     """What each fact's edit is on its own, and its share of the seconds."""
     entry, started = METHODS[method], time.monotonic()
@@ -247,7 +252,7 @@ def _outcomes_of_each(
         return
     searched: Sequence[Any] = [None] * len(facts)
     if entry.query is not None:
-        searched = find_values(model, facts, entry.query(model, config), resources)
+        searched = store.find_values(model, facts, entry.query(model, config), resources)
     for request, value in zip(facts, searched, strict=True):
         started = time.monotonic()
         known = {} if value is None else {request: value}

@@ -16,6 +16,7 @@ from driftlens.editing.contexts import Context
 from driftlens.editing.penalties import Penalty
 from driftlens.editing.statistics import KeyCovariance
 from driftlens.editing.target import (
+    Below,
     Descent,
     KlPosition,
     Place,
@@ -103,7 +104,7 @@ def descent_of(config: ValueSearch) -> Descent:
         weight_decay=config.weight_decay,
         clamp_factor=config.clamp_factor,
         kl_factor=config.kl_factor,
-        stops=lambda record: record["loss"] < config.early_stop_loss,
+        stops=Below("loss", config.early_stop_loss),
     )
 
 
@@ -194,6 +195,47 @@ def find_values(
                 found[i] = replace(begun, reused=None), replace(value, seconds=share)
             bar.update(len(group))
     return [found[i] for i in range(len(requests))]
+
+
+@dataclass
+class ValueStore:
+    """Values that were found before, for editors that search for the same.
+
+    ROME and r-ROME differ in how they write a value into the weights, not in how they search
+    for it; so do MEMIT, EMMET and AlphaEdit where their last layers are the same.
+    :func:`~driftlens.edit_each` searches once for all that are given the same store.
+
+    Args:
+        searches: What was asked, and what was found for each fact.
+    """
+
+    searches: list[tuple[Any, list[Found]]] = field(default_factory=list)
+
+    def find_values(
+        self,
+        model: LensModel,
+        requests: Sequence[EditRequest],
+        query: Query,
+        resources: Resources,
+    ) -> list[Found]:
+        """As :func:`find_values`; exactly the same facts in the same order are known again.
+
+        Raises:
+            TokenError: If a subject cannot be located or a target is empty.
+            EditError: If a loss stops being a number.
+        """
+        if model.weights.is_edited:
+            return find_values(model, requests, query, resources)
+        asked = (
+            model.fingerprint(), model.info, tuple(requests), query, tuple(resources.contexts),
+            tuple(resources.penalties), choose_engine(model, resources.engine),
+        )  # fmt: skip
+        for known, found in self.searches:
+            if known == asked:
+                return found
+        found = find_values(model, requests, query, resources)
+        self.searches.append((asked, found))
+        return found
 
 
 def _width(problem: ValueProblem, engine: Engine, token: Token) -> int:

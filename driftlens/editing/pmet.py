@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,14 +50,32 @@ def pmet(
     )
 
 
+@dataclass(frozen=True)
+class _Stops:
+    """Once greedy decoding gives the target, KL decides."""
+
+    greedy_kl: float
+    loss: float
+
+    def __call__(self, record: Mapping[str, Any]) -> bool:
+        kept = bool(record["target_is_greedy"]) and record["kl"] <= self.greedy_kl
+        return kept or bool(record["loss"] < self.loss)
+
+
+@dataclass(frozen=True)
+class _NllWeight:
+    """Once greedy decoding gives the target, likelihood counts less."""
+
+    always: float
+    greedy: float
+
+    def __call__(self, is_greedy: bool) -> float:
+        return self.always * (self.greedy if is_greedy else 1.0)
+
+
 def _search(config: PmetConfig) -> Descent:
-    """Once greedy decoding gives the target, likelihood counts less, and KL decides."""
-
-    def stops(record: dict[str, Any]) -> bool:
-        kept = bool(record["target_is_greedy"]) and record["kl"] <= config.greedy_stop_kl
-        return kept or record["loss"] < config.early_stop_loss
-
-    def nll_weight(is_greedy: bool) -> float:
-        return config.nll_factor * (config.greedy_nll_factor if is_greedy else 1.0)
-
-    return replace(descent_of(config), stops=stops, nll_weight=nll_weight)
+    return replace(
+        descent_of(config),
+        stops=_Stops(config.greedy_stop_kl, config.early_stop_loss),
+        nll_weight=_NllWeight(config.nll_factor, config.greedy_nll_factor),
+    )

@@ -283,13 +283,27 @@ class _Runner:
 
 
 @dataclass(frozen=True)
+class Below:
+    """Stop once a term of the trace is below a limit."""
+
+    term: str
+    limit: float
+
+    def __call__(self, record: Mapping[str, Any]) -> bool:
+        """Whether it is."""
+        return bool(record[self.term] < self.limit)
+
+
+@dataclass(frozen=True)
 class Descent:
     """How values are searched; the fields of configurations of the same names say more.
+
+    Two that are equal search alike, so the functions are dataclasses, too.
 
     Args:
         stops: When to stop, given a record of the trace.
         nll_weight: Weight of the likelihood term, given whether greedy decoding would give the
-            target in every context.
+            target in every context; ``None``: 1.
     """
 
     steps: int
@@ -298,7 +312,7 @@ class Descent:
     clamp_factor: float
     kl_factor: float
     stops: Callable[[dict[str, Any]], bool]
-    nll_weight: Callable[[bool], float] = lambda is_greedy: 1.0
+    nll_weight: Callable[[bool], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -447,11 +461,12 @@ class _Task:
         original = self.observer.original(now)[ESSENCE]
         target = logprobs[:-1].gather(-1, self._target)[..., 0]
         is_greedy = bool((target >= logprobs[:-1].amax(-1)).all())
+        weight = 1.0 if search.nll_weight is None else search.nll_weight(is_greedy)
         divergence = (now[ESSENCE].exp() * (now[ESSENCE] - original)).sum()
         ratios = [d.norm() / h.norm() ** 2 for d, h in zip(self.deltas, initial, strict=True)]
         penalty_terms, notes = self.observer.terms(now, device)
         terms = {
-            "nll": -search.nll_weight(is_greedy) * target.mean(),
+            "nll": -weight * target.mean(),
             "kl": search.kl_factor * divergence,
             "decay": search.weight_decay * torch.stack(ratios).sum(),
             **penalty_terms,

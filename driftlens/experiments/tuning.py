@@ -7,8 +7,9 @@ tries some changes of the best configuration of the stage before, which begins w
 found for a simpler relative (`PARENTS`). Trials without a restriction are judged by edit success
 and paraphrase success first (whether they reach 99 and 95, or at least the first), then by the
 harmonic mean of all rates; SADR's gamma by the harmonic mean of NS, RS and DNS among those that
-cost no more than one point of ES and four of PS (or one prompt, where that is more). The last
-stage and gamma are decided on all cases, the others on half of them.
+cost no more than one point of ES and four of PS (or one prompt, where that is more), and where
+none is that cheap, by the harmonic mean of all rates. The last stage and gamma are decided on all
+cases, the others on half of them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from driftlens.cases import METRICS, Case, balanced, tuning_split
 from driftlens.editing.configs import ValueSearch
 from driftlens.editing.defaults import by_depth
 from driftlens.editing.methods import METHODS
+from driftlens.editing.outcome import ValueStore
 from driftlens.errors import DriftLensError
 from driftlens.evaluation import Answer, harmonic_mean, rates
 from driftlens.experiments.options import arguments
@@ -36,7 +38,9 @@ from driftlens.readers import read_cases
 
 GAMMAS = (0.05, 0.2, 0.8)
 WANTED = {"ES": 99.0, "PS": 95.0}
-PARENTS = {"r-rome": "rome", "emmet": "rome", "pmet": "memit", "alphaedit": "memit"}
+PARENTS = {
+    "r-rome": "rome", "emmet": "rome", "pmet": "memit", "alphaedit": "memit", "ft-l": "ft-m",
+}  # fmt: skip
 """Whose best values a search begins with."""
 SAME_GAMMA = {"r-rome": "rome", "emmet": "rome", "alphaedit": "memit", "ft-l": "ft-m"}
 """Who searches for a value (or trains) as another does, and takes over its gamma."""
@@ -75,7 +79,9 @@ def stages(method: str, n_layers: int) -> list[list[Change]]:
         return [[{"cov_weight": 100.0}, {"cov_weight": 1e4}]]
     if method == "alphaedit":
         return [each("nullspace_threshold", [0.005, 0.1, 0.5]), each("ridge", [0.1, 1.0])]
-    if method in ("ft-l", "ft-m"):
+    if method == "ft-l":
+        return [each("lr", [5e-4, 5e-3])]
+    if method == "ft-m":
         return [
             [{"layer": y, "lr": lr} for y in depth(0.1, 0.3, 0.6, 0.9) for lr in (5e-4, 2e-3)],
             each("norm_constraint", [2e-3, 5e-3]),
@@ -96,10 +102,19 @@ class Search:
         method: The editor.
         cases: Of the tuning split; half of them decide in all stages but the last.
         out: Folder of the journals.
+        store: Values that were found for another method.
     """
 
-    def __init__(self, model: dl.LensModel, method: str, cases: Sequence[Case], out: Path) -> None:
+    def __init__(
+        self,
+        model: dl.LensModel,
+        method: str,
+        cases: Sequence[Case],
+        out: Path,
+        store: ValueStore | None = None,
+    ) -> None:
         self.model, self.method, self.cases, self.out = model, method, cases, out
+        self.store = ValueStore() if store is None else store
         self.journal = Journal(out / f"tuning-{model.info.name}-{method}.jsonl")
 
     def trial(self, config: Any, gamma: float | None = None, whole: bool = False) -> dict[str, Any]:
@@ -111,7 +126,7 @@ class Search:
             arm = Arm(f"{self.method} gamma {gamma}", self.method, config, penalties)
             job = Job(arm, tuple(cases), frozenset(case.id for case in cases))
             found, seconds = [], 0.0
-            asked = run_job(self.model, job, Setting(METRICS))
+            asked = run_job(self.model, job, Setting(METRICS), self.store)
             for case, record in tqdm(asked, desc=arm.name, total=len(cases), leave=False):
                 if "error" in record:
                     self.journal.add(unit, error=f"{case.id}: {record['error']}")
@@ -134,12 +149,11 @@ class Search:
             best = max(configs, key=lambda config: value_of(self.trial(config, whole=last)))
         return best
 
-    def best_gamma(self, config: Any) -> float | None:
-        """The gamma that keeps most of other knowledge, among those that cost little; ``None``
-        if none does."""
+    def best_gamma(self, config: Any) -> float:
+        """The gamma that keeps most of other knowledge, among those that cost little if any do."""
         relative = SAME_GAMMA.get(self.method)
         if relative is not None:
-            search = Search(self.model, relative, self.cases, self.out)
+            search = self._of(relative)
             return search.best_gamma(search.best())
         free = self.trial(config, whole=True)
 
@@ -148,27 +162,31 @@ class Search:
             fall = free["rates"].get(metric, 0.0) - found["rates"].get(metric, 0.0)
             return bool(fall > max(allowed, one) + 1e-6)
 
-        cheap: dict[float, float] = {}
-        for gamma in GAMMAS:
+        def worth(gamma: float) -> tuple[bool, float]:
             found = self.trial(config, gamma, whole=True)
-            if "rates" in found and not lost(found, "ES", 1.0) and not lost(found, "PS", 4.0):
-                cheap[gamma] = harmonic_mean(
-                    found["rates"][m] for m in ("NS", "RS", "DNS") if m in found["rates"]
-                )
-        return max(cheap, key=lambda gamma: cheap[gamma]) if cheap else None
+            if "rates" not in found:
+                return False, -1.0
+            is_cheap = not lost(found, "ES", 1.0) and not lost(found, "PS", 4.0)
+            others = [rate for m, rate in found["rates"].items() if m not in WANTED]
+            return is_cheap, harmonic_mean(others if is_cheap else found["rates"].values())
+
+        return max(GAMMAS, key=worth)
+
+    def _of(self, method: str) -> Search:
+        return Search(self.model, method, self.cases, self.out, self.store)
 
     def _first(self) -> Any:
         """Values of the class, layers by depth, and what was found for a relative."""
         kind = METHODS[self.method].config
         names = {item.name for item in fields(kind)}
-        start = {**FIRST, **by_depth(self.model.info.n_layers, self.method)}
+        start = by_depth(self.model.info.n_layers, self.method)
+        if issubclass(kind, ValueSearch):
+            start = {**FIRST, **start}
         if self.method in PARENTS:
-            parent = Search(self.model, PARENTS[self.method], self.cases, self.out).best()
+            parent = self._of(PARENTS[self.method]).best()
             start |= asdict(parent)
             if "layers" in names and "layer" in start:
                 start["layers"] = (start["layer"],)
-        if not issubclass(kind, ValueSearch):
-            start = {name: value for name, value in start.items() if name not in FIRST}
         return kind(**{name: value for name, value in start.items() if name in names})
 
 
@@ -194,8 +212,9 @@ def main() -> None:
         model = dl.load_model(options.model)
         tuning, _ = tuning_split(read_cases(options.data))
         cases = balanced(tuning, options.cases)
+        store = ValueStore()
         for method in options.methods:
-            search = Search(model, method, cases, options.out)
+            search = Search(model, method, cases, options.out, store)
             config = search.best()
             _say(f"{method}: {json.dumps(asdict(config))}\n  {search.trial(config)['rates']}")
             _say(f"  gamma {search.best_gamma(config)}")
