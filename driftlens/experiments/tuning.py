@@ -5,16 +5,17 @@
 Only cases of the tuning split are used. For each method a few stages follow one another; each
 tries some changes of the best configuration of the stage before, which begins with what was
 found for a simpler relative (`PARENTS`). Trials without a restriction are judged by edit success
-and paraphrase success first (whether they reach 99 and 95, or at least the first), then by the
-harmonic mean of all rates; SADR's gamma by the harmonic mean of NS, RS and DNS among those that
-cost no more than one point of ES and four of PS (or one prompt, where that is more), and where
-none is that cheap, by the harmonic mean of all rates. The last stage and gamma are decided on all
-cases, the others on half of them.
+and paraphrase success first (whether they reach 99 and 95, or at least the first), then by what
+is left of other knowledge, the mean of NS, RS and DNS, less the points that PS is short of 95.
+SADR's gamma is judged by the same, those first that cost no more than one point of ES and four of
+PS (or one prompt, where that is more). The last stage and gamma are decided on all cases, the
+others on half of them.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -31,7 +32,7 @@ from driftlens.editing.defaults import by_depth
 from driftlens.editing.methods import METHODS
 from driftlens.editing.outcome import ValueStore
 from driftlens.errors import DriftLensError
-from driftlens.evaluation import Answer, harmonic_mean, rates
+from driftlens.evaluation import Answer, rates
 from driftlens.experiments.options import arguments
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
@@ -167,8 +168,7 @@ class Search:
             if "rates" not in found:
                 return False, -1.0
             is_cheap = not lost(found, "ES", 1.0) and not lost(found, "PS", 4.0)
-            others = [rate for m, rate in found["rates"].items() if m not in WANTED]
-            return is_cheap, harmonic_mean(others if is_cheap else found["rates"].values())
+            return is_cheap, value_of(found)[-1]
 
         return max(GAMMAS, key=worth)
 
@@ -191,12 +191,15 @@ class Search:
 
 
 def value_of(trial: dict[str, Any]) -> tuple[bool, bool, float]:
-    """What trials are compared by: both successes reached, edit success reached, all rates."""
+    """What trials are compared by: both successes reached, edit success reached, what is left of
+    other knowledge less what paraphrases are short of."""
     found = trial.get("rates")
     if found is None:
         return False, False, -1.0
     reached = {metric: found[metric] >= wanted for metric, wanted in WANTED.items()}
-    return all(reached.values()), reached["ES"], harmonic_mean(found.values())
+    others = statistics.fmean(rate for metric, rate in found.items() if metric not in WANTED)
+    short = max(0.0, WANTED["PS"] - found["PS"])
+    return all(reached.values()), reached["ES"], others - short
 
 
 def _say(text: str) -> None:
