@@ -15,6 +15,15 @@ Metric = Literal[
     "lead-neighbour", "lead-relation",
 ]  # fmt: skip
 
+TextMetric = Literal["FL", "reference", "perplexity"]
+
+TEXT_METRICS: dict[TextMetric, str] = {
+    "FL": "fluency: n-gram entropy of texts about the subject, times 100",
+    "reference": "likeness of such texts to the case's references, in %",
+    "perplexity": "of Wikipedia paragraphs",
+}
+"""What can be told of text, beside answers to prompts."""
+
 METRICS: tuple[Metric, ...] = ("ES", "PS", "NS", "RS", "DNS")
 """Success on the edited prompt, its paraphrases, neighbours (other subjects), relations (of the
 edited subject), and neighbours behind the edited sentence: the SADR paper's main table."""
@@ -96,6 +105,8 @@ class Case:
         generation: Beginnings of texts about the subject.
         commonsense: About nothing of the kind.
         category: Of the fact, where the source has some.
+        references: Texts of the kind that the new fact would lead to, e.g. about other subjects
+            of which it is true.
     """
 
     id: str
@@ -109,6 +120,7 @@ class Case:
     generation: tuple[str, ...] = ()
     commonsense: tuple[Commonsense, ...] = ()
     category: str = ""
+    references: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """The edit, and how many prompts there are of each kind."""
@@ -134,6 +146,7 @@ class Case:
             },
             "aliases": list(self.aliases),
             "generation": list(self.generation),
+            **({"references": list(self.references)} if self.references else {}),
             "commonsense": [choice._asdict() for choice in self.commonsense],
         }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -306,6 +306,15 @@ def patch(
             print(f"  recovered share {result.recovered_share:.2f}")
 
 
+def _named(given: str, known: Mapping[Any, str], what: str) -> Any:
+    """Names from a list with commas, in the known order; ``all`` stands for all of them."""
+    names = list(known) if given == "all" else [name for name in given.split(",") if name]
+    for name in names:
+        if name not in known:
+            raise RequestError(f"There is no {what} {name!r}.", f"Choose of {', '.join(known)}.")
+    return tuple(name for name in known if name in names)
+
+
 @app.command()
 def bench(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; continued if any.")],
@@ -332,18 +341,27 @@ def bench(
         typer.Option(help="'all', 'held-back' (not for tuning) or 'tuning': a quarter, by hash."),
     ] = "all",
     cases: Annotated[int, typer.Option(help="How many of them.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the sampled contexts.")] = 0,
+    metrics: Annotated[
+        str, typer.Option(help="What is asked, e.g. 'ES,PS,NS,RS,DNS', or 'all'.")
+    ] = "all",
+    texts: Annotated[
+        str, typer.Option(help="What is told of texts: some of FL,reference,perplexity.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of the sampled contexts and texts.")] = 0,
     retry_failed: Annotated[bool, typer.Option(help="Try failed cases again.")] = False,
     json_file: JsonOption = None,
+    parquet: Annotated[
+        Path | None, typer.Option(help="Also write a row for each answer to this file.")
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Edit many cases with many editors, ask everything, and keep each result at once."""
-    _check_outputs(json_file)
+    _check_outputs(json_file, parquet)
     _check_folder(out)
     import driftlens as dl
     from driftlens.assets import asset
     from driftlens.bench import Arm, Setting, make_arms, run_bench
-    from driftlens.cases import balanced, tuning_split
+    from driftlens.cases import ALL_METRICS, TEXT_METRICS, balanced, tuning_split
     from driftlens.editing.methods import METHODS, resolve_config
     from driftlens.readers import read_cases
 
@@ -358,6 +376,11 @@ def bench(
     if cases < 1:
         raise RequestError(f"--cases is {cases}.", "Give at least 1.")
     chosen = balanced(splits[split], cases)
+    setting = Setting(
+        metrics=_named(metrics, ALL_METRICS, "metric"),
+        seed=seed,
+        texts=_named(texts, TEXT_METRICS, "measure of texts"),
+    )
     lens = _load(model)
     named = list(METHODS) if methods == "all" else [m for m in methods.split(",") if m]
     arms = make_arms(lens, named, [p for p in penalties.split(",") if p])
@@ -371,12 +394,14 @@ def bench(
         chosen,
         arms,
         out,
-        setting=Setting(seed=seed),
+        setting=setting,
         retry_failed=retry_failed,
         command=" ".join(["driftlens", *sys.argv[1:]]),
         progress=not quiet,
     )
     _write(json_file, lambda: json.dumps(result.summary(), indent=1, ensure_ascii=False))
+    if parquet is not None:
+        result.to_parquet(parquet)
     if json_file is None or str(json_file) != "-":
         print(result.to_markdown())
         for arm, case, reason in result.failed:

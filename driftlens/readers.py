@@ -446,6 +446,7 @@ class DriftLens(_Schema):
     aliases: list[Text] = []
     reasoning: list[_Asked] = []
     generation: list[Text] = []
+    references: list[Text] = []
     commonsense: list[_Choice] = []
 
     def case(self, name: str) -> Case:
@@ -461,6 +462,7 @@ class DriftLens(_Schema):
             aliases=tuple(self.aliases),
             reasoning=tuple(q.query() for q in self.reasoning),
             generation=tuple(self.generation),
+            references=tuple(self.references),
             commonsense=tuple(Commonsense(c.prompt, c.right, c.wrong) for c in self.commonsense),
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,9 +13,19 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from driftlens.cases import METRICS, Case, Metric
+from driftlens.cases import METRICS, TEXT_METRICS, Case, Metric, TextMetric
+from driftlens.edits import write_atomically
 from driftlens.errors import DataError, RequestError
-from driftlens.evaluation import Answer, Difference, Measure, Rate, average, compare, rates
+from driftlens.evaluation import (
+    Answer,
+    Difference,
+    Measure,
+    Rate,
+    average,
+    bootstrap_interval,
+    compare,
+    rates,
+)
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 
@@ -102,6 +114,24 @@ class BenchResult:
         """A measure of each metric under an arm, with 95 % intervals by bootstrap over cases."""
         return rates(self.answers(arm).values(), measure, by)
 
+    def text_rates(self, arm: str) -> dict[TextMetric, Rate]:
+        """What is told of texts under an arm: means over cases, with intervals like the others.
+
+        The mean perplexity is geometric: that of the logarithms.
+        """
+        found: dict[TextMetric, Rate] = {}
+        told = [record["texts"] for record in self.records[arm].values() if "texts" in record]
+        for metric in TEXT_METRICS:
+            values = np.array([texts[metric] for texts in told if metric in texts], dtype=float)
+            if not len(values):
+                continue
+            is_geometric = metric == "perplexity"
+            values = np.log(values) if is_geometric else values
+            ends = [values.mean(), *bootstrap_interval(values, np.ones_like(values))]
+            mean, low, high = (float(np.exp(v) if is_geometric else v) for v in ends)
+            found[metric] = Rate(mean, low, high, len(values), len(values))
+        return found
+
     def compare(
         self, arm: str, other: str, measure: Measure = "success"
     ) -> dict[Metric, Difference]:
@@ -111,13 +141,15 @@ class BenchResult:
     def table(
         self, measure: Measure = "success", by: Literal["prompt", "case"] = "prompt"
     ) -> pd.DataFrame:
-        """A row for each arm and metric: value, interval, prompts, cases; ``Avg. S`` too."""
+        """A row for each arm and metric: value, interval, prompts, cases; ``Avg. S`` and what
+        is told of texts too."""
         rows = []
         for arm in self.arms:
             found: dict[str, Rate] = dict(self.rates(arm, measure, by))  # type: ignore[arg-type]
             if measure == "success":
                 whole = average(self.answers(arm).values(), by)
                 found |= {} if whole is None else {"Avg. S": whole}
+                found |= dict(self.text_rates(arm))  # type: ignore[arg-type]
             rows += [{"arm": arm, "metric": metric, **asdict(r)} for metric, r in found.items()]
         return pd.DataFrame(rows)
 
@@ -148,6 +180,22 @@ class BenchResult:
                     )
         return pd.DataFrame(rows)
 
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_dataframe` to a Parquet file, atomically.
+
+        Raises:
+            DataError: If it cannot be written.
+        """
+        target, buffer = Path(path), io.BytesIO()
+        self.to_dataframe().to_parquet(buffer, index=False)
+        try:
+            write_atomically(target, buffer.getvalue())
+        except OSError as error:
+            raise DataError(
+                f"{target} cannot be written to: {error.strerror or error}.",
+                "Free some space or choose another place.",
+            ) from error
+
     def summary(self) -> dict[str, Any]:
         """Everything but single answers, JSON-ready: how it was made, and the table."""
         arms = [
@@ -168,14 +216,18 @@ class BenchResult:
         }
 
     def to_markdown(self, metrics: Sequence[Metric] = METRICS) -> str:
-        """The main table: success in per cent with 95 % intervals, and seconds for each edit."""
+        """The main table: success in per cent with 95 % intervals, what is told of texts, and
+        seconds for each edit."""
+        texts: list[TextMetric] = self.plan["setting"].get("texts", [])
         lines = [
-            f"| arm | Avg. S | {' | '.join(metrics)} | seconds |",
-            "|---" * (3 + len(metrics)) + "|",
+            f"| arm | Avg. S | {' | '.join([*metrics, *texts])} | seconds |",
+            "|---" * (3 + len(metrics) + len(texts)) + "|",
         ]
         for arm in self.arms:
             found, whole = self.rates(arm), average(self.answers(arm).values())
+            told = self.text_rates(arm)
             cells = [str(found[m]) if m in found else "-" for m in metrics]
+            cells += [str(told[m]) if m in told else "-" for m in texts]
             seconds = self.seconds(arm)
             shown = "-" if np.isnan(seconds) else f"{seconds:.1f}"
             lines.append(f"| {arm} | {whole or '-'} | {' | '.join(cells)} | {shown} |")

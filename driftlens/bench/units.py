@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from driftlens.cases import ALL_METRICS, UNRELATED, Case, Metric
+from driftlens.cases import ALL_METRICS, UNRELATED, Case, Metric, TextMetric
 from driftlens.editing.configs import EditConfig
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.family import PENALTIES
@@ -20,6 +20,7 @@ from driftlens.editing.statistics import DEFAULT_TOKENS
 from driftlens.edits import Edit
 from driftlens.errors import DriftLensError, ModelError, RequestError
 from driftlens.evaluation import answers
+from driftlens.generation import measure_texts
 from driftlens.models import LensModel
 
 UNEDITED = "unedited"
@@ -88,11 +89,15 @@ class Setting:
 
     Args:
         metrics: What is asked.
-        seed: Of the sampled contexts.
+        seed: Of the sampled contexts, and of texts that are written.
+        texts: What is told of texts; writing them takes as long as many prompts.
+        text_length: Tokens of a text that is written, with its prompt.
     """
 
     metrics: tuple[Metric, ...] = tuple(ALL_METRICS)
     seed: int = 0
+    texts: tuple[TextMetric, ...] = ()
+    text_length: int = 100
 
 
 def identity(
@@ -110,6 +115,9 @@ def identity(
     }
     if arm.method is not None:
         found |= {"seed": setting.seed, "covariance": f"{DEFAULT_TOKENS} tokens of wikipedia-leads"}
+    if setting.texts:
+        found |= {"texts": list(setting.texts), "text_length": setting.text_length}
+        found |= {"text_seed": setting.seed}
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
@@ -186,17 +194,26 @@ def _edits(
 
 def _asked(model: LensModel, case: Case, made: Edit | None, setting: Setting) -> dict[str, Any]:
     if made is None:
-        return {"answers": [a.to_dict() for a in answers(model, case, setting.metrics)]}
+        return _told(model, case, setting)
     with made.applied(model):
-        found = answers(model, case, setting.metrics)
+        told = _told(model, case, setting)
     last = made.trace[-1]
     return {
-        "answers": [a.to_dict() for a in found],
+        **told,
         "seconds": made.info["seconds"],
         "steps": len(made.trace),
         "target_prob": last["target_prob"],
         "engine": made.info["engine"],
     }
+
+
+def _told(model: LensModel, case: Case, setting: Setting) -> dict[str, Any]:
+    """Answers and texts of the model as it is now."""
+    found: dict[str, Any] = {
+        "answers": [a.to_dict() for a in answers(model, case, setting.metrics)]
+    }
+    texts = measure_texts(model, case, setting.texts, setting.text_length, setting.seed)
+    return found | ({"texts": texts} if setting.texts else {})
 
 
 class Executor(Protocol):

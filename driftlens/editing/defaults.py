@@ -16,6 +16,10 @@ Values = dict[str, Any]
 
 _LLAMA_SEARCH: Values = {"steps": 25, "clamp_factor": 4.0, "weight_decay": 1e-3}
 
+_TUNED_SEARCH: Values = {
+    "weight_decay": 1e-3, "clamp_factor": 4.0, "context_lengths": (10,), "contexts_per_word": 1
+}  # fmt: skip
+
 KNOWN: dict[tuple[str, int], dict[str, Values]] = {
     # (Hugging Face model_type, number of layers): hyperparameters of each method
     ("gpt2", 24): {
@@ -84,14 +88,9 @@ KNOWN: dict[tuple[str, int], dict[str, Values]] = {
         "memit": {"layers": (4, 5, 6, 7, 8), **_LLAMA_SEARCH},
         "ft": {"layer": 21, "norm_constraint": 5e-5},
     },
-    ("llama", 30): {  # SmolLM2-135M; MEMIT: assets/results/tuning
-        "rome": {"layer": 8},
-        "memit": {
-            "layers": (4, 5, 6),
-            "clamp_factor": 4.0,
-            "weight_decay": 1e-3,
-            "cov_weight": 100.0,
-        },
+    ("llama", 30): {  # SmolLM2-135M: assets/results/tuning
+        "rome": {"layer": 6, **_TUNED_SEARCH},
+        "memit": {"layers": (4, 5, 6), "cov_weight": 100.0, **_TUNED_SEARCH},
     },
     ("gemma3_text", 18): {  # Gemma 3 270M
         "rome": {"layer": 5},
@@ -135,7 +134,7 @@ SADR_GAMMA = 0.01
 
 GAMMAS: dict[tuple[str, int], dict[str, float]] = {
     ("gptj", 28): {"rome": 0.01, "memit": 0.005, "pmet": 0.08},
-    ("llama", 30): {"memit": 0.2},
+    ("llama", 30): {"rome": 0.2, "memit": 0.2},
 }
 """By model (as in KNOWN) and method."""
 

@@ -1,0 +1,149 @@
+"""Texts: written as a plain loop writes them, and measured as counted by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+
+import driftlens as dl
+from driftlens import generation
+from driftlens.cases import Case
+from driftlens.errors import RequestError
+
+PROMPTS = ["The Eiffel Tower is", "Ada Lovelace", "The Louvre, in the city of Paris, is"]
+REQUEST = dl.EditRequest("{} is located in the city of", "The Eiffel Tower", "Rome")
+
+
+def loaded(architecture: str, scale: float = 12.0) -> dl.LensModel:
+    return dl.load_model(
+        tiny.hf_model(architecture, 1, scale=scale, noise=0.3), tiny.tokenizer(), name="tiny"
+    )
+
+
+def written_plainly(model: dl.LensModel, prompt: str, length: int) -> str:
+    ids = model.tokens.encode(prompt).ids
+    while len(ids) < length:
+        best = int(model.run(torch.tensor([ids]))[0, -1].argmax())
+        if best in model.tokenizer.all_special_ids:
+            break
+        ids.append(best)
+    return model.tokens.decode([i for i in ids if i not in model.tokenizer.all_special_ids])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3", "gpt_neox"])
+def test_the_likeliest_text_is_that_of_a_plain_loop(architecture: str) -> None:
+    model = loaded(architecture)
+    texts = generation.generate(model, PROMPTS, length=24, top_k=1)
+    assert texts == [written_plainly(model, prompt, 24) for prompt in PROMPTS]
+    edit = dl.edit(model, REQUEST, "ft-m", layer=1, steps=6, lr=0.05, progress=False)
+    with edit.applied(model):
+        edited = generation.generate(model, PROMPTS, length=24, top_k=1)
+        assert edited == [written_plainly(model, prompt, 24) for prompt in PROMPTS]
+    assert edited != texts
+    assert generation.generate(model, PROMPTS, length=24, top_k=1) == texts
+
+
+def test_an_adapter_is_heard_in_texts() -> None:
+    model = loaded("llama")
+    edit = dl.edit(
+        model, REQUEST, "grace", layer=1, steps=30, lr=1.0, radius=0.5, progress=False
+    )  # fmt: skip
+    prompts = [REQUEST.text, *PROMPTS]
+    with edit.applied(model):
+        texts = generation.generate(model, prompts, length=24, top_k=1)
+        assert texts == [written_plainly(model, prompt, 24) for prompt in prompts]
+    assert texts[0] != generation.generate(model, prompts, length=24, top_k=1)[0]
+
+
+def test_sampling_depends_on_its_seed_alone() -> None:
+    model = loaded("gpt2", scale=2.0)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = generation.generate(model, PROMPTS, length=30)
+    assert torch.equal(torch.rand(3), expected)
+    assert generation.generate(model, PROMPTS, length=30) == first
+    assert generation.generate(model, PROMPTS, length=30, seed=1) != first
+    for text, prompt in zip(first, PROMPTS, strict=True):
+        assert text.startswith(prompt)
+        assert len(model.tokens.encode(text)) <= 31
+
+
+def test_only_the_likeliest_tokens_are_sampled() -> None:
+    model = loaded("gpt2", scale=2.0)
+    text = generation.generate(model, [PROMPTS[0]], length=40, top_k=2, seed=3)[0]
+    ids, start = model.tokens.encode(text).ids, len(model.tokens.encode(PROMPTS[0]))
+    logits = model.run(torch.tensor([ids]))[0]
+    ranks = [int((logits[i - 1] > logits[i - 1, ids[i]]).sum()) for i in range(start, len(ids))]
+    assert max(ranks) <= 1
+    assert 1 in ranks
+
+
+def test_bad_requests_for_texts() -> None:
+    model = loaded("gpt2")
+    with pytest.raises(RequestError, match="no prompt"):
+        generation.generate(model, [])
+    with pytest.raises(RequestError, match="tokens, and the text 3"):
+        generation.generate(model, PROMPTS, length=3)
+    with pytest.raises(RequestError, match="no text"):
+        generation.fluency([])
+    with pytest.raises(RequestError, match="no text to compare"):
+        generation.reference_score(["a"], [])
+    with pytest.raises(RequestError, match="two tokens"):
+        generation.perplexity(model, ["a"])
+
+
+def test_entropy_by_hand() -> None:
+    # a b a b a b: 2-grams ab x 3, ba x 2; 3-grams aba x 2, bab x 2.
+    two = -(3 / 5 * math.log2(3 / 5) + 2 / 5 * math.log2(2 / 5))
+    assert generation.ngram_entropy("a b a b a b") == pytest.approx((2 / 3 * two + 4 / 3 * 1) / 2)
+    assert generation.ngram_entropy("a a a a a") == 0
+    assert generation.ngram_entropy("") == 0
+    assert generation.ngram_entropy("one") == 0
+    # Words are tokenized as nltk does: the full stop is a word, and so is n't.
+    assert generation.ngram_entropy("I don't.") == generation.ngram_entropy("1 2 3 4")
+    assert generation.fluency(["a b a b a b", "a a a"]) == pytest.approx(
+        50 * generation.ngram_entropy("a b a b a b")
+    )
+
+
+def test_reference_score_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_leads", lambda: ["red car", "red house", "red red tree"])
+    generation._vectorizer.cache_clear()
+    try:
+        # idf as scikit-learn smooths it: ln((1 + n) / (1 + df)) + 1.
+        common, rare = math.log(4 / 4) + 1, math.log(4 / 2) + 1
+        found = generation.reference_score(["red car", "red"], ["car house unheard"])
+        first, second = (2 * common, rare, 0.0), (0.0, rare, rare)
+        expected = sum(a * b for a, b in zip(first, second, strict=True))
+        expected /= math.dist(first, (0, 0, 0)) * math.dist(second, (0, 0, 0))
+        assert found == pytest.approx(100 * expected)
+        assert generation.reference_score(["red car"], ["car red"]) == pytest.approx(100)
+        assert generation.reference_score(["tree"], ["car"]) == 0
+    finally:
+        generation._vectorizer.cache_clear()
+
+
+def test_perplexity_is_that_of_the_tokens_one_by_one() -> None:
+    model = loaded("gpt2")
+    losses = []
+    for text in PROMPTS:
+        ids = model.tokens.encode(text).ids[:5]
+        for i in range(1, len(ids)):
+            logprobs = model.run(torch.tensor([ids[:i]]))[0, -1].log_softmax(-1)
+            losses.append(-logprobs[ids[i]].item())
+    expected = math.exp(sum(losses) / len(losses))
+    assert generation.perplexity(model, PROMPTS, tokens=5) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_case_without_anything_to_write_from_is_told_nothing() -> None:
+    model = loaded("gpt2")
+    case = Case("one", REQUEST)
+    assert generation.measure_texts(model, case, ("FL", "reference")) == {}
+    asked = Case("two", REQUEST, generation=("The Eiffel Tower is",))
+    found = generation.measure_texts(model, asked, ("FL", "reference"), length=20)
+    text = generation.generate(model, asked.generation, 20)
+    assert found == {"FL": generation.fluency(text)}
