@@ -5,6 +5,7 @@ Modules that import torch are imported inside the commands, so that ``--help`` i
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -306,6 +307,22 @@ def patch(
             print(f"  recovered share {result.recovered_share:.2f}")
 
 
+def _executor(
+    kind: str, lens: Any, model: str, device: str | None, workers: int | None, address: str | None
+) -> Any:
+    """Where a benchmark's jobs run; ``None``: in this process."""
+    if kind not in ("local", "ray"):
+        raise RequestError(f"There is no executor {kind!r}.", "Choose local or ray.")
+    if kind == "local":
+        if workers is not None or address is not None:
+            raise RequestError("Workers and addresses are Ray's.", "Add --executor ray.")
+        return None
+    from driftlens.bench.ray_executor import RayExecutor
+
+    load = functools.partial(_load, model, device)
+    return RayExecutor(load, lens.fingerprint(), workers=workers, address=address)
+
+
 def _named(given: str, known: Mapping[Any, str], what: str) -> Any:
     """Names from a list with commas, in the known order; ``all`` stands for all of them."""
     names = list(known) if given == "all" else [name for name in given.split(",") if name]
@@ -349,6 +366,16 @@ def bench(
     ] = "",
     seed: Annotated[int, typer.Option(help="Of the sampled contexts and texts.")] = 0,
     retry_failed: Annotated[bool, typer.Option(help="Try failed cases again.")] = False,
+    device: Annotated[str | None, typer.Option(help="Of the model, e.g. cuda.")] = None,
+    executor: Annotated[
+        str, typer.Option(help="'local', or 'ray': workers with a model each (driftlens[ray]).")
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Of Ray; by default as many as there is room for.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a running cluster, or 'auto'; else one is started.")
+    ] = None,
     json_file: JsonOption = None,
     parquet: Annotated[
         Path | None, typer.Option(help="Also write a row for each answer to this file.")
@@ -381,7 +408,8 @@ def bench(
         seed=seed,
         texts=_named(texts, TEXT_METRICS, "measure of texts"),
     )
-    lens = _load(model)
+    lens = _load(model, device)
+    runs = _executor(executor, lens, model, device, workers, ray_address)
     named = list(METHODS) if methods == "all" else [m for m in methods.split(",") if m]
     arms = make_arms(lens, named, [p for p in penalties.split(",") if p])
     for path in config or []:
@@ -395,6 +423,7 @@ def bench(
         arms,
         out,
         setting=setting,
+        executor=runs,
         retry_failed=retry_failed,
         command=" ".join(["driftlens", *sys.argv[1:]]),
         progress=not quiet,
@@ -501,10 +530,10 @@ def methods(
 # --- helpers -------------------------------------------------------------------------------
 
 
-def _load(name: str) -> LensModel:
+def _load(name: str, device: str | None = None) -> LensModel:
     import driftlens as dl
 
-    return dl.load_model(name)
+    return dl.load_model(name, device=device)
 
 
 def _load_both(name: str, folder: Path) -> tuple[LensModel, Edit]:

@@ -346,6 +346,7 @@ def load_model(
             act; the text says why.
         TokenError: If the tokenizer gives no character offsets.
     """
+    _check_device(device)
     weights = "as in memory"
     if isinstance(source, TransformerBridge):
         bridge, hf_model = source, source.original_model
@@ -392,6 +393,18 @@ def load_model(
 
 
 # --- reading -------------------------------------------------------------------------------
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    if device is None:
+        return
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"There is no device {str(device)!r} here: {str(error).splitlines()[0]}",
+            "Leave it out for the CPU.",
+        ) from error
 
 
 def _read(

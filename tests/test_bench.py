@@ -373,7 +373,7 @@ def test_bench_on_the_command_line(
 ) -> None:  # fmt: skip
     from driftlens import cli
 
-    monkeypatch.setattr(cli, "_load", lambda name: model)
+    monkeypatch.setattr(cli, "_load", lambda name, device=None: model)
     plan = tmp_path / "slow.toml"
     plan.write_text('method = "ft-l"\n[config]\nlayer = 1\nsteps = 2\n')
     options = ["bench", "--methods", "", "--config", str(plan), "--cases", "3", "--quiet"]

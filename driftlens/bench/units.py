@@ -107,6 +107,7 @@ def identity(
     found: dict[str, Any] = {
         "model": fingerprint,
         "dtype": model.info.dtype,
+        "device": model.device.type,
         "prepends_bos": model.info.prepends_bos,
         "case": case.id,
         "content": _digest([case.to_record(), UNRELATED]),
@@ -226,6 +227,26 @@ class Executor(Protocol):
         ...
 
 
+class JobRunner:
+    """One job after another, on one model; those of the same cases share values.
+
+    Args:
+        model: The unedited model.
+        setting: What all units have in common.
+    """
+
+    def __init__(self, model: LensModel, setting: Setting) -> None:
+        self.model, self.setting = model, setting
+        self._cases: tuple[Case, ...] | None = None
+        self._store = ValueStore()
+
+    def run(self, job: Job) -> Iterator[tuple[Case, dict[str, Any]]]:
+        """As :func:`run_job`."""
+        if job.cases != self._cases:  # what is stored is of no use any more
+            self._cases, self._store = job.cases, ValueStore()
+        return run_job(self.model, job, self.setting, self._store)
+
+
 class LocalExecutor:
     """One job after another, in this process."""
 
@@ -236,9 +257,7 @@ class LocalExecutor:
         self, jobs: Iterable[Job], setting: Setting
     ) -> Iterator[tuple[Job, Case, dict[str, Any]]]:
         """A record for each missing case of each job."""
-        cases, store = None, ValueStore()
+        runner = JobRunner(self.model, setting)
         for job in jobs:
-            if job.cases != cases:  # of no use to what follows
-                cases, store = job.cases, ValueStore()
-            for case, record in run_job(self.model, job, setting, store):
+            for case, record in runner.run(job):
                 yield job, case, record

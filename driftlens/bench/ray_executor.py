@@ -1,0 +1,239 @@
+"""Jobs on many machines: Ray workers, each with a model of its own (extra ``driftlens[ray]``)."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from driftlens.bench.units import Job, JobRunner, Setting
+from driftlens.cases import Case
+from driftlens.errors import DriftLensError, ModelError, RequestError
+from driftlens.models import LensModel
+
+Record = dict[str, Any]
+
+
+@dataclass
+class _Part:
+    """What one worker does in turn: jobs of the same cases, so that values are shared."""
+
+    jobs: deque[Job]
+    attempts: int = 0
+
+
+@dataclass
+class _Running:
+    """A job at work."""
+
+    worker: Any
+    part: _Part
+    job: Job
+    received: set[str] = field(default_factory=set)
+
+    @property
+    def rest(self) -> Job:
+        """The job without what came back."""
+        return replace(self.job, missing=self.job.missing - self.received)
+
+
+class RayExecutor:
+    """Runs a benchmark's jobs on a Ray cluster.
+
+    A worker that dies is replaced, and what it had not yet handed over is done again: no unit is
+    lost, none is recorded twice. On CPUs the results equal a local run's to the bit, if workers
+    have as many threads.
+
+    Args:
+        load: Makes a worker's model, e.g. ``functools.partial(dl.load_model, "smollm2-135m")``.
+        fingerprint: Of the model that the run is about; a worker with another one is refused.
+        workers: How many; by default one for each GPU of the cluster, or, without any, for each
+            ``threads`` CPUs.
+        threads: Of each worker; by default those of this process.
+        attempts: How many workers may die of a job before its cases are recorded as failed.
+        address: Of a running cluster, or ``"auto"`` for the one of this machine; by default one
+            is started here, unless Ray is initialised already.
+
+    Raises:
+        RequestError: If Ray is not installed, or a number is too small.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], LensModel],
+        fingerprint: str,
+        *,
+        workers: int | None = None,
+        threads: int | None = None,
+        attempts: int = 3,
+        address: str | None = None,
+    ) -> None:
+        self._ray = _import_ray()
+        self._load = load
+        self._fingerprint = fingerprint
+        self.threads = torch.get_num_threads() if threads is None else threads
+        self._address = address
+        self.attempts = attempts
+        for name, number in (
+            ("workers", workers), ("threads", self.threads), ("attempts", attempts)
+        ):  # fmt: skip
+            if number is not None and number < 1:
+                raise RequestError(f"{name} is {number}.", "Give at least 1.")
+        self._wanted = workers
+
+    def run(self, jobs: Iterable[Job], setting: Setting) -> Iterator[tuple[Job, Case, Record]]:
+        """A record for each missing case of each job, as they come.
+
+        Raises:
+            ModelError: If a worker cannot load the model, or has another one.
+            DriftLensError: What ends a local run, too.
+        """
+        ray = self._ray
+        is_ours = not ray.is_initialized()
+        if is_ours:
+            self._connect()
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        count = self._wanted or gpus or max(cpus // self.threads, 1)
+        resources = {"num_cpus": self.threads, "num_gpus": min(1.0, gpus / count) if gpus else 0}
+        worker_class = ray.remote(_Worker)
+
+        def hire() -> Any:
+            return worker_class.options(**resources).remote(
+                self._load, self._fingerprint, self.threads, setting
+            )
+
+        waiting = deque(_parts(jobs))
+        idle = [hire() for _ in range(min(count, len(waiting)))]
+        running: dict[Any, _Running] = {}
+        try:
+            while waiting or running:
+                while idle and waiting:
+                    begin(running, idle.pop(), waiting.popleft())
+                stream = ray.wait(list(running), num_returns=1)[0][0]
+                at_work = running[stream]
+                try:
+                    case_id, record = ray.get(next(stream))
+                except StopIteration:
+                    del running[stream]
+                    at_work.part.jobs.popleft()
+                    at_work.part.attempts = 0
+                    if at_work.part.jobs:
+                        begin(running, at_work.worker, at_work.part)
+                    else:
+                        idle.append(at_work.worker)
+                except ray.exceptions.RayTaskError as error:
+                    raise _cause(error) from error
+                except ray.exceptions.RayError as error:
+                    del running[stream]
+                    yield from self._recover(at_work, error, waiting)
+                    idle.append(hire())
+                else:
+                    at_work.received.add(case_id)
+                    yield at_work.job, _case(at_work.job, case_id), record
+        finally:
+            for worker in [*idle, *(item.worker for item in running.values())]:
+                ray.kill(worker)
+            if is_ours:
+                ray.shutdown()
+
+    def _connect(self) -> None:
+        try:
+            self._ray.init(
+                address=self._address, include_dashboard=False, log_to_driver=False,
+                logging_level="error",
+            )  # fmt: skip
+        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+            raise RequestError(
+                f"Ray cannot be reached at {self._address or 'this machine'}: {error}.",
+                "Start a cluster (`ray start --head`), or leave the address out.",
+            ) from error
+
+    def _recover(
+        self, lost: _Running, error: Exception, waiting: deque[_Part]
+    ) -> Iterator[tuple[Job, Case, Record]]:
+        """Put back what a dead worker had not handed over, or say that it cannot be done."""
+        part = lost.part
+        part.attempts += 1
+        part.jobs[0] = lost.rest
+        if part.attempts >= self.attempts:
+            reason = f"{part.attempts} workers died of it: {str(error).splitlines()[0]}"
+            for case in lost.job.cases:
+                if case.id in lost.rest.missing:
+                    yield lost.job, case, {"error": reason}
+            part.jobs.popleft()
+            part.attempts = 0
+        if part.jobs:
+            waiting.appendleft(part)
+
+
+def begin(running: dict[Any, _Running], worker: Any, part: _Part) -> None:
+    """Let a worker do the first job of a part."""
+    stream = worker.run.options(num_returns="streaming").remote(part.jobs[0])
+    running[stream] = _Running(worker, part, part.jobs[0])
+
+
+class _Worker:
+    """A process with a model."""
+
+    def __init__(
+        self, load: Callable[[], LensModel], fingerprint: str, threads: int, setting: Setting
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._load, self._fingerprint, self._setting = load, fingerprint, setting
+        self._runner: JobRunner | None = None
+
+    def run(self, job: Job) -> Iterator[tuple[str, Record]]:
+        """Id and record of each missing case, each handed over at once."""
+        if self._runner is None:  # what goes wrong at loading is told like anything else
+            self._runner = self._begin()
+        for case, record in self._runner.run(job):
+            yield case.id, record
+
+    def _begin(self) -> JobRunner:
+        model = self._load()
+        if model.fingerprint() != self._fingerprint:
+            raise ModelError(
+                "A worker's model has other weights than the run's.",
+                "Give every machine the same files.",
+            )
+        return JobRunner(model, self._setting)
+
+
+def _parts(jobs: Iterable[Job]) -> Iterator[_Part]:
+    """Jobs that follow one another and have the same cases."""
+    part: deque[Job] = deque()
+    for job in jobs:
+        if part and part[0].cases != job.cases:
+            yield _Part(part)
+            part = deque()
+        part.append(job)
+    if part:
+        yield _Part(part)
+
+
+def _case(job: Job, name: str) -> Case:
+    return next(case for case in job.cases if case.id == name)
+
+
+def _cause(error: Any) -> Exception:
+    """What a worker raised, as it is where the project raised it on purpose."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, DriftLensError) else error
+
+
+def _import_ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        raise RequestError(
+            "The Ray executor needs Ray.", 'Install it: pip install "driftlens[ray]".'
+        ) from error
+    return ray

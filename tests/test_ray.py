@@ -1,0 +1,148 @@
+"""The Ray executor on several simulated nodes: the same results, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_bench import ARMS, cases, model, records
+
+import driftlens as dl
+from driftlens.bench import BenchResult, Job, Setting, run_bench, units
+from driftlens.bench.ray_executor import RayExecutor
+from driftlens.cases import Case
+from driftlens.errors import ModelError, RequestError
+
+ray = pytest.importorskip("ray")
+__all__ = ["cases", "model"]  # fixtures
+
+
+def load(pids: str, poison: str = "", seed: int = 1) -> dl.LensModel:
+    """What a worker runs first: it leaves its number behind."""
+    Path(pids, str(os.getpid())).touch()
+    if poison:
+        asked = units._asked
+
+        def deadly(model: Any, case: Case, *args: Any) -> Any:
+            if case.id == poison:
+                os._exit(1)
+            return asked(model, case, *args)
+
+        units._asked = deadly  # type: ignore[assignment]
+    return dl.load_model(tiny.hf_model("gpt2", seed), tiny.tokenizer(), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Three nodes of one CPU each."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    for _ in range(3):
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def expected(model: dl.LensModel, cases: Any, tmp_path_factory: Any) -> BenchResult:
+    """A local run, on as many threads as a worker has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return bench(model, cases, tmp_path_factory.mktemp("local"))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def bench(model: dl.LensModel, cases: Any, out: Path, executor: Any = None) -> BenchResult:
+    return run_bench(model, cases, ARMS, out, cases_at_once=2, executor=executor, progress=False)
+
+
+class Killing(RayExecutor):
+    """Kills one of its workers after each of its first records."""
+
+    kills = 0
+
+    def __init__(self, pids: Path, **options: Any) -> None:
+        self.pids, self.killed = pids, set[str]()
+        super().__init__(**options)
+
+    def run(self, jobs: Iterable[Job], setting: Setting) -> Iterator[Any]:
+        for found in super().run(jobs, setting):
+            yield found
+            alive = sorted({p.name for p in self.pids.iterdir()} - self.killed)
+            if len(self.killed) < self.kills and alive:
+                self.killed.add(alive[0])
+                os.kill(int(alive[0]), signal.SIGKILL)
+
+
+def test_results_equal_those_of_a_local_run_though_workers_die(
+    cluster: Any, model: dl.LensModel, cases: Any, expected: BenchResult,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    executor = Killing(
+        pids, load=partial(load, str(pids)), fingerprint=model.fingerprint(), threads=1
+    )
+    executor.kills = 2
+    found = bench(model, cases, tmp_path / "out", executor)
+    assert found.is_complete
+    assert records(found) == records(expected)
+    assert len(executor.killed) == 2
+    assert len(list(pids.iterdir())) >= 4  # others took over
+
+
+def test_a_job_that_kills_its_workers_is_recorded_as_failed(
+    cluster: Any, model: dl.LensModel, cases: Any, expected: BenchResult, tmp_path: Path
+) -> None:
+    load_deadly = partial(load, str(tmp_path), cases[1].id)
+    executor = RayExecutor(load_deadly, model.fingerprint(), threads=1, workers=1, attempts=2)
+    found = run_bench(
+        model, cases[:3], ARMS[:1], tmp_path / "out", cases_at_once=2, executor=executor,
+        progress=False,
+    )  # fmt: skip
+    assert found.is_complete
+    [(arm, case, reason)] = found.failed
+    assert (arm, case) == (ARMS[0].name, cases[1].id)
+    assert "2 workers died of it" in reason
+    for name in (cases[0].id, cases[2].id):
+        assert records(found)[arm][name] == records(expected)[arm][name]
+
+
+def test_what_ends_a_local_run_ends_this_one(
+    cluster: Any, model: dl.LensModel, cases: Any, tmp_path: Path
+) -> None:
+    other = partial(load, str(tmp_path), seed=2)
+    executor = RayExecutor(other, model.fingerprint(), threads=1, workers=1)
+    with pytest.raises(ModelError, match="other weights"):
+        bench(model, cases, tmp_path / "out", executor)
+
+
+def test_bad_numbers(model: dl.LensModel) -> None:
+    for options, text in (
+        ({"workers": 0}, "workers is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"attempts": 0}, "attempts is 0"),
+    ):
+        with pytest.raises(RequestError, match=text):
+            RayExecutor(lambda: model, model.fingerprint(), **options)
+
+
+def test_without_ray(model: dl.LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RequestError, match=r"pip install \"driftlens\[ray\]\""):
+        RayExecutor(lambda: model, model.fingerprint())
