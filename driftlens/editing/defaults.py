@@ -91,6 +91,12 @@ KNOWN: dict[tuple[str, int], dict[str, Values]] = {
     ("llama", 30): {  # SmolLM2-135M: assets/results/tuning
         "rome": {"layer": 6, **_TUNED_SEARCH},
         "memit": {"layers": (4, 5, 6), "cov_weight": 100.0, **_TUNED_SEARCH},
+        "pmet": {"layers": (4, 5, 6), "cov_weight": 100.0, **_TUNED_SEARCH, "early_stop_loss": 0.5},
+        "emmet": {"layers": (6,), "cov_weight": 10000.0, **_TUNED_SEARCH},
+        "alphaedit": {"layers": (4, 5, 6), "nullspace_threshold": 0.1, **_TUNED_SEARCH},
+        "ft-m": {"layer": 3, "lr": 2e-3},
+        "ft-l": {"layer": 3, "lr": 5e-3},
+        "grace": {"layer": 14, "lr": 0.3},
     },
     ("gemma3_text", 18): {  # Gemma 3 270M
         "rome": {"layer": 5},
@@ -134,8 +140,11 @@ SADR_GAMMA = 0.01
 
 GAMMAS: dict[tuple[str, int], dict[str, float]] = {
     ("gptj", 28): {"rome": 0.01, "memit": 0.005, "pmet": 0.08},
-    ("llama", 30): {"rome": 0.2, "memit": 0.2},
-}
+    ("llama", 30): {
+        "rome": 0.8, "r-rome": 0.8, "memit": 0.2, "pmet": 0.2, "emmet": 0.8, "alphaedit": 0.2,
+        "ft-l": 0.05, "ft-m": 0.05, "grace": 0.05,
+    },
+}  # fmt: skip
 """By model (as in KNOWN) and method."""
 
 

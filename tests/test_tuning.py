@@ -1,0 +1,70 @@
+"""The defaults of the small models are what the recorded searches found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from driftlens.editing.defaults import _SHARES, GAMMAS, KNOWN
+from driftlens.editing.methods import METHODS
+from driftlens.experiments.tuning import Search, value_of
+
+FOLDER = Path(__file__).parent.parent / "assets" / "results" / "tuning"
+MODELS = {"smollm2-135m": ("llama", 30)}
+
+
+class Replay(Search):
+    """A search that finds every trial in its journal."""
+
+    def trial(self, config: Any, gamma: float | None = None, whole: bool = False) -> dict[str, Any]:
+        wanted = {**asdict(config), "gamma": gamma}
+        wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items()}
+        of_size = {True: 24, False: 12}[whole]
+        found = [
+            record
+            for record in self.journal
+            if {**record["unit"]["config"], "gamma": record["unit"]["gamma"]} == wanted
+            and len(record["unit"]["cases"]) == of_size
+        ]
+        assert len(found) == 1, (self.method, wanted, whole)
+        return found[0]
+
+    def _of(self, method: str) -> Search:
+        return Replay(self.model, method, self.cases, self.out)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_defaults_are_what_the_search_found(name: str, method: str) -> None:
+    kind = MODELS[name]
+    model: Any = SimpleNamespace(info=SimpleNamespace(name=name, n_layers=kind[1]))
+    search = Replay(model, method, [], FOLDER)
+    best = search.best()
+    known = KNOWN[kind].get(method, KNOWN[kind].get(_SHARES.get(method, "")))
+    assert METHODS[method].config(**known) == best
+    assert GAMMAS[kind][method] == search.best_gamma(best)
+
+
+def trial(**rates: float) -> dict[str, Any]:
+    return {"rates": {"ES": 100.0, "PS": 100.0, "NS": 50.0, "RS": 50.0, "DNS": 50.0} | rates}
+
+
+def test_what_trials_are_compared_by() -> None:
+    in_order = [
+        {"error": "no such case"},
+        trial(ES=98.9),
+        trial(PS=45.0),  # 50 points short: as bad as losing everything else
+        trial(PS=90.0),
+        trial(PS=94.9, NS=80.0, RS=80.0, DNS=80.0),
+        trial(NS=0.0, RS=0.0, DNS=0.0),
+        trial(NS=90.0, RS=30.0, DNS=29.0),
+        trial(PS=95.0),
+        trial(NS=53.0),
+    ]
+    values = [value_of(one) for one in in_order]
+    assert values == sorted(values)
+    assert value_of(trial(PS=95.0))[-1] == value_of(trial())[-1] == 50.0
