@@ -69,7 +69,9 @@ def _top(
 @app.command()
 def demo(
     model: ModelOption = "smollm2-135m",
-    gamma: Annotated[float, typer.Option(help="Strength of SADR.")] = 0.05,
+    gamma: Annotated[
+        float | None, typer.Option(help="Strength of SADR; by default what was tuned.")
+    ] = None,
     json_file: JsonOption = None,
     html: HtmlOption = None,
     quiet: QuietOption = False,

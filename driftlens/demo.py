@@ -19,6 +19,7 @@ import torch
 from driftlens import __version__
 from driftlens.assets import survey_result
 from driftlens.drift import Drift, attention_patterns, measure_drift
+from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import edit as make_an_edit
 from driftlens.editing.sadr import SADR
 from driftlens.edits import Edit
@@ -90,7 +91,7 @@ def run_demo(
     model: LensModel,
     example: Example,
     *,
-    gamma: float = 0.05,
+    gamma: float | None = None,
     covariance: Any = None,
     progress: bool = True,
 ) -> Demo:
@@ -99,11 +100,12 @@ def run_demo(
     Args:
         model: Any model.
         example: A fact, a prompt, and the answer that it must keep.
-        gamma: Of SADR.
+        gamma: Of SADR; by default the one for this model.
         covariance: As in :func:`driftlens.edit`.
         progress: Whether to show bars.
     """
     started = time.monotonic()
+    gamma = sadr_gamma(model, "rome") if gamma is None else gamma
     request, prompt, answer = example.request, example.prompt, example.answer
 
     # 1. The fact is edited, without and with the restriction, at equal steps.

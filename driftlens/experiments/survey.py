@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 import driftlens as dl
 from driftlens.assets import asset
 from driftlens.cases import Case
+from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import resolve_config
 from driftlens.edits import write_atomically
 from driftlens.errors import DriftLensError
@@ -40,7 +41,6 @@ from driftlens.journal import Journal
 from driftlens.readers import read_cases
 from driftlens.scoring import score_details
 
-GAMMA = 0.05
 RESTORATIONS: dict[str, dict[str, Any]] = {
     "pattern": {"exchange": "pattern"},
     "pattern, all rows": {"exchange": "pattern", "queries": "all"},
@@ -190,9 +190,10 @@ def _mean_and_interval(
     }
 
 
-def run(model_name: str, cases: Sequence[Case], out: Path, gamma: float) -> None:
+def run(model_name: str, cases: Sequence[Case], out: Path, gamma: float | None) -> None:
     """Survey the cases; each one is written at once, so a stopped run goes on where it was."""
     model = dl.load_model(model_name)
+    gamma = sadr_gamma(model, "rome") if gamma is None else gamma
     key = {
         "model": model_name,
         "fingerprint": model.fingerprint(),
@@ -228,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--facts", type=int, default=90, help="how many of the shipped facts")
-    parser.add_argument("--gamma", type=float, default=GAMMA)
+    parser.add_argument("--gamma", type=float, help="of SADR; by default as tuned")
     parser.add_argument("--out", type=Path, default=Path("assets/results"))
     options = parser.parse_args()
     try:
