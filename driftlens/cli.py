@@ -440,6 +440,54 @@ def bench(
 
 
 @app.command()
+def reproduce(
+    experiments: Annotated[
+        list[str],
+        typer.Argument(help="table1, table3, fig3 to fig7, rules, rivals, or all."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; continued if any.")],
+    model: ModelOption = "smollm2-135m",
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A file of cases; by default the shipped facts.")
+    ] = None,
+    cases: Annotated[
+        int | None, typer.Option(help="How many, held back from tuning; 150, or 4 if quick.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few cases and conditions: does everything run?")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the sampled contexts.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Of the model, e.g. cuda.")] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """The paper's experiments, on your model: numbers, figures, and what they say, on a page."""
+    _check_folder(out)
+    from driftlens.assets import asset
+    from driftlens.cases import balanced, tuning_split
+    from driftlens.experiments.reproduce import Study, known_names
+    from driftlens.experiments.reproduce import reproduce as run
+    from driftlens.readers import read_cases
+
+    known_names(experiments)
+    wanted = (4 if quick else 150) if cases is None else cases
+    if wanted < 1:
+        raise RequestError(f"--cases is {wanted}.", "Give at least 1.")
+    _, held_back = tuning_split(read_cases(asset("facts.jsonl") if data is None else data))
+    study = Study(
+        _load(model, device),
+        balanced(held_back, wanted),
+        out,
+        quick=quick,
+        seed=seed,
+        progress=not quiet,
+        command=" ".join(["driftlens", *sys.argv[1:]]),
+    )
+    for finding in run(study, experiments):
+        print(f"{finding.title}\n  {finding.text}\n  The paper: {finding.paper}\n")
+    print(f"wrote {out / 'index.html'}")
+
+
+@app.command()
 def models(
     inspect: Annotated[
         str | None,

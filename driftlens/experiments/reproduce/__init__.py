@@ -1,0 +1,67 @@
+"""The paper's experiments, and its reviewers' questions, on any model.
+
+Each experiment is one function from a :class:`Study` to a :class:`Finding`: numbers, a figure, and
+a paragraph that is computed from the numbers, beside what the paper reports. ``editors.py`` holds
+those that ask edited models, ``inside.py`` those that look into them. To add one, write such a
+function and name it in EXPERIMENTS.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from driftlens.errors import RequestError
+from driftlens.experiments.reproduce.editors import fig6, fig7, rivals, rules, table1, table3
+from driftlens.experiments.reproduce.finding import Finding, Study, write
+from driftlens.experiments.reproduce.inside import fig3, fig4, fig5
+from driftlens.experiments.reproduce.page import page
+
+EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
+    "table1": table1,
+    "table3": table3,
+    "fig3": fig3,
+    "fig4": fig4,
+    "fig5": fig5,
+    "fig6": fig6,
+    "fig7": fig7,
+    "rules": rules,
+    "rivals": rivals,
+}
+
+__all__ = ["EXPERIMENTS", "Finding", "Study", "known_names", "reproduce"]
+
+
+def known_names(names: Sequence[str]) -> list[str]:
+    """Names of experiments, each once; ``"all"`` stands for all of them.
+
+    Raises:
+        RequestError: If there is no such experiment.
+    """
+    for name in names:
+        if name not in (*EXPERIMENTS, "all"):
+            raise RequestError(
+                f"There is no experiment {name!r}.", f"Choose all, or of {', '.join(EXPERIMENTS)}."
+            )
+    return list(EXPERIMENTS) if "all" in names else list(dict.fromkeys(names))
+
+
+def reproduce(study: Study, names: Sequence[str] = ("all",)) -> list[Finding]:
+    """Run experiments; write ``NAME.json`` of each when it is done, and ``index.html`` with all.
+
+    Args:
+        study: The model, the cases, and where results go.
+        names: Of `EXPERIMENTS`, or ``"all"``.
+
+    Raises:
+        RequestError: If there is no such experiment.
+        DataError: If results cannot be written.
+    """
+    findings = []
+    for name in known_names(names):
+        started = time.monotonic()
+        finding = EXPERIMENTS[name](study)
+        finding.save(study, time.monotonic() - started)
+        findings.append(finding)
+        write(study.out / "index.html", page(study, findings))
+    return findings

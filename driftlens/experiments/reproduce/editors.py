@@ -1,0 +1,292 @@
+"""Experiments that compare editors and restrictions by what is answered afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from driftlens import figures
+from driftlens.bench import UNEDITED, Arm, BenchResult
+from driftlens.cases import ALL_METRICS, METRICS
+from driftlens.editing.defaults import sadr_gamma
+from driftlens.editing.methods import METHODS, resolve_config
+from driftlens.editing.rivals import EssenceKL, HiddenDrift, KeyDrift
+from driftlens.editing.sadr import SADR
+from driftlens.experiments.paper import TABLE_3
+from driftlens.experiments.reproduce.finding import Finding, Study
+
+PAPERS = ("rome", "memit", "pmet")
+"""The editors of the paper."""
+
+
+def table1(study: Study) -> Finding:
+    """Specificity failure: how much other knowledge each editor breaks, and how much of that the
+    context alone would have broken."""
+    arms = study.arms(PAPERS[:1] if study.quick else tuple(METHODS))
+    result = study.bench(arms, tuple(ALL_METRICS))
+    rows = result.table()
+    value = _values(rows)
+    texts = []
+    for arm in result.arms[1:]:
+        fall = {m: value[UNEDITED, m] - value[arm, m] for m in ("NS", "RS", "DNS")}
+        texts.append(
+            f"{arm}: RS falls by {fall['RS']:.1f} points, DNS by {fall['DNS']:.1f}, NS, whose "
+            f"prompts do not hold the subject, by {fall['NS']:.1f}"
+        )
+    control = value[UNEDITED, "NS"] - value[UNEDITED, "lead-neighbour"]
+    context = value[UNEDITED, "NS"] - value[UNEDITED, "DNS"]
+    text = (
+        f"{'; '.join(texts)}. On the unedited model, the same neighbour prompts lose "
+        f"{context:.1f} points behind the edited sentence and {control:.1f} behind an unrelated "
+        "one: that much is no damage of the edit."
+    )
+    shown = ("ES", "PS", "NS", "lead-neighbour", "DNS", "RS", "lead-relation", "distract-relation")
+    figure = _bars(rows, [m for m in shown if m in set(rows["metric"])], "Specificity failure")
+    paper = "GPT-J: ROME RS 79.73 to 11.94, DNS 61.99 to 30.42, NS 82.43 to 80.26 (table 3)."
+    return Finding("table1", "Specificity failure of each editor", rows, figure, text, paper)
+
+
+def table3(study: Study) -> Finding:
+    """The main table: each editor without and with SADR."""
+    methods = PAPERS[:1] if study.quick else PAPERS
+    result = study.bench(study.arms(methods, ("none", "sadr")), tuple(ALL_METRICS))
+    rows = result.table()
+    rows.insert(1, "method", [arm.split(" + ")[0] for arm in rows["arm"]])
+    rows.insert(2, "penalty", ["sadr" if arm.endswith("sadr") else "none" for arm in rows["arm"]])
+    rows.insert(0, "model", study.model.info.name)
+    text = " ".join(_gain(result, method, f"{method} + sadr") for method in methods)
+    figure = _bars(rows, [*METRICS, "Avg. S"], "Editors without and with SADR")
+    return Finding("table3", "Editors without and with SADR", rows, figure, text, _paper_gains())
+
+
+def fig6(study: Study) -> Finding:
+    """Selective against blanket restriction: which heads are held, over gamma."""
+    gammas = (0.2,) if study.quick else (0.05, 0.2, 0.8, 3.2)
+    rules: dict[str, dict[str, Any]] = {"selected heads": {}, "all heads": {"heads": "all"}}
+    arms = _rome_arms(
+        study,
+        {
+            f"{rule}, gamma {gamma:g}": (SADR(gamma=gamma, **options),)
+            for rule, options in rules.items()
+            for gamma in gammas
+        },
+    )
+    result = study.bench(arms)
+    rows = result.table()
+    value = _values(rows)
+    words = []
+    for gamma in gammas:
+        selected, every = (f"{rule}, gamma {gamma:g}" for rule in rules)
+        words.append(
+            f"at gamma {gamma:g}, Avg. S {value[selected, 'Avg. S']:.1f} against "
+            f"{value[every, 'Avg. S']:.1f} (ES {value[selected, 'ES']:.1f} against "
+            f"{value[every, 'ES']:.1f})"
+        )
+    text = f"Selected heads against all heads: {'; '.join(words)}."
+    figure = _trade_off(rows, "Selective and blanket restriction")
+    paper = "Restricting all heads costs edit success and helps less, at every gamma (figure 6)."
+    return Finding("fig6", "Selective against blanket restriction", rows, figure, text, paper)
+
+
+def fig7(study: Study) -> Finding:
+    """Trade-offs at equal steps: gamma against learning rate and KL weight, and fewer steps."""
+    methods = ("rome",) if study.quick else ("rome", "memit")
+    arms = [Arm(UNEDITED)]
+    for method in methods:
+        config = resolve_config(study.model, method)
+        found: dict[str, Arm] = {"": Arm(method, method, config)}
+        for gamma in (0.2,) if study.quick else (0.05, 0.2, 0.8, 3.2):
+            name = f"gamma {gamma:g}"
+            found[name] = Arm(f"{method}, {name}", method, config, (SADR(gamma=gamma),))
+        changes: dict[str, dict[str, Any]] = {
+            **{f"steps {n}": {"steps": n} for n in (5, 10, 15)},
+            **{f"lr {lr:g}": {"lr": lr} for lr in (0.1, 0.2)},
+            **{f"KL {kl:g}": {"kl_factor": kl} for kl in (0.25, 1.0, 4.0)},
+        }
+        for name, change in list(changes.items())[:: 8 if study.quick else 1]:
+            found[name] = Arm(f"{method}, {name}", method, replace(config, **change))
+        arms += found.values()
+    result = study.bench(arms)
+    rows = result.table()
+    text = " ".join(_best_of_each_kind(rows, method) for method in methods)
+    figure = _trade_off(rows, "What restrictions cost, and what they keep")
+    paper = "Varying gamma dominates varying steps, learning rate or KL weight (figure 7, GPT-J)."
+    return Finding("fig7", "Trade-offs: gamma, steps, learning rate, KL", rows, figure, text, paper)
+
+
+def rules(study: Study) -> Finding:
+    """Open question: how heads are selected, and what divergence holds them."""
+    gamma = sadr_gamma(study.model, "rome")
+    options: dict[str, dict[str, Any]] = {
+        "max (the paper's)": {},
+        "all heads": {"heads": "all"},
+        "quantile": {"heads": "quantile"},
+        "mean + k std": {"heads": "mean_std"},
+        "drift": {"heads": "drift"},
+        "reverse KL": {"divergence": "reverse_kl"},
+        "JS": {"divergence": "js"},
+        "all rows": {"queries": "all"},
+    }
+    if study.quick:
+        options = dict(list(options.items())[:2])
+    arms = {name: (SADR(gamma=gamma, **chosen),) for name, chosen in options.items()}
+    return _comparison(study, "rules", "How heads are selected and held", arms, "")
+
+
+def rivals(study: Study) -> Finding:
+    """Open question: what else could be restricted, at equal steps."""
+    gamma = sadr_gamma(study.model, "rome")
+    arms: dict[str, tuple[Any, ...]] = {"SADR": (SADR(gamma=gamma),)}
+    for weight in (0.01,) if study.quick else (0.003, 0.01, 0.03):
+        arms[f"keys {weight:g}"] = (KeyDrift(weight=weight),)
+    for weight in () if study.quick else (0.01, 0.03, 0.1):
+        arms[f"hidden state {weight:g}"] = (HiddenDrift(weight=weight),)
+    for weight in () if study.quick else (0.25, 1.0):
+        arms[f"essence KL {weight:g}"] = (EssenceKL(weight=weight),)
+    return _comparison(study, "rivals", "What else could be restricted", arms, "")
+
+
+# --- parts ---
+
+
+def _rome_arms(study: Study, penalties: Mapping[str, tuple[Any, ...]]) -> list[Arm]:
+    config = resolve_config(study.model, "rome")
+    plain = [Arm(UNEDITED), Arm("rome", "rome", config)]
+    return [*plain, *(Arm(name, "rome", config, p) for name, p in penalties.items())]
+
+
+def _comparison(
+    study: Study, name: str, title: str, penalties: Mapping[str, tuple[Any, ...]], paper: str
+) -> Finding:
+    """ROME under several restrictions, told by their paired gains and their cost in time."""
+    result = study.bench(_rome_arms(study, penalties))
+    rows = result.table()
+    base = result.seconds("rome")
+    words = [
+        f"{_gain(result, 'rome', arm)} Its edits take {result.seconds(arm) / base:.2f} times as "
+        "long."
+        for arm in penalties
+    ]
+    paper = paper or "The paper does not report this; its reviewers ask for it."
+    return Finding(name, title, rows, _trade_off(rows, title), " ".join(words), paper)
+
+
+def _values(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
+    return {(row["arm"], row["metric"]): row["value"] for row in rows.to_dict("records")}
+
+
+def _gain(result: BenchResult, plain: str, held: str) -> str:
+    """What a restriction changes, paired by case, in a sentence."""
+    found = result.compare(held, plain)
+    before = result.rates(plain)
+    parts = []
+    for metric in METRICS:
+        if metric not in found:
+            continue
+        share = ""
+        if metric in ("RS", "DNS") and before[metric].value > 0:
+            share = f", {100 * found[metric].value / before[metric].value:+.0f} % relative"
+        parts.append(f"{metric} {found[metric]}{share}")
+    return f"{held} less {plain}, in points: {'; '.join(parts)}."
+
+
+def _paper_gains() -> str:
+    """The paper's own gains, from its table 3."""
+    found = []
+    rows = {(row.model, row.editor, row.sadr): row for row in TABLE_3}
+    for (model, editor, sadr), row in rows.items():
+        if sadr:
+            plain = rows[model, editor, False]
+            found.append(
+                f"{model} {editor}: RS {plain.RS:.1f} to {row.RS:.1f}, DNS {plain.DNS:.1f} to "
+                f"{row.DNS:.1f}, ES {plain.ES:.1f} to {row.ES:.1f}, PS {plain.PS:.1f} to "
+                f"{row.PS:.1f}"
+            )
+    return f"{'; '.join(found)} (table 3)."
+
+
+def _best_of_each_kind(rows: pd.DataFrame, method: str) -> str:
+    """For each thing that was varied, its best setting among those that keep the edit."""
+    value = _values(rows)
+    arms = [arm for arm in dict.fromkeys(rows["arm"]) if arm.startswith(f"{method},")]
+    plain = value[method, "ES"]
+    parts = []
+    for kind in dict.fromkeys(arm.split(", ")[1].split()[0] for arm in arms):
+        of_kind = [arm for arm in arms if arm.split(", ")[1].split()[0] == kind]
+        kept = [arm for arm in of_kind if value[arm, "ES"] >= plain - 1.0]
+        if not kept:
+            parts.append(f"no setting of {kind} keeps ES within a point")
+            continue
+        best = max(kept, key=lambda arm: _others(value, arm))
+        parts.append(
+            f"{best.split(', ')[1]} (mean of NS, RS and DNS {_others(value, best):.1f}, PS "
+            f"{value[best, 'PS']:.1f})"
+        )
+    return (
+        f"{method} alone: mean of NS, RS and DNS {_others(value, method):.1f}, PS "
+        f"{value[method, 'PS']:.1f}. Best settings that keep ES within a point: "
+        f"{'; '.join(parts)}."
+    )
+
+
+def _others(value: Mapping[tuple[str, str], float], arm: str) -> float:
+    return float(np.mean([value[arm, m] for m in ("NS", "RS", "DNS") if (arm, m) in value]))
+
+
+def _bars(rows: pd.DataFrame, metrics: Sequence[str], title: str) -> go.Figure:
+    """Values of metrics with their intervals, a colour for each arm."""
+    fig = go.Figure()
+    for index, (arm, own) in enumerate(rows.groupby("arm", sort=False)):
+        found = own.set_index("metric").reindex(list(metrics))
+        fig.add_bar(
+            x=list(metrics),
+            y=found["value"],
+            name=str(arm),
+            marker_color=figures.COLOURS[index % len(figures.COLOURS)],
+            marker_pattern_shape="/" if "sadr" in str(arm) else "",
+            error_y={
+                "array": found["high"] - found["value"],
+                "arrayminus": found["value"] - found["low"],
+                "thickness": 1,
+                "width": 2,
+            },
+            hovertemplate="%{x}: %{y:.1f}<extra>%{fullData.name}</extra>",
+        )
+    fig.update_yaxes(title_text="%", range=[0, 104])
+    fig.update_layout({**figures.LAYOUT, "barmode": "group", "title": title, "height": 480})
+    return fig
+
+
+def _trade_off(rows: pd.DataFrame, title: str) -> go.Figure:
+    """What each arm keeps of the edit (x) and of other knowledge (y)."""
+    value = _values(rows)
+    fig = go.Figure()
+    arms = [arm for arm in dict.fromkeys(rows["arm"]) if arm != UNEDITED]
+    kinds = list(dict.fromkeys(_kind(arm) for arm in arms))
+    for index, kind in enumerate(kinds):
+        own = [arm for arm in arms if _kind(arm) == kind]
+        fig.add_scatter(
+            x=[(value[arm, "ES"] + value[arm, "PS"]) / 2 for arm in own],
+            y=[_others(value, arm) for arm in own],
+            text=own,
+            name=kind,
+            mode="lines+markers",
+            marker={"size": 10, "color": figures.COLOURS[index % len(figures.COLOURS)]},
+            line={"width": 1},
+            hovertemplate="%{text}<br>edit %{x:.1f}, other knowledge %{y:.1f}<extra></extra>",
+        )
+    fig.update_xaxes(title_text="mean of ES and PS, %")
+    fig.update_yaxes(title_text="mean of NS, RS and DNS, %")
+    fig.update_layout({**figures.LAYOUT, "title": title, "height": 480})
+    return fig
+
+
+def _kind(arm: str) -> str:
+    """What a series of arms has in common: its name without its number."""
+    words = arm.rsplit(" ", 1)
+    return words[0] if len(words) > 1 and words[1][:1].isdigit() else arm

@@ -1,0 +1,126 @@
+"""What an experiment is given, and what it gives: numbers, a figure, and what they say."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+
+import driftlens
+from driftlens.bench import Arm, BenchResult, Setting, make_arms, run_bench
+from driftlens.cases import METRICS, Case, Metric
+from driftlens.edits import write_atomically
+from driftlens.errors import DataError
+from driftlens.models import LensModel
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all experiments of one call share.
+
+    Args:
+        model: The unedited model.
+        cases: Held back from tuning.
+        out: Folder of results; finished units in it are not done again.
+        quick: Fewer conditions, to see that everything runs.
+        seed: Of the sampled contexts, and of the bootstrap.
+        progress: Whether to show bars.
+        command: How to run this again, for the record.
+    """
+
+    model: LensModel
+    cases: Sequence[Case]
+    out: Path
+    quick: bool = False
+    seed: int = 0
+    progress: bool = True
+    command: str = ""
+
+    def bench(self, arms: Sequence[Arm], metrics: Sequence[Metric] = METRICS) -> BenchResult:
+        """Results of some arms. All experiments write to one folder, so that conditions which
+        they have in common are run once."""
+        setting = Setting(metrics=tuple(metrics), seed=self.seed)
+        return run_bench(
+            self.model, self.cases, arms, self.out / "bench", setting=setting,
+            command=self.command, progress=self.progress,
+        )  # fmt: skip
+
+    def arms(self, methods: Sequence[str], penalties: Sequence[str] = ("none",)) -> list[Arm]:
+        """The unedited model, and editors with the model's defaults."""
+        return make_arms(self.model, methods, penalties)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one experiment.
+
+    Args:
+        name: As on the command line.
+        title: What was looked at.
+        rows: The numbers.
+        figure: Their picture.
+        text: A paragraph computed from them.
+        paper: What the paper reports.
+    """
+
+    name: str
+    title: str
+    rows: pd.DataFrame
+    figure: go.Figure = field(repr=False)
+    text: str
+    paper: str
+
+    def to_dict(self, study: Study, seconds: float) -> dict[str, Any]:
+        """JSON-ready: how it was made, and the numbers."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "text": self.text,
+            "paper": self.paper,
+            "model": study.model.info.to_dict(),
+            "fingerprint": study.model.fingerprint(),
+            "cases": [case.id for case in study.cases],
+            "quick": study.quick,
+            "seed": study.seed,
+            "command": study.command,
+            "seconds_of_last_run": round(seconds),
+            "versions": {
+                "driftlens": driftlens.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "rows": json.loads(self.rows.to_json(orient="records")),
+        }
+
+    def save(self, study: Study, seconds: float) -> Path:
+        """Write ``NAME.json`` into the study's folder, atomically.
+
+        Raises:
+            DataError: If it cannot be written.
+        """
+        target = study.out / f"{self.name}.json"
+        text = json.dumps(self.to_dict(study, seconds), indent=1, ensure_ascii=False) + "\n"
+        write(target, text)
+        return target
+
+
+def write(target: Path, text: str) -> None:
+    """Write a file as a whole.
+
+    Raises:
+        DataError: If that fails.
+    """
+    try:
+        write_atomically(target, text.encode())
+    except OSError as error:
+        raise DataError(
+            f"{target} cannot be written to: {error.strerror or error}.",
+            "Free some space or choose another folder.",
+        ) from error

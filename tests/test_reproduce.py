@@ -1,0 +1,211 @@
+"""The paper's experiments on tiny models: their numbers, recomputed one by one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from scipy import stats
+
+import driftlens as dl
+from driftlens.assets import asset
+from driftlens.bench import BenchResult
+from driftlens.cases import Case
+from driftlens.editing import defaults, methods
+from driftlens.errors import RequestError
+from driftlens.experiments.reproduce import EXPERIMENTS, Finding, Study, inside, reproduce
+from driftlens.readers import read_cases
+
+
+@pytest.fixture(scope="module")
+def model() -> dl.LensModel:
+    return dl.load_model(
+        tiny.hf_model("llama", 1, scale=12.0, noise=0.3), tiny.tokenizer(), name="tiny"
+    )
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    return list(read_cases(asset("facts.jsonl"))[:3])
+
+
+SEARCH = {"steps": 4, "context_lengths": (3,), "contexts_per_word": 1}
+
+
+@pytest.fixture(autouse=True)
+def small_edits(monkeypatch: pytest.MonkeyPatch, model: dl.LensModel) -> None:
+    """Few steps; second moments of keys are the identity, so that no text is fetched."""
+    known = {
+        **{name: {"layer": 1, **SEARCH} for name in ("rome", "r-rome")},
+        **{name: {"layers": (0, 1), **SEARCH} for name in ("memit", "pmet", "alphaedit", "emmet")},
+        "ft": {"layer": 1, "steps": 3},
+        "grace": {"layer": 1, "steps": 3},
+    }
+    monkeypatch.setitem(defaults.KNOWN, ("llama", model.info.n_layers), known)
+    resolve = methods.resolve_covariances
+    monkeypatch.setattr(
+        methods, "resolve_covariances",
+        lambda model, layers, given, progress: resolve(model, layers, "identity"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reproduce")
+
+
+@pytest.fixture
+def study(model: dl.LensModel, cases: list[Case], folder: Path) -> Study:
+    return Study(model, cases, folder, progress=False, command="driftlens reproduce all")
+
+
+@pytest.mark.parametrize("name", ["fig3", "fig5"])
+def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str) -> None:
+    finding = EXPERIMENTS[name](study)
+    rows = finding.rows.set_index(["kind", "patched", "layers"])
+    changes: dict[tuple[str, str, str], list[float]] = {}
+    for case in study.cases:
+        edit = dl.edit(study.model, case.request, "rome", progress=False)
+        for kind, title in inside.KINDS.items():
+            probes = [p for p in case.probes((kind,)) if case.request.subject in p.prompt]  # type: ignore[arg-type]
+            for probe in probes[: inside.PER_KIND]:
+                for kind_, what, layers in rows.index:
+                    if kind_ != title:
+                        continue
+                    chosen = (
+                        None
+                        if layers == "all"
+                        else range(int(layers.split("-")[0]), int(layers.split("-")[1]) + 1)
+                    )
+                    if name == "fig3":
+                        found = dl.patch_activation(
+                            study.model, edit, probe.prompt, probe.right, what, layers=chosen
+                        )
+                        base = found.original.prob
+                    else:
+                        found = dl.patch_attention(
+                            study.model, edit, probe.prompt, answer=probe.right, layers=chosen,
+                            exchange=what,
+                        )  # fmt: skip
+                        base = found.edited.prob
+                    changes.setdefault((kind_, what, layers), []).append(found.patched.prob - base)
+    assert set(changes) == set(rows.index)
+    for place, values in changes.items():
+        assert rows.loc[place, "prompts"] == len(values)
+        assert rows.loc[place, "change of P(answer)"] == pytest.approx(np.mean(values), abs=1e-6)
+        assert rows.loc[place, "low"] <= np.mean(values) + 1e-9
+        assert rows.loc[place, "high"] >= np.mean(values) - 1e-9
+    assert "P(answer)" in finding.text
+
+
+def test_correlations_are_scipys(study: Study) -> None:
+    finding = EXPERIMENTS["fig4"](study)
+    prompts = inside._measured(study, "fig4", lambda *_: 1 / 0)  # all is kept
+    for row in finding.rows.to_dict("records"):
+        own = [p for p in prompts if p["kind"] == row["kind"]]
+        damage = inside._damages(own)[row["damage"]]
+        drift = [p["drift"][row["drift"]] for p in own]
+        assert row["prompts"] == len(own) > 3
+        assert row["pearson"] == pytest.approx(stats.pearsonr(drift, damage).statistic)
+        assert row["spearman"] == pytest.approx(stats.spearmanr(drift, damage).statistic)
+        for name in ("pearson", "spearman"):
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
+    first = prompts[0]
+    case = study.cases[0]
+    edit = dl.edit(study.model, case.request, "rome", progress=False)
+    drift = dl.measure_drift(study.model, edit, first["prompt"])
+    before, after = drift.original[0], drift.edited[0]
+    assert first["drift"]["max head"] == pytest.approx(
+        np.mean([after[y].max() - before[y].max() for y in range(len(before))]), abs=1e-6
+    )
+    assert first["drift"]["mean head"] == pytest.approx((after - before).mean(), abs=1e-6)
+
+
+def test_no_variation_is_no_correlation() -> None:
+    found = inside._correlation(np.ones(4), np.arange(4.0), ["a", "b", "c", "d"], 0)
+    assert all(np.isnan(value) for value in found.values())
+
+
+def test_quick_runs_of_all_experiments(model: dl.LensModel, cases: list[Case], tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    study = Study(model, cases[:2], tmp_path, quick=True, progress=False, command="the command")
+    findings = reproduce(study)
+    assert [finding.name for finding in findings] == list(EXPERIMENTS)
+    shown = (tmp_path / "index.html").read_text()
+    for finding in findings:
+        record = json.loads((tmp_path / f"{finding.name}.json").read_text())
+        assert record["cases"] == [case.id for case in study.cases]
+        assert record["command"] == "the command"
+        assert len(record["rows"]) == len(finding.rows) > 0
+        assert record["text"] == finding.text
+        assert f"<section id='{finding.name}'>" in shown
+        assert finding.figure.data
+    assert "A quick run" in shown
+    # Nothing is computed again.
+    monkeypatch.setattr(inside, "edit", None)
+    monkeypatch.setattr("driftlens.bench.units.edit_each", None)
+    again = reproduce(study, ["fig3", "table3", "fig3"])
+    assert [finding.name for finding in again] == ["fig3", "table3"]
+    by_name = {finding.name: finding for finding in findings}
+    for finding in again:
+        pd.testing.assert_frame_equal(finding.rows, by_name[finding.name].rows)
+
+
+def test_the_main_table_is_the_benchmarks(study: Study) -> None:
+    quick = Study(study.model, study.cases[:2], study.out / "t", quick=True, progress=False)
+    finding: Finding = EXPERIMENTS["table3"](quick)
+    result = BenchResult(study.out / "t" / "bench")
+    expected = result.rates("rome + sadr")
+    rows = finding.rows.set_index(["method", "penalty", "metric"])
+    for metric, rate in expected.items():
+        row = rows.loc[("rome", "sadr", metric)]
+        assert (row["value"], row["low"], row["high"], row["cases"]) == (
+            rate.value, rate.low, rate.high, rate.cases
+        )  # fmt: skip
+    gain = result.compare("rome + sadr", "rome")["DNS"]
+    assert f"DNS {gain}" in finding.text
+    assert "GPT-J 6B rome: RS 11.9 to 27.8, DNS 30.4 to 49.4" in finding.paper
+
+
+def test_bad_requests(study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no experiment 'fig9'"):
+        reproduce(study, ["fig3", "fig9"])
+    bare = [Case("bare", case.request) for case in study.cases]
+    with pytest.raises(RequestError, match="has a relation, or a neighbour"):
+        EXPERIMENTS["fig3"](Study(study.model, bare, tmp_path, progress=False))
+    from driftlens import cli
+
+    for options, message in (
+        (["fig9"], "no experiment 'fig9'"),
+        (["fig3", "--cases", "0"], "--cases is 0"),
+    ):
+        monkeypatch.setattr(
+            sys, "argv", ["driftlens", "reproduce", *options, "--out", str(tmp_path / "o")]
+        )
+        with pytest.raises(SystemExit, match=message):
+            cli.main()
+
+
+def test_a_case_that_fails_is_kept_with_its_reason(
+    study: Study, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = inside.edit
+
+    def failing(model: Any, request: Any, *args: Any, **options: Any) -> Any:
+        if request == cases[0].request:
+            raise dl.EditError("enough")
+        return made(model, request, *args, **options)
+
+    monkeypatch.setattr(inside, "edit", failing)
+    short = Study(study.model, cases[:2], tmp_path, quick=True, progress=False)
+    finding = EXPERIMENTS["fig4"](short)
+    lines = (tmp_path / "fig4.prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("error") for line in lines] == ["EditError: enough", None]
+    kept = json.loads(lines[1])["prompts"]
+    assert finding.rows["prompts"].max() <= len(kept)
