@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def study(model: dl.LensModel, cases: list[Case], folder: Path) -> Study:
 
 @pytest.mark.parametrize("name", ["fig3", "fig5"])
 def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str) -> None:
+    study = replace(study, cases=study.cases[:1])
     finding = EXPERIMENTS[name](study)
     rows = finding.rows.set_index(["kind", "patched", "layers"])
     changes: dict[tuple[str, str, str], list[float]] = {}
@@ -125,6 +127,20 @@ def test_correlations_are_scipys(study: Study) -> None:
         np.mean([after[y].max() - before[y].max() for y in range(len(before))]), abs=1e-6
     )
     assert first["drift"]["mean head"] == pytest.approx((after - before).mean(), abs=1e-6)
+
+
+def test_intervals_of_correlations_are_those_of_resampled_cases() -> None:
+    rng = np.random.default_rng(1)
+    x = np.round(rng.normal(size=40), 1)  # with ties
+    y, cases = x + rng.normal(size=40), [str(i // 4) for i in range(40)]
+    found = inside._correlation(x, y, cases, seed=3, draws=300)
+    chosen = np.random.default_rng(3).integers(0, 10, (300, 10))
+    samples = [np.concatenate([np.arange(4 * c, 4 * c + 4) for c in row]) for row in chosen]
+    for name, measure in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+        drawn = [measure(x[rows], y[rows]).statistic for rows in samples]
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        assert found[name] == pytest.approx(measure(x, y).statistic)
+        assert (found[f"{name}_low"], found[f"{name}_high"]) == pytest.approx((low, high))
 
 
 def test_no_variation_is_no_correlation() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from scipy import stats
 from tqdm.auto import tqdm
 
 from driftlens import figures
@@ -23,6 +22,7 @@ from driftlens.drift import measure_drift
 from driftlens.editing.methods import edit, resolve_config
 from driftlens.edits import Edit
 from driftlens.errors import DriftLensError, RequestError
+from driftlens.evaluation import bootstrap_interval
 from driftlens.experiments.reproduce.finding import Finding, Study
 from driftlens.journal import Journal
 from driftlens.models import LensModel
@@ -98,7 +98,8 @@ def fig4(study: Study) -> Finding:
 
     prompts = _measured(study, "fig4", measure)
     rows = pd.DataFrame(_correlations(prompts, study.seed))
-    strongest = rows.loc[rows.groupby(["kind", "damage"])["pearson"].idxmax()]
+    known = rows.dropna(subset="pearson")
+    strongest = known.loc[known.groupby(["kind", "damage"], sort=False)["pearson"].idxmax()]
     words = [
         f"{row.kind}, {row.damage}: {row.drift}, Pearson {row.pearson:.2f} "
         f"[{row.pearson_low:.2f}, {row.pearson_high:.2f}], Spearman {row.spearman:.2f}"
@@ -286,8 +287,6 @@ def _window_rows(
 
 
 def _interval(prompts: Sequence[dict[str, Any]], values: Sequence[float]) -> tuple[float, float]:
-    from driftlens.evaluation import bootstrap_interval
-
     frame = pd.DataFrame({"case": [p["case"] for p in prompts], "value": values})
     grouped = frame.groupby("case", sort=False)["value"]
     return bootstrap_interval(grouped.sum().to_numpy(), grouped.count().to_numpy(dtype=float))
@@ -319,29 +318,41 @@ def _correlation(
 ) -> dict[str, float]:
     """Pearson and Spearman, with 95 % intervals by bootstrap over cases; not a number where one
     of the two does not vary."""
-    measures: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-        "pearson": _pearson,
-        "spearman": lambda a, b: _pearson(stats.rankdata(a), stats.rankdata(b)),
-    }
-    groups = [np.flatnonzero(np.array(cases) == case) for case in dict.fromkeys(cases)]
-    rng = np.random.default_rng(seed)
-    samples = [
-        np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
-        for _ in range(draws)
-    ]
+    names = list(dict.fromkeys(cases))
+    of_prompt = np.array([names.index(case) for case in cases])
+    chosen = np.random.default_rng(seed).integers(0, len(names), (draws, len(names)))
+    times = np.stack([np.bincount(row, minlength=len(names)) for row in chosen]).astype(float)
+    # First all prompts once, then each draw, in which a prompt counts as often as its case.
+    weights = np.concatenate([np.ones((1, len(x))), times[:, of_prompt]])
     found: dict[str, float] = {}
-    for name, measure in measures.items():
-        drawn = [measure(x[sample], y[sample]) for sample in samples]
-        finite = [value for value in drawn if np.isfinite(value)] or [float("nan")]
+    for name, values in (
+        ("pearson", (x, y)),
+        ("spearman", (_ranks(x, weights), _ranks(y, weights))),
+    ):
+        value, *drawn = _pearson(*values, weights)
+        finite = [one for one in drawn if np.isfinite(one)] or [float("nan")]
         low, high = np.quantile(finite, [0.025, 0.975])
-        found |= {name: measure(x, y), f"{name}_low": float(low), f"{name}_high": float(high)}
+        found |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
     return found
 
 
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    if len(x) < 2 or x.std() == 0 or y.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])
+def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Ranks in each draw, ``[draw, prompt]``; equal values share the mean of theirs."""
+    _, group = np.unique(values, return_inverse=True)
+    of_group = weights @ np.eye(group.max() + 1)[group]
+    ranks = of_group.cumsum(-1) - (of_group - 1) / 2
+    return np.asarray(ranks[:, group])
+
+
+def _pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Correlation in each draw; not a number where one of the two does not vary."""
+    x, y = (v / (np.abs(v).max() or 1.0) for v in (x, y))
+    total = weights.sum(-1, keepdims=True)
+    x = x - (weights * x).sum(-1, keepdims=True) / total
+    y = y - (weights * y).sum(-1, keepdims=True) / total
+    spread = np.sqrt((weights * x**2).sum(-1) * (weights * y**2).sum(-1))
+    products = (weights * x * y).sum(-1)
+    return np.divide(products, spread, out=np.full_like(products, np.nan), where=spread > 1e-12)
 
 
 def _percent(gain: float, lost: float) -> str:
