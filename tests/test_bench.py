@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 
 import driftlens as dl
+from driftlens import generation
 from driftlens.assets import asset
 from driftlens.bench import UNEDITED, Arm, BenchResult, Setting, make_arms, run_bench, units
 from driftlens.bench.results import CASES, PLAN, UNITS
@@ -123,6 +125,55 @@ def test_avg_s_has_an_interval_over_cases(whole: BenchResult) -> None:
     assert same.low == same.high == same.value
     assert average([[a for a in groups[0] if a.metric != "RS"]]) is None
     assert average([]) is None
+
+
+def test_texts_are_told_beside_answers(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "_leads", lambda: ["The Louvre is in Paris."] * 9)
+    writing = [
+        replace(cases[0], generation=("The Louvre is",), references=("Paris is a city.",)),
+        replace(cases[1], generation=("Mount Fuji is",)),
+        cases[2],
+    ]
+    setting = Setting(("ES",), texts=("FL", "reference", "perplexity"), text_length=20)
+    found = bench(model, writing, tmp_path, setting=setting)
+    told = {arm: {c: r["texts"] for c, r in own.items()} for arm, own in found.records.items()}
+    assert [set(texts) for texts in told["ft"].values()] == [
+        {"FL", "reference", "perplexity"}, {"FL", "perplexity"}, {"perplexity"}
+    ]  # fmt: skip
+    edit = dl.edit(model, writing[0].request, "ft-m", config=QUICK, progress=False)
+    with edit.applied(model):
+        text = generation.generate(model, ["The Louvre is"], 20)
+    mine = told["ft"][cases[0].id]
+    assert mine["FL"] == pytest.approx(generation.fluency(text))
+    assert mine["reference"] == pytest.approx(
+        generation.reference_score(text, ["Paris is a city."])
+    )
+    assert told["unedited"][cases[2].id]["perplexity"] == generation.perplexity(model)
+    means = found.text_rates("ft")
+    assert means["FL"].value == pytest.approx(
+        np.mean([told["ft"][case.id]["FL"] for case in writing[:2]])
+    )
+    assert means["FL"].cases == 2
+    geometric = np.exp(np.mean([np.log(t["perplexity"]) for t in told["ft"].values()]))
+    assert means["perplexity"].value == pytest.approx(geometric)
+    assert means["perplexity"].low <= geometric <= means["perplexity"].high
+    assert "| FL | reference | perplexity | seconds |" in found.to_markdown()
+    assert {"FL", "perplexity"} <= set(found.table()["metric"])
+    # Without texts the unit is another one, and nothing is told.
+    plain = bench(model, writing, tmp_path, setting=Setting(("ES",)))
+    assert plain.text_rates("ft") == {}
+    generation._vectorizer.cache_clear()
+
+
+def test_parquet(whole: BenchResult, tmp_path: Path) -> None:
+    whole.to_parquet(tmp_path / "rows.parquet")
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "rows.parquet"), whole.to_dataframe(), check_dtype=False
+    )
+    with pytest.raises(DataError, match="cannot be written"):
+        whole.to_parquet(tmp_path / "no" / "folder" / "rows.parquet")
 
 
 def test_nothing_finished_is_done_again(
@@ -406,6 +457,10 @@ def test_bench_on_the_command_line(
         (["--cases", "0"], "--cases is 0"),
         (["--penalties", "x", "--methods", "ft-m"], "no penalty 'x'"),
         (["--methods", "x"], "no editor 'x'"),
+        (["--metrics", "ES,x"], "no metric 'x'"),
+        (["--texts", "x"], "no measure of texts 'x'"),
+        (["--executor", "x"], "no executor 'x'"),
+        (["--workers", "2"], "Add --executor ray"),
     ):
         monkeypatch.setattr(
             sys, "argv", ["driftlens", *options, "--out", str(tmp_path / "c"), *wrong]
