@@ -329,7 +329,8 @@ def test_tuning_is_recorded(model: dl.LensModel, tmp_path: Path, monkeypatch: An
         # gamma: ES, PS (of 50 prompts), NS = RS = DNS
         ({0.05: (100, 98, 20), 0.2: (100, 96, 40), 0.5: (100, 94, 60)}, 0.2),
         ({0.05: (99, 98, 50), 0.2: (98, 98, 60), 0.5: (100, 96, 40)}, 0.05),
-        ({0.05: (90, 98, 50), 0.2: (98, 98, 60), 0.5: (100, 90, 40)}, None),
+        ({0.05: (90, 98, 50), 0.2: (98, 98, 60), 0.5: (100, 90, 40)}, 0.2),  # none is cheap
+        ({0.05: (90, 98, 50), 0.2: (70, 98, 60), 0.5: (100, 90, 40)}, 0.05),
     ],
 )
 def test_gamma_is_the_best_that_costs_little(
@@ -356,7 +357,7 @@ def test_a_search_begins_with_what_its_relative_found(
     def trial(self: tuning.Search, config: Any, whole: bool) -> dict[str, Any]:
         found.append(config)
         wanted = getattr(config, "layer", None) == 1 or getattr(config, "cov_weight", 0) == 100.0
-        return {"rates": {"ES": 100.0 if wanted else 50.0, "PS": 100.0}}
+        return {"rates": {"ES": 100.0 if wanted else 50.0, "PS": 100.0, "NS": 100.0}}
 
     monkeypatch.setattr(tuning.Search, "trial", trial)
     best = tuning.Search(model, "emmet", [], tmp_path).best()

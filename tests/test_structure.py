@@ -55,7 +55,9 @@ ORDER = [
     "readers",
     "evaluation",
     "journal",
+    "generation",
     "bench.units",
+    "bench.ray_executor",
     "bench.results",
     "bench.run",
     "bench",
@@ -64,6 +66,11 @@ ORDER = [
     "experiments.survey",
     "experiments.tuning",
     "experiments.many",
+    "experiments.reproduce.finding",
+    "experiments.reproduce.editors",
+    "experiments.reproduce.inside",
+    "experiments.reproduce.page",
+    "experiments.reproduce",
     "cli",
 ]
 

@@ -56,6 +56,7 @@ def trial(**rates: float) -> dict[str, Any]:
 def test_what_trials_are_compared_by() -> None:
     in_order = [
         {"error": "no such case"},
+        trial(ES=50.0, NS=90.0, RS=90.0, DNS=90.0),
         trial(ES=98.9),
         trial(PS=45.0),  # 50 points short: as bad as losing everything else
         trial(PS=90.0),

@@ -6,7 +6,7 @@ Only cases of the tuning split are used. For each method a few stages follow one
 tries some changes of the best configuration of the stage before, which begins with what was
 found for a simpler relative (`PARENTS`). Trials without a restriction are judged by edit success
 and paraphrase success first (whether they reach 99 and 95, or at least the first), then by what
-is left of other knowledge, the mean of NS, RS and DNS, less the points that PS is short of 95.
+is left of other knowledge, the mean of NS, RS and DNS, less the points that both are short of.
 SADR's gamma is judged by the same, those first that cost no more than one point of ES and four of
 PS (or one prompt, where that is more). The last stage and gamma are decided on all cases, the
 others on half of them.
@@ -192,13 +192,13 @@ class Search:
 
 def value_of(trial: dict[str, Any]) -> tuple[bool, bool, float]:
     """What trials are compared by: both successes reached, edit success reached, what is left of
-    other knowledge less what paraphrases are short of."""
+    other knowledge less what both are short of."""
     found = trial.get("rates")
     if found is None:
         return False, False, -1.0
     reached = {metric: found[metric] >= wanted for metric, wanted in WANTED.items()}
     others = statistics.fmean(rate for metric, rate in found.items() if metric not in WANTED)
-    short = max(0.0, WANTED["PS"] - found["PS"])
+    short = sum(max(0.0, wanted - found[metric]) for metric, wanted in WANTED.items())
     return all(reached.values()), reached["ES"], others - short
 
 
