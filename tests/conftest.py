@@ -19,6 +19,17 @@ install_import_hook("driftlens", "typechecking.check")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+LONG = ("test_real_editors.py", "test_real_engines.py", "test_editors.py", "test_engines.py",
+        "test_ray.py", "test_bench.py", "test_reproduce.py")  # fmt: skip
+"""Files of long tests: they begin first, so that no process is left alone with one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, the others in their order."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
 THREADS = torch.get_num_threads()
 
 
