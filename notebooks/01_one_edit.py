@@ -128,7 +128,7 @@ sweep.plot()
 # layer did before. The number of optimisation steps is the same.
 
 # %%
-cured = dl.edit(model, request, method="rome", penalty=dl.SADR(gamma=0.05))
+cured = dl.edit(model, request, method="rome", penalty=dl.SADR(gamma=0.8))
 with cured.applied(model):
     print("the edit   ", dl.score_details(model, request.text, ["Rome"])["Rome"].prob)
     print("Notre-Dame ", dl.score_details(model, prompt, ["Paris"])["Paris"].prob)
