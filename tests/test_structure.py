@@ -66,6 +66,7 @@ ORDER = [
     "experiments.survey",
     "experiments.tuning",
     "experiments.many",
+    "experiments.known",
     "experiments.reproduce.finding",
     "experiments.reproduce.editors",
     "experiments.reproduce.inside",

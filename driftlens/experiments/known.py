@@ -1,0 +1,96 @@
+"""What a model knows of the shipped facts before any edit.
+
+    python -m driftlens.experiments.known --model smollm2-135m
+
+For each fact: the probability of the true answer to the prompt that is edited, whether greedy
+decoding gives it, and of how many of its other prompts greedy decoding gives the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+import driftlens as dl
+from driftlens.assets import asset
+from driftlens.cases import Case
+from driftlens.edits import write_atomically
+from driftlens.errors import DataError, DriftLensError
+from driftlens.readers import read_cases
+from driftlens.scoring import ask, score_questions
+
+KINDS = ("neighbours", "relations", "distractors")
+
+
+def known(model: dl.LensModel, case: Case) -> dict[str, Any]:
+    """What the model, as it is now, knows of a case.
+
+    Raises:
+        DataError: If the case does not say what is true now.
+    """
+    request = case.request
+    if request.target_true is None:
+        raise DataError(f"Case {case.id} has no target_true.", "Say what is true before the edit.")
+    asked = {"fact": [(request.text, request.target_true)]}
+    asked |= {kind: [tuple(query) for query in getattr(case, kind)] for kind in KINDS}
+    flat = [(kind, prompt, answer) for kind, pairs in asked.items() for prompt, answer in pairs]
+    scores = score_questions(model, [ask(model, prompt, answer) for _, prompt, answer in flat])
+    given: dict[str, list[bool]] = {kind: [] for kind in asked}
+    for (kind, _, _), found in zip(flat, scores, strict=True):
+        given[kind].append(found.rank == 0)
+    return {
+        "id": case.id,
+        "category": case.category,
+        "prob": scores[0].prob,
+        "known": given["fact"][0],
+        **{kind: {"known": sum(given[kind]), "asked": len(given[kind])} for kind in KINDS},
+    }
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many facts and other prompts are known."""
+    return {
+        "facts": {"known": sum(row["known"] for row in rows), "asked": len(rows)},
+        **{
+            kind: {part: sum(row[kind][part] for row in rows) for part in ("known", "asked")}
+            for kind in KINDS
+        },
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--out", type=Path, default=Path("assets/results"))
+    options = parser.parse_args()
+    try:
+        model = dl.load_model(options.model)
+        rows = [known(model, case) for case in tqdm(read_cases(asset("facts.jsonl")), unit="fact")]
+        result = {
+            "model": model.info.to_dict(),
+            "fingerprint": model.fingerprint(),
+            "command": f"python -m driftlens.experiments.known --model {options.model}",
+            "summary": summarise(rows),
+            "facts": rows,
+        }
+        target = options.out / f"known-{options.model}.json"
+        try:
+            write_atomically(target, (json.dumps(result, indent=1) + "\n").encode())
+        except OSError as error:
+            raise DataError(f"{target} cannot be written to: {error.strerror or error}.") from error
+    except DriftLensError as error:
+        sys.exit(f"Error: {error}")
+    for kind, counts in result["summary"].items():
+        sys.stdout.write(f"{kind}: {counts['known']} of {counts['asked']}\n")
+    sys.stdout.write(f"wrote {target}\n")
+
+
+if __name__ == "__main__":
+    main()

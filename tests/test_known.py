@@ -1,0 +1,74 @@
+"""What a model knows before an edit is what its greedy decoding gives."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import driftlens as dl
+from driftlens.assets import asset
+from driftlens.cases import Case, Cloze
+from driftlens.errors import DataError
+from driftlens.experiments import known
+from driftlens.readers import read_cases
+
+
+@pytest.fixture(scope="module")
+def model() -> dl.LensModel:
+    return dl.load_model(tiny.hf_model("gpt2", 1), tiny.tokenizer(), name="tiny")
+
+
+def decoded(model: dl.LensModel, prompt: str, count: int) -> str:
+    ids = model.tokens.encode(prompt).ids
+    start = len(ids)
+    for _ in range(count):
+        ids = [*ids, int(model.run(torch.tensor([ids]))[0, -1].argmax())]
+    return model.tokens.decode(ids[start:])
+
+
+def test_known_is_what_greedy_decoding_gives(model: dl.LensModel) -> None:
+    prompts = ["The Louvre is in", "Mount Fuji is", "Paris"]
+    answers = [decoded(model, prompt, 1).strip() for prompt in prompts]
+    usable = [(p, a) for p, a in zip(prompts, answers, strict=True) if a]
+    assert usable
+    prompt, answer = usable[0]
+    case = Case(
+        "one",
+        dl.EditRequest("{} is", "The Louvre", "Rome", "Oslo"),
+        neighbours=(Cloze(prompt, answer), Cloze(prompt, f"{answer} {answer}x")),
+        relations=(Cloze(prompt, answer),),
+    )
+    found = known.known(model, case)
+    expected = model.tokens.target_ids(answer)
+    is_given = decoded(model, prompt, len(expected)) == model.tokens.decode(expected)
+    assert found["relations"] == {"known": int(is_given), "asked": 1}
+    assert found["neighbours"]["asked"] == 2
+    assert found["neighbours"]["known"] <= 1
+    assert found["distractors"] == {"known": 0, "asked": 0}
+    assert found["prob"] == pytest.approx(
+        dl.score_details(model, "The Louvre is", ["Oslo"])["Oslo"].prob
+    )
+    with pytest.raises(DataError, match="no target_true"):
+        known.known(model, Case("two", dl.EditRequest("{} is", "The Louvre", "Rome")))
+
+
+def test_command(model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                 capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.setattr(dl, "load_model", lambda name: model)
+    shipped = list(read_cases(asset("facts.jsonl"))[:3])
+    monkeypatch.setattr(known, "read_cases", lambda path: shipped)
+    monkeypatch.setattr(sys, "argv", ["known", "--model", "tiny", "--out", str(tmp_path)])
+    known.main()
+    result = json.loads((tmp_path / "known-tiny.json").read_text())
+    assert [row["id"] for row in result["facts"]] == [case.id for case in shipped]
+    assert result["summary"]["facts"]["asked"] == 3
+    assert result["summary"]["relations"]["asked"] == sum(len(c.relations) for c in shipped)
+    assert "facts: " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["known", "--out", str(tmp_path / "no" / "folder")])
+    with pytest.raises(SystemExit, match="cannot be written"):
+        known.main()
