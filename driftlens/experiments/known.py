@@ -73,11 +73,12 @@ def main() -> None:
     try:
         model = dl.load_model(options.model)
         rows = [known(model, case) for case in tqdm(read_cases(asset("facts.jsonl")), unit="fact")]
+        summary = summarise(rows)
         result = {
             "model": model.info.to_dict(),
             "fingerprint": model.fingerprint(),
             "command": f"python -m driftlens.experiments.known --model {options.model}",
-            "summary": summarise(rows),
+            "summary": summary,
             "facts": rows,
         }
         target = options.out / f"known-{options.model}.json"
@@ -87,7 +88,7 @@ def main() -> None:
             raise DataError(f"{target} cannot be written to: {error.strerror or error}.") from error
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
-    for kind, counts in result["summary"].items():
+    for kind, counts in summary.items():
         sys.stdout.write(f"{kind}: {counts['known']} of {counts['asked']}\n")
     sys.stdout.write(f"wrote {target}\n")
 
