@@ -1,0 +1,41 @@
+"""Every experiment, quickly, on a real model, as the README has it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from driftlens import cli
+from driftlens.experiments.reproduce import EXPERIMENTS
+
+pytestmark = pytest.mark.real
+
+
+def test_all_experiments_run_quickly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["reproduce", "all", "--quick", "--quiet", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["driftlens", *options])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code in (0, None)
+    shown = capsys.readouterr().out
+    for name in EXPERIMENTS:
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert len(record["cases"]) == 4
+        assert record["text"] in shown
+    table = {
+        (row["arm"], row["metric"]): row["value"]
+        for row in json.loads((tmp_path / "table3.json").read_text())["rows"]
+    }
+    assert table["rome", "ES"] == table["rome + sadr", "ES"] == 100
+    assert table["rome", "DNS"] < table["unedited", "DNS"]
+    # What restores everything that the last token reads brings everything back.
+    rows = json.loads((tmp_path / "fig5.json").read_text())["rows"]
+    for row in rows:
+        if (row["patched"], row["layers"]) == ("both", "all"):
+            assert math.isclose(row["change of P(answer)"], row["lost P(answer)"], abs_tol=0.02)
