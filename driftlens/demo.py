@@ -8,13 +8,11 @@ over all facts that were looked at stand beside it
 
 from __future__ import annotations
 
-import platform
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from driftlens import __version__
 from driftlens.assets import survey_result
@@ -26,6 +24,7 @@ from driftlens.edits import Edit
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
 from driftlens.patching import AttentionSweep, PatchExperiment, PatchResult, Readout
+from driftlens.records import versions
 from driftlens.scoring import score_details
 from driftlens.viewer import PageData, State, Sweep, Table, page
 
@@ -204,11 +203,7 @@ def demo_json(demo: Demo) -> dict[str, Any]:
         "config": {k: v for k, v in demo.edit.config.items() if k != "contexts"},
         "averages": survey_result(demo.model.info.name),
         "seconds": demo.seconds,
-        "versions": {
-            "driftlens": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from driftlens.cases import Case
 from driftlens.editing import defaults, methods
 from driftlens.errors import RequestError
 from driftlens.experiments.reproduce import EXPERIMENTS, Finding, Study, inside, reproduce
+from driftlens.experiments.reproduce import finding as finding_module
 from driftlens.readers import read_cases
 
 
@@ -164,7 +165,7 @@ def test_quick_runs_of_all_experiments(model: dl.LensModel, cases: list[Case], t
         assert finding.figure.data
     assert "A quick run" in shown
     # Nothing is computed again.
-    monkeypatch.setattr(inside, "edit", None)
+    monkeypatch.setattr(finding_module, "edit", None)
     monkeypatch.setattr("driftlens.bench.units.edit_each", None)
     again = reproduce(study, ["fig3", "table3", "fig3"])
     assert [finding.name for finding in again] == ["fig3", "table3"]
@@ -211,14 +212,14 @@ def test_bad_requests(study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_case_that_fails_is_kept_with_its_reason(
     study: Study, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = inside.edit
+    made = finding_module.edit
 
     def failing(model: Any, request: Any, *args: Any, **options: Any) -> Any:
         if request == cases[0].request:
             raise dl.EditError("enough")
         return made(model, request, *args, **options)
 
-    monkeypatch.setattr(inside, "edit", failing)
+    monkeypatch.setattr(finding_module, "edit", failing)
     short = Study(study.model, cases[:2], tmp_path, quick=True, progress=False)
     finding = EXPERIMENTS["fig4"](short)
     lines = (tmp_path / "fig4.prompts.jsonl").read_text().splitlines()

@@ -25,6 +25,7 @@ ORDER = [
     "scoring",
     "figures",
     "edits",
+    "records",
     "editing.configs",
     "editing.defaults",
     "editing.contexts",

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class RayExecutor:
         try:
             while waiting or running:
                 while idle and waiting:
-                    begin(running, idle.pop(), waiting.popleft())
+                    _begin(running, idle.pop(), waiting.popleft())
                 stream = ray.wait(list(running), num_returns=1)[0][0]
                 at_work = running[stream]
                 try:
@@ -123,7 +124,7 @@ class RayExecutor:
                     at_work.part.jobs.popleft()
                     at_work.part.attempts = 0
                     if at_work.part.jobs:
-                        begin(running, at_work.worker, at_work.part)
+                        _begin(running, at_work.worker, at_work.part)
                     else:
                         idle.append(at_work.worker)
                 except ray.exceptions.RayTaskError as error:
@@ -171,7 +172,7 @@ class RayExecutor:
             waiting.appendleft(part)
 
 
-def begin(running: dict[Any, _Running], worker: Any, part: _Part) -> None:
+def _begin(running: dict[Any, _Running], worker: Any, part: _Part) -> None:
     """Let a worker do the first job of a part."""
     stream = worker.run.options(num_returns="streaming").remote(part.jobs[0])
     running[stream] = _Running(worker, part, part.jobs[0])
@@ -190,11 +191,11 @@ class _Worker:
     def run(self, job: Job) -> Iterator[tuple[str, Record]]:
         """Id and record of each missing case, each handed over at once."""
         if self._runner is None:  # what goes wrong at loading is told like anything else
-            self._runner = self._begin()
+            self._runner = self._prepare()
         for case, record in self._runner.run(job):
             yield case.id, record
 
-    def _begin(self) -> JobRunner:
+    def _prepare(self) -> JobRunner:
         model = self._load()
         if model.fingerprint() != self._fingerprint:
             raise ModelError(
@@ -206,14 +207,8 @@ class _Worker:
 
 def _parts(jobs: Iterable[Job]) -> Iterator[_Part]:
     """Jobs that follow one another and have the same cases."""
-    part: deque[Job] = deque()
-    for job in jobs:
-        if part and part[0].cases != job.cases:
-            yield _Part(part)
-            part = deque()
-        part.append(job)
-    if part:
-        yield _Part(part)
+    for _, own in groupby(jobs, key=lambda job: job.cases):
+        yield _Part(deque(own))
 
 
 def _case(job: Job, name: str) -> Case:

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from driftlens.cases import METRICS, TEXT_METRICS, Case, Metric, TextMetric
-from driftlens.edits import write_atomically
 from driftlens.errors import DataError, RequestError
 from driftlens.evaluation import (
     Answer,
@@ -28,6 +27,7 @@ from driftlens.evaluation import (
 )
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
+from driftlens.records import write_result
 
 PLAN, CASES, UNITS = "bench.json", "cases.jsonl", "units.jsonl"
 
@@ -186,15 +186,9 @@ class BenchResult:
         Raises:
             DataError: If it cannot be written.
         """
-        target, buffer = Path(path), io.BytesIO()
+        buffer = io.BytesIO()
         self.to_dataframe().to_parquet(buffer, index=False)
-        try:
-            write_atomically(target, buffer.getvalue())
-        except OSError as error:
-            raise DataError(
-                f"{target} cannot be written to: {error.strerror or error}.",
-                "Free some space or choose another place.",
-            ) from error
+        write_result(Path(path), buffer.getvalue())
 
     def summary(self) -> dict[str, Any]:
         """Everything but single answers, JSON-ready: how it was made, and the table."""

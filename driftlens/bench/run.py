@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,14 +14,13 @@ import transformers
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-import driftlens
 from driftlens.bench.results import CASES, PLAN, UNITS, BenchResult
 from driftlens.bench.units import Arm, Executor, Job, LocalExecutor, Setting, identity
 from driftlens.cases import Case
-from driftlens.edits import write_atomically
 from driftlens.errors import DataError, ModelError, RequestError
 from driftlens.journal import Journal
 from driftlens.models import LensModel
+from driftlens.records import versions, write_result
 
 
 def run_bench(
@@ -139,10 +137,8 @@ def _write_plan(
         "setting": asdict(setting),
         "command": command,
         "versions": {
-            "driftlens": driftlens.__version__,
-            "torch": torch.__version__,
+            **versions(),
             "transformers": transformers.__version__,
-            "python": platform.python_version(),
             "threads": torch.get_num_threads(),
         },
         "units": [
@@ -150,11 +146,5 @@ def _write_plan(
         ],
     }
     lines = [json.dumps(case.to_record(), ensure_ascii=False) for case in cases]
-    try:
-        write_atomically(folder / CASES, ("\n".join(lines) + "\n").encode())
-        write_atomically(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be written to: {error.strerror or error}.",
-            "Free some space or choose another folder.",
-        ) from error
+    write_result(folder / CASES, "\n".join(lines) + "\n")
+    write_result(folder / PLAN, json.dumps(plan, indent=1) + "\n")

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 import driftlens as dl
 from driftlens.assets import asset
 from driftlens.cases import Case
-from driftlens.edits import write_atomically
 from driftlens.errors import DataError, DriftLensError
 from driftlens.readers import read_cases
+from driftlens.records import write_result
 from driftlens.scoring import ask, score_questions
 
 KINDS = ("neighbours", "relations", "distractors")
@@ -82,10 +82,7 @@ def main() -> None:
             "facts": rows,
         }
         target = options.out / f"known-{options.model}.json"
-        try:
-            write_atomically(target, (json.dumps(result, indent=1) + "\n").encode())
-        except OSError as error:
-            raise DataError(f"{target} cannot be written to: {error.strerror or error}.") from error
+        write_result(target, json.dumps(result, indent=1) + "\n")
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
     for kind, counts in summary.items():

@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 import driftlens as dl
 from driftlens.cases import METRICS, Case, balanced, tuning_split
 from driftlens.editing.methods import METHODS, resolve_config
-from driftlens.edits import write_atomically
 from driftlens.errors import DriftLensError
 from driftlens.evaluation import answers, rate_cells, rates
 from driftlens.experiments.options import arguments
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
+from driftlens.records import write_result
 
 CHECKPOINTS = (1, 10, 25, 50, 100, 200, 500, 1000)
 
@@ -104,7 +104,7 @@ def run(model_name: str, cases: Sequence[Case], methods: Sequence[str], out: Pat
         "rows": rows,
     }
     target = out / f"many-{model_name}.json"
-    write_atomically(target, (json.dumps(result, indent=1) + "\n").encode())
+    write_result(target, json.dumps(result, indent=1) + "\n")
     return target
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 import driftlens as dl
@@ -34,11 +32,11 @@ from driftlens.assets import asset
 from driftlens.cases import Case
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import resolve_config
-from driftlens.edits import write_atomically
 from driftlens.errors import DriftLensError
 from driftlens.evaluation import bootstrap_interval
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
+from driftlens.records import versions, write_result
 from driftlens.scoring import score_details
 
 RESTORATIONS: dict[str, dict[str, Any]] = {
@@ -213,15 +211,11 @@ def run(model_name: str, cases: Sequence[Case], out: Path, gamma: float | None) 
         "command": f"python -m driftlens.experiments.survey --model {model_name} "
         f"--facts {len(cases)} --gamma {gamma}",
         "seconds_of_last_run": round(time.monotonic() - started),
-        "versions": {
-            "driftlens": dl.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         **summarise([journal[unit] for unit in units]),
     }
     target = out / f"survey-{model_name}.json"
-    write_atomically(target, json.dumps(result, indent=1).encode())
+    write_result(target, json.dumps(result, indent=1))
 
 
 def main() -> None:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 from driftlens.errors import RequestError
 from driftlens.experiments.reproduce.editors import fig6, fig7, rivals, rules, table1, table3
-from driftlens.experiments.reproduce.finding import Finding, Study, write
+from driftlens.experiments.reproduce.finding import Finding, Study
 from driftlens.experiments.reproduce.inside import fig3, fig4, fig5
 from driftlens.experiments.reproduce.page import page
+from driftlens.records import write_result
 
 EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
     "table1": table1,
@@ -63,5 +64,5 @@ def reproduce(study: Study, names: Sequence[str] = ("all",)) -> list[Finding]:
         finding = EXPERIMENTS[name](study)
         finding.save(study, time.monotonic() - started)
         findings.append(finding)
-        write(study.out / "index.html", page(study, findings))
+        write_result(study.out / "index.html", page(study, findings))
     return findings

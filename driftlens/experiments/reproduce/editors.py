@@ -135,7 +135,7 @@ def rules(study: Study) -> Finding:
     if study.quick:
         options = dict(list(options.items())[:2])
     arms = {name: (SADR(gamma=gamma, **chosen),) for name, chosen in options.items()}
-    return _comparison(study, "rules", "How heads are selected and held", arms, "")
+    return _comparison(study, "rules", "How heads are selected and held", arms)
 
 
 def rivals(study: Study) -> Finding:
@@ -148,7 +148,7 @@ def rivals(study: Study) -> Finding:
         arms[f"hidden state {weight:g}"] = (HiddenDrift(weight=weight),)
     for weight in () if study.quick else (0.25, 1.0):
         arms[f"essence KL {weight:g}"] = (EssenceKL(weight=weight),)
-    return _comparison(study, "rivals", "What else could be restricted", arms, "")
+    return _comparison(study, "rivals", "What else could be restricted", arms)
 
 
 # --- parts ---
@@ -161,7 +161,7 @@ def _rome_arms(study: Study, penalties: Mapping[str, tuple[Any, ...]]) -> list[A
 
 
 def _comparison(
-    study: Study, name: str, title: str, penalties: Mapping[str, tuple[Any, ...]], paper: str
+    study: Study, name: str, title: str, penalties: Mapping[str, tuple[Any, ...]]
 ) -> Finding:
     """ROME under several restrictions, told by their paired gains and their cost in time."""
     result = study.bench(_rome_arms(study, penalties))
@@ -172,7 +172,7 @@ def _comparison(
         "long."
         for arm in penalties
     ]
-    paper = paper or "The paper does not report this; its reviewers ask for it."
+    paper = "The paper does not report this; its reviewers ask for it."
     return Finding(name, title, rows, _trade_off(rows, title), " ".join(words), paper)
 
 

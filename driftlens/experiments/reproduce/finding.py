@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 
-import driftlens
 from driftlens.bench import Arm, BenchResult, Setting, make_arms, run_bench
 from driftlens.cases import METRICS, Case, Metric
-from driftlens.edits import write_atomically
-from driftlens.errors import DataError
+from driftlens.editing.methods import edit
+from driftlens.edits import Edit
+from driftlens.facts import EditRequest
 from driftlens.models import LensModel
+from driftlens.records import versions, write_result
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,19 @@ class Study:
     seed: int = 0
     progress: bool = True
     command: str = ""
+    _edits: dict[EditRequest, Edit] = field(default_factory=dict, repr=False, compare=False)
+
+    def rome(self, case: Case) -> Edit:
+        """ROME's edit of a case, with the model's defaults; made once for all experiments.
+
+        Raises:
+            DriftLensError: If it cannot be made.
+        """
+        if case.request not in self._edits:
+            self._edits[case.request] = edit(
+                self.model, case.request, "rome", seed=self.seed, progress=False
+            )
+        return self._edits[case.request]
 
     def bench(self, arms: Sequence[Arm], metrics: Sequence[Metric] = METRICS) -> BenchResult:
         """Results of some arms. All experiments write to one folder, so that conditions which
@@ -91,11 +103,7 @@ class Finding:
             "seed": study.seed,
             "command": study.command,
             "seconds_of_last_run": round(seconds),
-            "versions": {
-                "driftlens": driftlens.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "rows": json.loads(self.rows.to_json(orient="records")),
         }
 
@@ -107,20 +115,5 @@ class Finding:
         """
         target = study.out / f"{self.name}.json"
         text = json.dumps(self.to_dict(study, seconds), indent=1, ensure_ascii=False) + "\n"
-        write(target, text)
+        write_result(target, text)
         return target
-
-
-def write(target: Path, text: str) -> None:
-    """Write a file as a whole.
-
-    Raises:
-        DataError: If that fails.
-    """
-    try:
-        write_atomically(target, text.encode())
-    except OSError as error:
-        raise DataError(
-            f"{target} cannot be written to: {error.strerror or error}.",
-            "Free some space or choose another folder.",
-        ) from error

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from driftlens import figures
 from driftlens.attention import head_name
-from driftlens.cases import Case, Probe
+from driftlens.cases import Case, Metric, Probe
 from driftlens.drift import measure_drift
-from driftlens.editing.methods import edit, resolve_config
+from driftlens.editing.methods import resolve_config
 from driftlens.edits import Edit
 from driftlens.errors import DriftLensError, RequestError
 from driftlens.evaluation import bootstrap_interval
@@ -28,7 +28,7 @@ from driftlens.journal import Journal
 from driftlens.models import LensModel
 from driftlens.patching import Component, Exchange, PatchExperiment, Readout
 
-KINDS = {"RS": "relation", "DNS": "distract neighbourhood"}
+KINDS: dict[Metric, str] = {"RS": "relation", "DNS": "distract neighbourhood"}
 COMPONENTS: tuple[Component, ...] = ("attn_out", "mlp_out", "resid")
 EXCHANGES: tuple[Exchange, ...] = ("pattern", "values", "both")
 DRIFTS = {
@@ -175,20 +175,18 @@ def _measured(study: Study, name: str, measure: Measure) -> list[dict[str, Any]]
     Raises:
         RequestError: If no case has a prompt of these kinds.
     """
-    model = study.model
-    config = resolve_config(model, "rome")
     journal = Journal(study.out / f"{name}.prompts.jsonl")
-    for case in tqdm(study.cases, desc=name, unit="case", disable=not study.progress):
-        unit = _unit(study, case, asdict(config))
+    units = _units(study)
+    bar = tqdm(study.cases, desc=name, unit="case", disable=not study.progress)
+    for unit, case in zip(units, bar, strict=True):
         if unit not in journal:
             try:
-                found = list(_of_case(model, case, config, study.seed, measure))
+                found = list(_of_case(study, case, measure))
             except DriftLensError as error:
                 journal.add(unit, error=f"{type(error).__name__}: {error}")
                 continue
             journal.add(unit, prompts=found)
-    records = [journal[_unit(study, case, asdict(config))] for case in study.cases]
-    prompts = [prompt for record in records for prompt in record.get("prompts", ())]
+    prompts = [prompt for unit in units for prompt in journal[unit].get("prompts", ())]
     if not prompts:
         raise RequestError(
             f"None of the {len(study.cases)} cases has a relation, or a neighbour.",
@@ -197,39 +195,26 @@ def _measured(study: Study, name: str, measure: Measure) -> list[dict[str, Any]]
     return prompts
 
 
-def _unit(study: Study, case: Case, config: dict[str, Any]) -> dict[str, Any]:
-    return {
+def _units(study: Study) -> list[dict[str, Any]]:
+    """What determines the record of each case."""
+    common = {
         "model": study.model.fingerprint(),
         "dtype": study.model.info.dtype,
         "device": study.model.device.type,
-        "case": case.to_record(),
-        "config": config,
+        "config": asdict(resolve_config(study.model, "rome")),
         "seed": study.seed,
         "quick": study.quick,
         "per_kind": PER_KIND,
     }
+    return [{**common, "case": case.to_record()} for case in study.cases]
 
 
-def _of_case(
-    model: LensModel, case: Case, config: Any, seed: int, measure: Measure
-) -> Iterator[dict[str, Any]]:
-    chosen = [
-        probe
-        for kind in KINDS
-        for probe in [p for p in case.probes((kind,)) if case.request.subject in p.prompt][  # type: ignore[arg-type]
-            :PER_KIND
-        ]
-    ]
-    if not chosen:
-        return
-    made = edit(model, case.request, "rome", config=config, seed=seed, progress=False)
-    for probe in chosen:
-        yield {
-            "case": case.id,
-            "kind": KINDS[probe.metric],
-            "prompt": probe.prompt,
-            **measure(model, made, probe),
-        }
+def _of_case(study: Study, case: Case, measure: Measure) -> Iterator[dict[str, Any]]:
+    for metric, kind in KINDS.items():
+        about = [p for p in case.probes((metric,)) if case.request.subject in p.prompt]
+        for probe in about[:PER_KIND]:
+            measured = measure(study.model, study.rome(case), probe)
+            yield {"case": case.id, "kind": kind, "prompt": probe.prompt, **measured}
 
 
 def _baselines(experiment: PatchExperiment, made: Edit) -> dict[str, Pair]:

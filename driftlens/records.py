@@ -1,0 +1,36 @@
+"""What all files of results have in common: versions, and that they are written as a whole."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from driftlens import __version__
+from driftlens.edits import write_atomically
+from driftlens.errors import DataError
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    return {
+        "driftlens": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_result(path: Path, data: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Raises:
+        DataError: If it cannot be written.
+    """
+    try:
+        write_atomically(path, data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written to: {error.strerror or error}.",
+            "Free some space or choose another place.",
+        ) from error
