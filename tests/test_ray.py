@@ -132,6 +132,34 @@ def test_what_ends_a_local_run_ends_this_one(
         bench(model, cases, tmp_path / "out", executor)
 
 
+def test_workers_without_room_are_refused(model: dl.LensModel) -> None:
+    def room(nodes: list[dict[str, float]], **options: Any) -> tuple[int, float]:
+        count, taken = RayExecutor(lambda: model, "", **options)._room(nodes)
+        assert taken["num_cpus"] == options["threads"]
+        return count, taken["num_gpus"]
+
+    cpus: list[dict[str, float]] = [{"CPU": 5.0}, {"CPU": 3.0}]
+    assert room(cpus, threads=2) == (3, 0.0)
+    assert room(cpus, threads=2, workers=2) == (2, 0.0)
+    with pytest.raises(RequestError, match="room for 3 workers of 2 threads, not for 4"):
+        room(cpus, threads=2, workers=4)
+    with pytest.raises(RequestError, match="No node has 6 CPUs"):
+        room(cpus, threads=6)
+    gpus: list[dict[str, float]] = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}]
+    assert room(gpus, threads=1) == (2, 1.0)
+    # Three workers on two GPUs: halves, since thirds of both would not fit twice on one.
+    assert room(gpus, threads=1, workers=3) == (3, 0.5)
+    assert room(gpus, threads=8, workers=1) == (1, 1.0)
+
+
+def test_a_run_without_room_ends_at_once(
+    cluster: Any, model: dl.LensModel, cases: Any, tmp_path: Path
+) -> None:
+    executor = RayExecutor(lambda: model, model.fingerprint(), threads=1, workers=4)
+    with pytest.raises(RequestError, match="room for 3 workers"):
+        bench(model, cases, tmp_path / "out", executor)
+
+
 def test_bad_numbers(model: dl.LensModel) -> None:
     for options, text in (
         ({"workers": 0}, "workers is 0"),

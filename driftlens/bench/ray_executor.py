@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -90,6 +91,7 @@ class RayExecutor:
         """A record for each missing case of each job, as they come.
 
         Raises:
+            RequestError: If there is no room for the workers.
             ModelError: If a worker cannot load the model, or has another one.
             DriftLensError: What ends a local run, too.
         """
@@ -97,10 +99,13 @@ class RayExecutor:
         is_ours = not ray.is_initialized()
         if is_ours:
             self._connect()
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        count = self._wanted or gpus or max(cpus // self.threads, 1)
-        resources = {"num_cpus": self.threads, "num_gpus": min(1.0, gpus / count) if gpus else 0}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        try:
+            count, resources = self._room(nodes)
+        except RequestError:
+            if is_ours:
+                ray.shutdown()
+            raise
         worker_class = ray.remote(_Worker)
 
         def hire() -> Any:
@@ -141,6 +146,25 @@ class RayExecutor:
                 ray.kill(worker)
             if is_ours:
                 ray.shutdown()
+
+    def _room(self, nodes: Sequence[Mapping[str, float]]) -> tuple[int, dict[str, float]]:
+        """How many workers, and what each takes of its node; Ray lets those wait forever for
+        which there is no room."""
+        room = sum(int(node.get("CPU", 0)) // self.threads for node in nodes)
+        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+        if not room:
+            raise RequestError(
+                f"No node has {self.threads} CPUs for a worker.", "Give fewer threads."
+            )
+        if (self._wanted or 0) > room:
+            raise RequestError(
+                f"There is room for {room} workers of {self.threads} threads, not for "
+                f"{self._wanted}.",
+                "Give fewer workers or threads.",
+            )
+        count = self._wanted or min(gpus or room, room)
+        share = 1 / math.ceil(count / gpus) if gpus else 0.0
+        return count, {"num_cpus": self.threads, "num_gpus": share}
 
     def _connect(self) -> None:
         try:
