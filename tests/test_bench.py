@@ -161,6 +161,16 @@ def test_texts_are_told_beside_answers(
     assert means["perplexity"].low <= geometric <= means["perplexity"].high
     assert "| FL | reference | perplexity | seconds |" in found.to_markdown()
     assert {"FL", "perplexity"} <= set(found.table()["metric"])
+    # What determines the texts determines the unit.
+    others = [
+        setting,
+        replace(setting, texts=("FL",)),
+        replace(setting, text_length=21),
+        replace(setting, seed=1),
+        Setting(("ES",)),
+    ]
+    units = [identity("f", model, writing[0], ARMS[0], other) for other in others]
+    assert all(unit not in units[:i] for i, unit in enumerate(units))
     # Without texts the unit is another one, and nothing is told.
     plain = bench(model, writing, tmp_path, setting=Setting(("ES",)))
     assert plain.text_rates("ft") == {}
