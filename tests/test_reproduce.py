@@ -209,6 +209,22 @@ def test_bad_requests(study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: P
             cli.main()
 
 
+def test_experiments_share_edits(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    edit = finding_module.edit
+
+    def counting(model: Any, request: Any, *args: Any, **options: Any) -> Any:
+        made.append(request)
+        return edit(model, request, *args, **options)
+
+    monkeypatch.setattr(finding_module, "edit", counting)
+    fresh = Study(study.model, study.cases[:2], tmp_path, quick=True, progress=False)
+    reproduce(fresh, ["fig3", "fig4", "fig5"])
+    assert made == [case.request for case in fresh.cases]
+
+
 def test_a_case_that_fails_is_kept_with_its_reason(
     study: Study, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
