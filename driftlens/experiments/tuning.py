@@ -6,7 +6,9 @@ Only cases of the tuning split are used. For each method a few stages follow one
 tries some changes of the best configuration of the stage before, which begins with what was
 found for a simpler relative (`PARENTS`). Trials without a restriction are judged by edit success
 and paraphrase success first (whether they reach 99 and 95, or at least the first), then by what
-is left of other knowledge, the mean of NS, RS and DNS, less the points that both are short of.
+is left of other knowledge, the mean of NS, RS and DNS, less the points that both are short of. With
+``--like MODEL`` steps and strengths begin with that model's, and what only chooses the search
+for a value is not tried again.
 SADR's gamma is judged by the same, those first that cost no more than one point of ES and four of
 PS (or one prompt, where that is more). The last stage and gamma are decided on all cases, the
 others on half of them.
@@ -17,7 +19,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ import driftlens as dl
 from driftlens.bench import Arm, Job, Setting, run_job
 from driftlens.cases import METRICS, Case, balanced, tuning_split
 from driftlens.editing.configs import ValueSearch
-from driftlens.editing.defaults import by_depth
+from driftlens.editing.defaults import KNOWN, Values, by_depth
 from driftlens.editing.methods import METHODS
 from driftlens.editing.outcome import ValueStore
 from driftlens.errors import DriftLensError
@@ -37,6 +39,8 @@ from driftlens.experiments.options import arguments
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 
+TUNED = {"smollm2-135m": ("llama", 30), "gemma-3-270m": ("gemma3_text", 18)}
+"""Models whose values were found like this, and where they stand."""
 GAMMAS = (0.05, 0.2, 0.8)
 WANTED = {"ES": 99.0, "PS": 95.0}
 PARENTS = {
@@ -55,8 +59,14 @@ FIRST: Change = {
 }  # fmt: skip
 
 
-def stages(method: str, n_layers: int) -> list[list[Change]]:
-    """What is tried, beside what is already the best; layers by depth."""
+def stages(method: str, n_layers: int, is_search_known: bool = False) -> list[list[Change]]:
+    """What is tried, beside what is already the best; layers by depth.
+
+    Args:
+        method: The editor.
+        n_layers: Of the model.
+        is_search_known: Whether the stage that chooses the search for a value is left out.
+    """
 
     def depth(*shares: float) -> list[int]:
         return sorted({round(share * (n_layers - 1)) for share in shares})
@@ -68,12 +78,13 @@ def stages(method: str, n_layers: int) -> list[list[Change]]:
         {"steps": 20}, {"steps": 20, "early_stop_loss": 0.2}, {"steps": 20, "early_stop_loss": 0.5},
         {"lr": 0.5, "steps": 20},
     ]  # fmt: skip
+    last = [] if is_search_known else [search]
     if method == "rome":
-        return [each("layer", depth(0.1, 0.2, 0.3, 0.4, 0.5)), search]
+        return [each("layer", depth(0.1, 0.2, 0.3, 0.4, 0.5)), *last]
     if method == "memit":
         layers = [tuple(range(max(0, y - 2), y + 1)) for y in depth(0.1, 0.2, 0.3, 0.4)]
         weights = each("cov_weight", [3000.0, 500.0, 100.0])
-        return [each("layers", layers), weights, each("layers", layers), search]
+        return [each("layers", layers), weights, each("layers", layers), *last]
     if method == "pmet":
         return [[*search[1:3], {"lr": 0.2, "steps": 30}, {"cov_weight": 500.0}]]
     if method == "emmet":
@@ -104,6 +115,7 @@ class Search:
         cases: Of the tuning split; half of them decide in all stages but the last.
         out: Folder of the journals.
         store: Values that were found for another method.
+        like: The hyperparameters of each method to begin with; their layers are left aside.
     """
 
     def __init__(
@@ -113,9 +125,11 @@ class Search:
         cases: Sequence[Case],
         out: Path,
         store: ValueStore | None = None,
+        like: Mapping[str, Values] | None = None,
     ) -> None:
         self.model, self.method, self.cases, self.out = model, method, cases, out
         self.store = ValueStore() if store is None else store
+        self.like = like or {}
         self.journal = Journal(out / f"tuning-{model.info.name}-{method}.jsonl")
 
     def trial(self, config: Any, gamma: float | None = None, whole: bool = False) -> dict[str, Any]:
@@ -143,7 +157,7 @@ class Search:
     def best(self) -> Any:
         """The best configuration of all stages."""
         best = self._first()
-        found = stages(self.method, self.model.info.n_layers)
+        found = stages(self.method, self.model.info.n_layers, bool(self.like))
         for stage in found:
             last = stage is found[-1]
             configs = [best, *(replace(best, **change) for change in stage)]
@@ -173,20 +187,22 @@ class Search:
         return max(GAMMAS, key=worth)
 
     def _of(self, method: str) -> Search:
-        return Search(self.model, method, self.cases, self.out, self.store)
+        return Search(self.model, method, self.cases, self.out, self.store, self.like)
 
     def _first(self) -> Any:
-        """Values of the class, layers by depth, and what was found for a relative."""
+        """Values of the class, layers by depth, and what was found for a relative or elsewhere."""
         kind = METHODS[self.method].config
         names = {item.name for item in fields(kind)}
         start = by_depth(self.model.info.n_layers, self.method)
-        if issubclass(kind, ValueSearch):
+        if issubclass(kind, ValueSearch) and not self.like:
             start = {**FIRST, **start}
         if self.method in PARENTS:
             parent = self._of(PARENTS[self.method]).best()
             start |= asdict(parent)
             if "layers" in names and "layer" in start:
                 start["layers"] = (start["layer"],)
+        elsewhere = self.like.get(self.method, {})
+        start |= {k: v for k, v in elsewhere.items() if k not in ("layer", "layers")}
         return kind(**{name: value for name, value in start.items() if name in names})
 
 
@@ -210,14 +226,17 @@ def _say(text: str) -> None:
 def main() -> None:
     """Command line."""
     out = Path("assets/results/tuning")
-    options = arguments(__doc__ or "", 24, out).parse_args()
+    parser = arguments(__doc__ or "", 24, out)
+    parser.add_argument("--like", choices=list(TUNED), help="the model whose values to begin with")
+    options = parser.parse_args()
     try:
         model = dl.load_model(options.model)
         tuning, _ = tuning_split(read_cases(options.data))
         cases = balanced(tuning, options.cases)
         store = ValueStore()
+        like = KNOWN[TUNED[options.like]] if options.like else None
         for method in options.methods:
-            search = Search(model, method, cases, options.out, store)
+            search = Search(model, method, cases, options.out, store, like)
             config = search.best()
             _say(f"{method}: {json.dumps(asdict(config))}\n  {search.trial(config)['rates']}")
             _say(f"  gamma {search.best_gamma(config)}")
