@@ -443,7 +443,7 @@ def bench(
 def reproduce(
     experiments: Annotated[
         list[str],
-        typer.Argument(help="table1, table3, fig3 to fig7, rules, rivals, or all."),
+        typer.Argument(help="table1, table3, fig3 to fig7, rules, rivals, sequential, or all."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; continued if any.")],
     model: ModelOption = "smollm2-135m",

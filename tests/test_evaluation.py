@@ -273,9 +273,8 @@ def test_many_facts_at_once_and_in_a_row(
 ) -> None:
     other = json.loads(json.dumps(RECORD).replace("The Louvre", "The Prado"))
     cases = read_cases(write(tmp_path / "data.json", RECORD, other))
-    monkeypatch.setattr(many.dl, "load_model", lambda name: model)
     with pytest.warns(UserWarning, match="known to be good"):
-        target = many.run("tiny", cases, ["ft-m", "grace"], tmp_path)
+        target = many.run(model, cases, ["ft-m", "grace"], tmp_path)
     result = json.loads(target.read_text())
     assert [(r["method"], r["way"]) for r in result["rows"]] == [
         ("ft-m", "batch"), ("ft-m", "sequence"), ("grace", "sequence")
@@ -288,7 +287,7 @@ def test_many_facts_at_once_and_in_a_row(
     monkeypatch.setattr(many.dl, "edit", None)  # nothing is edited again
     monkeypatch.setattr(many.dl, "edit_sequence", None)
     with pytest.warns(UserWarning, match="known to be good"):
-        assert json.loads(many.run("tiny", cases, ["ft-m", "grace"], tmp_path).read_text())
+        assert json.loads(many.run(model, cases, ["ft-m", "grace"], tmp_path).read_text())
 
 
 def test_tuning_takes_what_works_first() -> None:
@@ -306,7 +305,7 @@ def test_tuning_is_recorded(model: dl.LensModel, tmp_path: Path, monkeypatch: An
     other = json.loads(json.dumps(RECORD).replace("The Louvre", "The Prado"))
     cases = read_cases(write(tmp_path / "data.json", RECORD, other))
     found = [[{"lr": 1e-4, "steps": 2}], [{"lr": 5e-2}]]
-    monkeypatch.setattr(tuning, "stages", lambda method, n: found)
+    monkeypatch.setattr(tuning, "stages", lambda method, n, is_search_known: found)
     monkeypatch.setattr(tuning, "GAMMAS", (0.0, 0.5))
     search = tuning.Search(model, "ft-m", cases, tmp_path)
     best = search.best()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -20,7 +21,9 @@ from driftlens.assets import asset
 from driftlens.bench import BenchResult
 from driftlens.cases import Case, Cloze
 from driftlens.editing import defaults, methods
+from driftlens.editing.contexts import sample_contexts
 from driftlens.errors import RequestError
+from driftlens.evaluation import answers, rates
 from driftlens.experiments.reproduce import EXPERIMENTS, Finding, Study, inside, reproduce
 from driftlens.experiments.reproduce import finding as finding_module
 from driftlens.readers import read_cases
@@ -58,7 +61,12 @@ def cases(model: dl.LensModel) -> list[Case]:
     return found
 
 
-SEARCH = {"steps": 12, "weight_decay": 1e-3, "context_lengths": (3,), "contexts_per_word": 1}
+SEARCH: dict[str, Any] = {
+    "steps": 12,
+    "weight_decay": 1e-3,
+    "context_lengths": (3,),
+    "contexts_per_word": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -212,6 +220,52 @@ def test_the_main_table_is_the_benchmarks(study: Study) -> None:
     assert f"DNS {gain}" in finding.text
     assert gain.value != 0
     assert "GPT-J 6B rome: RS 11.9 to 27.8, DNS 30.4 to 49.4" in finding.paper
+
+
+def test_edits_that_pile_up(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = Study(study.model, study.cases, tmp_path, quick=True, progress=False)
+    finding = EXPERIMENTS["sequential"](quick)
+    table = finding.rows.set_index(["arm", "facts", "metric"])
+    weights = study.model.fingerprint()
+    for arm in study.arms(("rome",), ("none", "sadr"))[1:]:
+        edits = contextlib.ExitStack()
+        contexts = sample_contexts(study.model, SEARCH["context_lengths"], 1)  # of the unedited
+        prompts = [f"{context.before}{{}}{context.after}" for context in contexts]
+        for count, case in enumerate(study.cases, 1):
+            edit = dl.edit(
+                study.model, case.request, "rome", config=arm.config, penalty=arm.penalties,
+                context_prompts=prompts,
+                covariance="identity", progress=False,
+            )  # fmt: skip
+            edits.enter_context(edit.applied(study.model))
+            if count in (1, len(study.cases)):
+                found = rates([answers(study.model, c) for c in study.cases[:count]])
+                for metric, rate in found.items():
+                    row = table.loc[(arm.name, count, metric)]
+                    assert row["value"] == pytest.approx(rate.value), (arm.name, count, metric)
+                    assert row["prompts"] == rate.prompts
+        edits.close()
+        assert f"after {len(study.cases)} facts ES {found['ES'].value:.1f}" in finding.text
+    assert study.model.fingerprint() == weights
+    before = rates([answers(study.model, case) for case in study.cases])
+    assert table.loc[("unedited", 0, "RS")]["value"] == before["RS"].value
+    # Nothing is computed again.
+    monkeypatch.setattr("driftlens.experiments.many.WAYS", {})
+    pd.testing.assert_frame_equal(EXPERIMENTS["sequential"](quick).rows, finding.rows)
+
+
+def test_a_sequence_that_fails_says_why(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any) -> dict[str, Any]:
+        raise dl.EditError("enough")
+
+    monkeypatch.setattr("driftlens.experiments.many.WAYS", {"sequence": failing})
+    finding = EXPERIMENTS["sequential"](
+        Study(study.model, study.cases[:1], tmp_path, quick=True, progress=False)
+    )
+    assert "rome + sadr: enough" in finding.text
+    assert set(finding.rows["arm"]) == {"unedited"}
 
 
 def test_bad_requests(study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ ORDER = [
     "experiments.reproduce.finding",
     "experiments.reproduce.editors",
     "experiments.reproduce.inside",
+    "experiments.reproduce.sequential",
     "experiments.reproduce.page",
     "experiments.reproduce",
     "cli",

@@ -4,7 +4,7 @@
 
 For each editor: a batch (where the method takes several facts) and a sequence of the same facts,
 and how many of them the model then answers, with paraphrases, neighbours and relations. Each
-(method, way) is written as soon as it is finished.
+(editor, restriction, way) is written as soon as it is finished.
 """
 
 from __future__ import annotations
@@ -20,34 +20,45 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import driftlens as dl
+from driftlens.bench import Arm, make_arms
 from driftlens.cases import METRICS, Case, balanced, tuning_split
-from driftlens.editing.methods import METHODS, resolve_config
+from driftlens.editing.methods import METHODS
 from driftlens.errors import DriftLensError
 from driftlens.evaluation import answers, rate_cells, rates
 from driftlens.experiments.options import arguments
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
-from driftlens.records import write_result
+from driftlens.records import versions, write_result
 
 CHECKPOINTS = (1, 10, 25, 50, 100, 200, 500, 1000)
 
 
-def asked(model: dl.LensModel, cases: Sequence[Case], title: str) -> dict[str, Any]:
+def requests(cases: Sequence[Case]) -> list[dl.EditRequest]:
+    """The edits of cases."""
+    return [case.request for case in cases]
+
+
+def asked(
+    model: dl.LensModel, cases: Sequence[Case], title: str, progress: bool = True
+) -> dict[str, Any]:
     """Rates over cases, of the model as it is now."""
-    found = rates([answers(model, case) for case in tqdm(cases, desc=title, leave=False)])
+    bar = tqdm(cases, desc=title, leave=False, disable=not progress)
+    found = rates([answers(model, case) for case in bar])
     return {metric: asdict(rate) for metric, rate in found.items()}
 
 
-def batch(model: dl.LensModel, cases: Sequence[Case], method: str, config: Any) -> dict[str, Any]:
+def batch(
+    model: dl.LensModel, cases: Sequence[Case], arm: Arm, seed: int, progress: bool
+) -> dict[str, Any]:
     """All facts at once."""
-    edit = dl.edit(model, [case.request for case in cases], method, config=config, progress=False)
+    edit = dl.edit(model, requests(cases), **_options(arm, seed))
     with edit.applied(model):
-        found = asked(model, cases, f"{method}, batch")
+        found = asked(model, cases, f"{arm.name}, batch", progress)
     return {"rates": found, "seconds": edit.info["seconds"], "rank": edit.rank}
 
 
 def sequence(
-    model: dl.LensModel, cases: Sequence[Case], method: str, config: Any
+    model: dl.LensModel, cases: Sequence[Case], arm: Arm, seed: int, progress: bool
 ) -> dict[str, Any]:
     """One fact after another, asked about on the way."""
     started, spent = time.monotonic(), 0.0
@@ -55,15 +66,14 @@ def sequence(
 
     def look(n: int, current: dl.LensModel) -> None:
         nonlocal spent
+        bar.update()
         if n in CHECKPOINTS or n == len(cases):
             begun = time.monotonic()
-            checkpoints[str(n)] = asked(current, cases[:n], f"{method}, after {n}")
+            checkpoints[str(n)] = asked(current, cases[:n], f"{arm.name}, after {n}", progress)
             spent += time.monotonic() - begun
 
-    edit = dl.edit_sequence(
-        model, [case.request for case in cases], method, config=config, after_each=look,
-        progress=False,
-    )  # fmt: skip
+    with tqdm(desc=arm.name, total=len(cases), disable=not progress, leave=False) as bar:
+        edit = dl.edit_sequence(model, requests(cases), after_each=look, **_options(arm, seed))
     return {
         "rates": checkpoints[str(len(cases))],
         "checkpoints": checkpoints,
@@ -72,40 +82,82 @@ def sequence(
     }
 
 
-def run(model_name: str, cases: Sequence[Case], methods: Sequence[str], out: Path) -> Path:
+WAYS = {"batch": batch, "sequence": sequence}
+
+
+def measure(
+    model: dl.LensModel,
+    cases: Sequence[Case],
+    arm: Arm,
+    way: str,
+    journal: Journal,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """What is answered after all facts, edited in one of the `WAYS`, or why they cannot be.
+
+    Args:
+        model: The unedited model.
+        cases: The facts, in order.
+        arm: The editor and its restrictions.
+        way: ``"batch"`` or ``"sequence"``.
+        journal: Where the result is kept, and found if it is there already.
+        seed: Of the sampled contexts.
+        progress: Whether to show bars.
+
+    Returns:
+        ``rates`` of metrics after all facts, ``seconds``, ``rank`` and, of a sequence,
+        ``checkpoints``: the rates over the facts so far after some of them. Or ``error``.
+    """
+    unit = {
+        "model": model.fingerprint()[:16], "dtype": model.info.dtype, **arm.to_dict(), "way": way,
+        "seed": seed, "cases": [case.id for case in cases],
+    }  # fmt: skip
+    if unit not in journal:
+        try:
+            record = WAYS[way](model, cases, arm, seed, progress)
+        except DriftLensError as error:
+            record = {"error": str(error)}
+        journal.add(unit, **record)
+    return {key: value for key, value in journal[unit].items() if key != "unit"}
+
+
+def run(
+    model: dl.LensModel,
+    cases: Sequence[Case],
+    methods: Sequence[str],
+    out: Path,
+    penalties: Sequence[str] = ("none",),
+) -> Path:
     """Everything that is not in the journal yet, and a file with what is."""
-    model = dl.load_model(model_name)
-    fingerprint = model.fingerprint()
-    journal = Journal(out / f"many-{model_name}.jsonl")
+    name = model.info.name
+    journal = Journal(out / f"many-{name}.jsonl")
     rows = []
-    for method in methods:
-        config = resolve_config(model, method)
-        ways = {"sequence": sequence}
-        if METHODS[method].takes_several:
-            ways = {"batch": batch, **ways}
-        for way, function in ways.items():
-            unit = {
-                "model": fingerprint[:16], "method": method, "way": way,
-                "config": asdict(config), "cases": [case.id for case in cases],
-            }  # fmt: skip
-            if unit not in journal:
-                try:
-                    record = function(model, cases, method, config)
-                except DriftLensError as error:
-                    record = {"error": str(error)}
-                journal.add(unit, **record)
-            found = {k: v for k, v in journal[unit].items() if k != "unit"}
-            rows.append({"method": method, "way": way, "config": unit["config"], **found})
+    for arm in make_arms(model, methods, penalties)[1:]:
+        assert arm.method is not None
+        for way in WAYS if METHODS[arm.method].takes_several else ("sequence",):
+            found = measure(model, cases, arm, way, journal)
+            rows.append({"arm": arm.name, **arm.to_dict(), "way": way, **found})
     result = {
         "model": model.info.to_dict(),
+        "fingerprint": model.fingerprint(),
+        "versions": versions(),
         "cases": [case.id for case in cases],
-        "command": f"python -m driftlens.experiments.many --model {model_name} --data FILE "
-        f"--facts {len(cases)} --methods {' '.join(methods)}",
+        "command": f"python -m driftlens.experiments.many --model {name} --data FILE "
+        f"--facts {len(cases)} --methods {' '.join(methods)} --penalties {' '.join(penalties)}",
         "rows": rows,
     }
-    target = out / f"many-{model_name}.json"
+    target = out / f"many-{name}.json"
     write_result(target, json.dumps(result, indent=1) + "\n")
     return target
+
+
+def _options(arm: Arm, seed: int) -> dict[str, Any]:
+    return {
+        "method": arm.method, "config": arm.config, "penalty": arm.penalties, "seed": seed,
+        "progress": False,
+    }  # fmt: skip
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -113,22 +165,25 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [f"| editor | way | {' | '.join(METRICS)} | seconds |", "|---" * 8 + "|"]
     for row in result["rows"]:
         if "error" in row:
-            lines.append(f"| {row['method']} | {row['way']} | {row['error']} |" + " |" * 5)
+            lines.append(f"| {row['arm']} | {row['way']} | {row['error']} |" + " |" * 5)
             continue
         cells = rate_cells(row["rates"])
         lines.append(
-            f"| {row['method']} | {row['way']} | {' | '.join(cells)} | {row['seconds']:.0f} |"
+            f"| {row['arm']} | {row['way']} | {' | '.join(cells)} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Command line."""
-    options = arguments(__doc__ or "", 100, Path("assets/results"), "facts").parse_args()
+    parser = arguments(__doc__ or "", 100, Path("assets/results"), "facts")
+    parser.add_argument("--penalties", nargs="+", default=["none"], help="none, or names")
+    options = parser.parse_args()
     try:
         _, reported = tuning_split(read_cases(options.data))
         cases = balanced(reported, options.facts)
-        target = run(options.model, cases, options.methods, options.out)
+        model = dl.load_model(options.model)
+        target = run(model, cases, options.methods, options.out, options.penalties)
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
     sys.stdout.write(markdown(json.loads(target.read_text("utf-8"))) + f"\nwrote {target}\n")

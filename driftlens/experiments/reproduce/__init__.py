@@ -2,8 +2,8 @@
 
 Each experiment is one function from a :class:`Study` to a :class:`Finding`: numbers, a figure, and
 a paragraph that is computed from the numbers, beside what the paper reports. ``editors.py`` holds
-those that ask edited models, ``inside.py`` those that look into them. To add one, write such a
-function and name it in EXPERIMENTS.
+those that ask edited models, ``inside.py`` those that look into them, ``sequential.py`` those on
+edits that pile up. To add one, write such a function and name it in EXPERIMENTS.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from driftlens.experiments.reproduce.editors import fig6, fig7, rivals, rules, t
 from driftlens.experiments.reproduce.finding import Finding, Study
 from driftlens.experiments.reproduce.inside import fig3, fig4, fig5
 from driftlens.experiments.reproduce.page import page
+from driftlens.experiments.reproduce.sequential import sequential
 from driftlens.records import write_result
 
 EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
@@ -28,6 +29,7 @@ EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
     "fig7": fig7,
     "rules": rules,
     "rivals": rivals,
+    "sequential": sequential,
 }
 
 __all__ = ["EXPERIMENTS", "Finding", "Study", "known_names", "reproduce"]
