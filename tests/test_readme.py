@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 import driftlens as dl
 from driftlens.assets import survey_result
+from driftlens.editing.methods import METHODS
 from driftlens.experiments.survey import markdown
 
 REPOSITORY = Path(__file__).parent.parent
@@ -87,3 +89,22 @@ def test_readme_shows_the_measured_averages():
 def test_readme_names_the_tests_and_the_demo():
     assert "driftlens demo" in README
     assert "python -m pytest" in README
+
+
+def test_the_table_of_editors_is_the_result_file():
+    text = (REPOSITORY / "docs" / "editors.md").read_text(encoding="utf-8")
+    result = json.loads((REPOSITORY / "assets/results/editors-smollm2-135m.json").read_text())
+    shown = {cells[0]: cells for line in text.splitlines() if len(cells := table_cells(line)) == 8}
+    columns = ["Avg. S", "ES", "PS", "NS", "RS", "DNS"]
+    assert list(shown["arm"][1:7]) == columns
+    table: dict[str, dict[str, str]] = {}
+    for row in result["table"]:
+        cell = "{value:.1f} [{low:.1f}, {high:.1f}]".format(**row)
+        table.setdefault(row["arm"], {})[row["metric"]] = cell
+    assert len(table) == 1 + 2 * len(METHODS)
+    for arm, cells in table.items():
+        assert shown[arm][1:7] == [cells[column] for column in columns]
+
+
+def table_cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
