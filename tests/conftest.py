@@ -6,15 +6,15 @@ import os
 import sys
 from pathlib import Path
 
-from jaxtyping import install_import_hook
-
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:  # threads of several processes on one core wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
-install_import_hook("driftlens", "typechecking.check")
+import typechecking  # noqa: E402
+
+typechecking.install("driftlens")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
