@@ -348,7 +348,7 @@ SCRIPT = """
     from driftlens.readers import read_cases
 
     model = dl.load_model(tiny.hf_model("gpt2", 1), tiny.tokenizer(), name="tiny")
-    cases = list(read_cases(asset("facts.jsonl"))[:5])
+    cases = list(read_cases(asset("facts.jsonl"))[:3])
     out, rng, kills, run = {out!r}, random.Random(0), 0, 0
 
     def start(name):
@@ -398,7 +398,7 @@ def test_killed_at_30_random_moments(tmp_path: Path) -> None:
                 whole_lines.append(json.dumps(json.loads(line)["unit"], sort_keys=True))
             except ValueError:
                 continue  # cut off by a kill
-        assert len(whole_lines) == len(set(whole_lines)) == 15
+        assert len(whole_lines) == len(set(whole_lines)) == 9
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -42,13 +42,13 @@ def load(pids: str, poison: str = "", seed: int = 1) -> dl.LensModel:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Three nodes of one CPU each."""
+    """Two nodes of one CPU each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
-    for _ in range(3):
+    for _ in range(2):
         cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     yield cluster
@@ -72,7 +72,7 @@ def bench(model: dl.LensModel, cases: Any, out: Path, executor: Any = None) -> B
 
 
 class Killing(RayExecutor):
-    """Kills one of its workers after each of its first records."""
+    """Kills one of its workers after each of its first records, as many as `kills`."""
 
     kills = 0
 
@@ -98,12 +98,12 @@ def test_results_equal_those_of_a_local_run_though_workers_die(
     executor = Killing(
         pids, load=partial(load, str(pids)), fingerprint=model.fingerprint(), threads=1
     )
-    executor.kills = 2
+    executor.kills = 1
     found = bench(model, cases, tmp_path / "out", executor)
     assert found.is_complete
     assert records(found) == records(expected)
-    assert len(executor.killed) == 2
-    assert len(list(pids.iterdir())) >= 4  # others took over
+    assert len(executor.killed) == 1
+    assert len(list(pids.iterdir())) >= 3  # another took over
 
 
 def test_a_job_that_kills_its_workers_is_recorded_as_failed(
@@ -156,7 +156,7 @@ def test_a_run_without_room_ends_at_once(
     cluster: Any, model: dl.LensModel, cases: Any, tmp_path: Path
 ) -> None:
     executor = RayExecutor(lambda: model, model.fingerprint(), threads=1, workers=4)
-    with pytest.raises(RequestError, match="room for 3 workers"):
+    with pytest.raises(RequestError, match="room for 2 workers"):
         bench(model, cases, tmp_path / "out", executor)
 
 

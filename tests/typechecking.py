@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
@@ -24,25 +24,31 @@ TENSORS = ("Float[", "Int[", "Bool[")
 def check(what: Callable[..., Any]) -> Callable[..., Any]:
     """A function, with shapes of what it takes and gives checked against each other; or a
     dataclass, with shapes of its fields."""
-    checked: Callable[..., Any] = jaxtyped(typechecker=beartype)(what)
+    checked: Callable[..., Any] = jaxtyped(typechecker=check_tensors)(what)
     return checked
+
+
+def check_tensors(part: Callable[..., Any]) -> Callable[..., Any]:
+    """What is taken is looked at if it holds tensors, and so is what is given."""
+    checked: Callable[..., Any] = beartype(part) if names(part.__annotations__.values()) else part
+    return checked
+
+
+def names(annotations: Iterable[Any]) -> bool:
+    """Whether one of them is a tensor's, as text or as type."""
+    return any(name in str(annotation) for annotation in annotations for name in TENSORS)
 
 
 def names_tensors(function: ast.FunctionDef) -> bool:
     """Whether an annotation of the function does."""
     found = [node.annotation for node in ast.walk(function.args) if isinstance(node, ast.arg)]
-    return mention_tensors([*found, function.returns])
-
-
-def mention_tensors(annotations: Sequence[ast.expr | None]) -> bool:
-    texts = [ast.unparse(annotation) for annotation in annotations if annotation is not None]
-    return any(name in text for text in texts for name in TENSORS)
+    return names(ast.unparse(item) for item in (*found, function.returns) if item is not None)
 
 
 def is_dataclass_of_tensors(node: ast.ClassDef) -> bool:
-    fields = [item.annotation for item in node.body if isinstance(item, ast.AnnAssign)]
+    fields = [ast.unparse(item.annotation) for item in node.body if isinstance(item, ast.AnnAssign)]
     is_dataclass = any("dataclass" in ast.unparse(item) for item in node.decorator_list)
-    return is_dataclass and mention_tensors(fields)
+    return is_dataclass and names(fields)
 
 
 class Decorating(ast.NodeTransformer):
