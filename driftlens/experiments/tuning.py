@@ -7,8 +7,9 @@ tries some changes of the best configuration of the stage before, which begins w
 found for a simpler relative (`PARENTS`). Trials without a restriction are judged by edit success
 and paraphrase success first (whether they reach 99 and 95, or at least the first), then by what
 is left of other knowledge, the mean of NS, RS and DNS, less the points that both are short of. With
-``--like MODEL`` steps and strengths begin with that model's, and what only chooses the search
-for a value is not tried again.
+``--like MODEL`` steps and strengths begin with that model's, what only chooses the search for a
+value is not tried again, and fine-tuning's rate, which the size of weights decides, is tried further
+down.
 SADR's gamma is judged by the same, those first that cost no more than one point of ES and four of
 PS (or one prompt, where that is more). The last stage and gamma are decided on all cases, the
 others on half of them.
@@ -65,7 +66,7 @@ def stages(method: str, n_layers: int, is_search_known: bool = False) -> list[li
     Args:
         method: The editor.
         n_layers: Of the model.
-        is_search_known: Whether the stage that chooses the search for a value is left out.
+        is_search_known: Whether the search begins with another model's values.
     """
 
     def depth(*shares: float) -> list[int]:
@@ -92,10 +93,11 @@ def stages(method: str, n_layers: int, is_search_known: bool = False) -> list[li
     if method == "alphaedit":
         return [each("nullspace_threshold", [0.005, 0.1, 0.5]), each("ridge", [0.1, 1.0])]
     if method == "ft-l":
-        return [each("lr", [5e-4, 5e-3])]
+        return [each("lr", [2e-5, 1e-4, 5e-4] if is_search_known else [5e-4, 5e-3])]
     if method == "ft-m":
         return [
             [{"layer": y, "lr": lr} for y in depth(0.1, 0.3, 0.6, 0.9) for lr in (5e-4, 2e-3)],
+            *([each("lr", [2e-5, 1e-4])] if is_search_known else []),
             each("norm_constraint", [2e-3, 5e-3]),
         ]
     if method == "grace":
