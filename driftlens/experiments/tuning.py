@@ -8,8 +8,7 @@ found for a simpler relative (`PARENTS`). Trials without a restriction are judge
 and paraphrase success first (whether they reach 99 and 95, or at least the first), then by what
 is left of other knowledge, the mean of NS, RS and DNS, less the points that both are short of. With
 ``--like MODEL`` steps and strengths begin with that model's, what only chooses the search for a
-value is not tried again, and fine-tuning's rate, which the size of weights decides, is tried further
-down.
+value is not tried again, and fine-tuning's rate is tried further down.
 SADR's gamma is judged by the same, those first that cost no more than one point of ES and four of
 PS (or one prompt, where that is more). The last stage and gamma are decided on all cases, the
 others on half of them.
