@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from driftlens.codebook import Codebook
+    from driftlens.comparison import Comparison, compare
     from driftlens.drift import Drift, load_drift, measure_drift
     from driftlens.editing.config_files import EditPlan, read_config, write_config
     from driftlens.editing.configs import (
@@ -70,6 +71,8 @@ _HOME = {
     "load_drift": "drift",
     "measure_drift": "drift",
     "Codebook": "codebook",
+    "Comparison": "comparison",
+    "compare": "comparison",
     "EditPlan": "editing.config_files",
     "read_config": "editing.config_files",
     "write_config": "editing.config_files",
@@ -128,6 +131,7 @@ __all__ = [
     "AlphaEditConfig",
     "AttentionSweep",
     "Codebook",
+    "Comparison",
     "ContinuationScore",
     "DataError",
     "DenseDelta",
@@ -162,6 +166,7 @@ __all__ = [
     "Sites",
     "TokenError",
     "ValueStore",
+    "compare",
     "edit",
     "edit_each",
     "edit_sequence",

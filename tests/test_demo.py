@@ -39,12 +39,15 @@ def test_numbers_agree_with_the_single_calls(demo: Demo):
     numbers = demo_json(demo)
     score = dl.score(demo.model, EIFFEL.prompt, ["Paris"])["Paris"]
     assert math.log(numbers["probabilities"]["original"]["answer"]) == pytest.approx(score)
-    with demo.edit.applied(demo.model):
+    with demo.comparison.edit.applied(demo.model):
         score = dl.score(demo.model, EIFFEL.prompt, ["Paris"])["Paris"]
     assert math.log(numbers["probabilities"]["edited"]["answer"]) == pytest.approx(score)
-    patched = dl.patch_attention(demo.model, demo.edit, EIFFEL.prompt, answer="Paris").patched
+    patched = dl.patch_attention(
+        demo.model, demo.comparison.edit, EIFFEL.prompt, answer="Paris"
+    ).patched
     assert numbers["probabilities"]["restored"]["answer"] == pytest.approx(patched.prob)
-    assert demo.edit.config["steps"] == demo.cured.config["steps"]
+    assert demo.comparison.cured is not None
+    assert demo.comparison.edit.config["steps"] == demo.comparison.cured.config["steps"]
 
 
 def test_page_is_self_contained(demo: Demo):
@@ -52,7 +55,7 @@ def test_page_is_self_contained(demo: Demo):
     assert "http://" not in html
     assert "https://" not in html
     assert "Notre-Dame" in html
-    assert demo.drift.top_heads(1)[0].name in html
+    assert demo.comparison.drift.top_heads(1)[0].name in html
 
 
 @pytest.mark.real
@@ -65,7 +68,7 @@ def test_demo_shows_the_phenomenon(smollm2: dl.LensModel, tmp_path: Path):
     assert states["edited"]["target_new"] > 0.5
     assert states["restored"]["answer"] > 0.6
     # All that the last token reads from elsewhere: only the edited matrix at that token is left.
-    assert found.restored["attention pattern and values"].recovered_share > 0.95
+    assert found.comparison.restored["attention pattern and values"].recovered_share > 0.95
     assert numbers["edit_success"]["edited"] > 0.9
     assert numbers["edit_success"]["sadr"] > 0.9
     assert numbers["averages"]["facts"] > 0

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
-import torch
 from scipy import stats
 
 import driftlens as dl
@@ -36,26 +35,18 @@ def model() -> dl.LensModel:
     )
 
 
-def likely(model: dl.LensModel, prompt: str, rank: int = 0) -> str:
-    """A likely answer of one token; longer ones have next to no probability in such models."""
-    logits = model.run(torch.tensor([model.tokens.encode(prompt).ids]))[0, -1]
-    texts = [model.tokens.decode([i]).strip() for i in logits.argsort(descending=True).tolist()]
-    good = [t for t in texts if t.isalpha() and len(model.tokens.target_ids(t)) == 1]
-    return list(dict.fromkeys(good))[rank]
-
-
 @pytest.fixture(scope="module")
 def cases(model: dl.LensModel) -> list[Case]:
     """Facts whose answers the model finds likely before the edit, and its targets less so."""
     found = []
     for i, case in enumerate(read_cases(asset("facts.jsonl"))[:3]):
-        new = likely(model, case.request.text, 3 + i)
+        new = tiny.likely(model, case.request.text, 3 + i)
         found.append(
             replace(
                 case,
                 request=replace(case.request, target_new=new),
-                relations=tuple(Cloze(p, likely(model, p)) for p, _ in case.relations),
-                neighbours=tuple(Cloze(p, likely(model, p)) for p, _ in case.neighbours),
+                relations=tuple(Cloze(p, tiny.likely(model, p)) for p, _ in case.relations),
+                neighbours=tuple(Cloze(p, tiny.likely(model, p)) for p, _ in case.neighbours),
             )
         )
     return found

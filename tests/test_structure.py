@@ -51,6 +51,7 @@ ORDER = [
     "patching",
     "viewer.page",
     "viewer",
+    "comparison",
     "demo",
     "cases",
     "readers",

@@ -10,17 +10,18 @@ import itertools
 import json
 import math
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browsing import Browser, browser, chromium
 
 from driftlens.errors import DataError
 from driftlens.viewer import PageData, State, Sweep, Table, page
 
+__all__ = ["browser", "chromium"]  # fixtures
 LAYERS, HEADS = 30, 9
 STORED = ("L21H4", "L17H0", "L24H7", "L9H6")
 TOKENS = ["<s>", "The", " E", "iff", "el", " Tower", " is", " famous", ".", " The", " Py"] + [
@@ -380,130 +381,6 @@ def test_the_document_stays_small(data: PageData) -> None:
 
 
 # --- what a browser makes of it ---------------------------------------------------------
-
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--force-device-scale-factor=1",
-    "--window-size=1280,1000",
-)
-
-
-class Browser:
-    """A headless Chromium, and short names for what the tests do with it."""
-
-    def __init__(self, driver: Any, folder: Path) -> None:
-        self.driver = driver
-        self.folder = folder
-        self.opened = 0
-
-    def media(self, scheme: str) -> None:
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-
-    def open(self, data: PageData, width: int = 1280, scheme: str = "light") -> None:
-        self.opened += 1
-        path = self.folder / f"page{self.opened}.html"
-        path.write_text(page(data), encoding="utf-8", newline="\n")
-        self.driver.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False},
-        )
-        self.media(scheme)
-        self.driver.get_log("browser")
-        self.driver.get(path.as_uri())
-
-    def js(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
-
-    def find(self, selector: str) -> Any:
-        return self.driver.find_element("css selector", selector)
-
-    def all(self, selector: str) -> list[Any]:
-        found = self.driver.find_elements("css selector", selector)
-        assert isinstance(found, list)
-        return found
-
-    def text(self, selector: str) -> str:
-        return str(self.find(selector).get_property("textContent"))
-
-    def cell(self, layer: int, head: int, box: str = "#overview-map") -> Any:
-        return self.find(f'{box} .cell[data-layer="{layer}"][data-head="{head}"]')
-
-    def colour(self, element: Any) -> str:
-        return str(self.js("return getComputedStyle(arguments[0]).backgroundColor", element))
-
-    def hover(self, element: Any, x: float = 0, y: float = 0) -> None:
-        """Put the pointer ``x, y`` away from the middle of an element."""
-        from selenium.webdriver import ActionChains
-
-        self.js("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
-        ActionChains(self.driver).move_to_element_with_offset(element, round(x), round(y)).perform()
-
-    def press(self, *keys: str) -> None:
-        from selenium.webdriver import ActionChains, Keys
-
-        for key in keys:
-            ActionChains(self.driver).send_keys(getattr(Keys, key, key)).perform()
-
-    def choose(self, value: str, box: str = "#views") -> None:
-        """Press a radio button or checkbox by its value."""
-        self.js("arguments[0].click()", self.find(f'{box} input[value="{value}"]'))
-
-    def focused(self) -> Any:
-        return self.driver.switch_to.active_element
-
-    def hover_matrix(self, panel: str, query: int, key: int, size: int) -> None:
-        """Put the pointer on one cell of a matrix of ``size`` tokens."""
-        sheet = self.find(f'.sheet[data-panel="{panel}"]')
-        width = sheet.size["width"] / size
-        self.hover(sheet, (key + 0.5 - size / 2) * width, (query + 0.5 - size / 2) * width)
-
-    def pixel(self, panel: str, query: int, key: int, size: int) -> list[int]:
-        """Colour in the middle of one cell of a matrix."""
-        found = self.js(
-            "const c = document.querySelector(arguments[0]); const w = c.width / arguments[3];"
-            "const copy = document.createElement('canvas').getContext('2d');"
-            "copy.drawImage(c, -(arguments[2] + 0.5) * w, -(arguments[1] + 0.5) * w);"
-            "return [...copy.getImageData(0, 0, 1, 1).data]",
-            f'.sheet[data-panel="{panel}"] canvas', query, key, size,
-        )  # fmt: skip
-        assert isinstance(found, list)
-        return found
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    binary = next((path for name in names if (path := shutil.which(name))), None)
-    driver_path = shutil.which("chromedriver")
-    if not binary or not driver_path:
-        pytest.skip("no Chromium with its chromedriver on the PATH")
-    folder = tmp_path_factory.mktemp("browser")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(driver_path)
-    with webdriver.Chrome(options=options, service=service) as driver:
-        yield Browser(driver, folder)
-
-
-@pytest.fixture
-def browser(chromium: Browser) -> Iterator[Browser]:
-    """The browser; after the test, its console must be empty."""
-    yield chromium
-    assert chromium.driver.get_log("browser") == []
-    assert chromium.js("return performance.getEntriesByType('resource').length") == 0
 
 
 def shown(value: float) -> str:

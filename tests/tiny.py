@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+if TYPE_CHECKING:
+    from driftlens.models import LensModel
 
 VOCAB = 300
 TEXT = [
@@ -125,3 +128,11 @@ def _train(bos: bool) -> Any:
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
+
+
+def likely(model: LensModel, prompt: str, rank: int = 0) -> str:
+    """A likely answer of one token; longer ones have next to no probability in such models."""
+    logits = model.run(torch.tensor([model.tokens.encode(prompt).ids]))[0, -1]
+    texts = [model.tokens.decode([i]).strip() for i in logits.argsort(descending=True).tolist()]
+    good = [t for t in texts if t.isalpha() and len(model.tokens.target_ids(t)) == 1]
+    return list(dict.fromkeys(good))[rank]

@@ -1,0 +1,173 @@
+"""A prompt before and after an edit: the numbers are those of the single calls, and it shows
+itself."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from browsing import Browser, browser, chromium
+
+import driftlens as dl
+from driftlens.comparison import HEADS_STORED, restriction
+from driftlens.errors import DataError, RequestError, TokenError
+
+__all__ = ["browser", "chromium"]  # fixtures
+
+REQUEST = dl.EditRequest("{} is located in", "The Louvre", "E", "the")
+PROMPT = "The Louvre is located in Rome. Berlin is located in"
+
+
+@pytest.fixture(scope="module")
+def model() -> dl.LensModel:
+    return dl.load_model(
+        tiny.hf_model("llama", 1, scale=5.0, noise=0.3), tiny.tokenizer(), name="tiny"
+    )
+
+
+def make(model: dl.LensModel, penalty: dl.Penalty | None = None) -> dl.Edit:
+    return dl.edit(
+        model, REQUEST, "rome", penalty=penalty, layer=1, steps=12, covariance="identity",
+        context_prompts=["{}"], progress=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def edit(model: dl.LensModel) -> dl.Edit:
+    return make(model)
+
+
+@pytest.fixture(scope="module")
+def answer(model: dl.LensModel, edit: dl.Edit) -> str:
+    """Of some likely answers, the one that loses most by the edit."""
+    texts = [tiny.likely(model, PROMPT, rank) for rank in range(12)]
+    before = dl.score(model, PROMPT, texts)
+    with edit.applied(model):
+        after = dl.score(model, PROMPT, texts)
+    return min(texts, key=lambda text: after[text] - before[text])
+
+
+@pytest.fixture(scope="module")
+def cured(model: dl.LensModel) -> dl.Edit:
+    return make(model, dl.SADR(gamma=5.0))
+
+
+@pytest.fixture(scope="module")
+def found(model: dl.LensModel, edit: dl.Edit, cured: dl.Edit, answer: str) -> dl.Comparison:
+    return dl.compare(model, edit, PROMPT, answer, cured=cured, progress=False)
+
+
+def test_numbers_are_those_of_the_single_calls(
+    model: dl.LensModel, edit: dl.Edit, cured: dl.Edit, found: dl.Comparison, answer: str
+) -> None:
+    table = found.to_dataframe().set_index("condition")
+    original = dl.score_details(model, PROMPT, [answer, "E"])
+    for name, one in (("original model", None), ("edited", edit), ("edited with SADR", cured)):
+        if one is None:
+            scores = original
+        else:
+            with one.applied(model):
+                scores = dl.score_details(model, PROMPT, [answer, "E"])
+        row = table.loc[name]
+        assert row["answer"] == pytest.approx(scores[answer].prob, rel=1e-4)
+        assert row["target_new"] == pytest.approx(scores["E"].prob, rel=1e-4)
+    for what, name in (("pattern", "attention pattern"), ("values", "attention values")):
+        patched = dl.patch_attention(model, edit, PROMPT, answer=answer, exchange=what)  # type: ignore[arg-type]
+        row = table.loc[f"edited, original {name} restored"]
+        assert row["answer"] == pytest.approx(patched.patched.prob, rel=1e-4)
+        assert row["recovered_share"] == pytest.approx(patched.recovered_share, rel=1e-2)
+    assert table.loc["edited"]["recovered_share"] == 0
+    assert table.loc["original model"]["recovered_share"] == 1
+    drift = dl.measure_drift(model, edit, PROMPT)
+    assert np.array_equal(found.drift.difference, drift.difference)
+    assert list(found.patterns) == [h.name for h in drift.top_heads(HEADS_STORED)]
+    assert len(found.plot().data) > 3
+    for states in found.patterns.values():
+        assert set(states) == {"original", "edited", "cured"}
+    with edit.applied(model):
+        asked = dl.score_details(model, REQUEST.text, ["E"])["E"].prob
+    assert found.edit_success["edited"] == pytest.approx(asked)
+    assert set(found.edit_success) == {"original", "edited", "SADR"}
+
+
+def test_an_edit_alone_and_one_that_says_nothing(
+    model: dl.LensModel, edit: dl.Edit, answer: str
+) -> None:
+    alone = dl.compare(model, edit, PROMPT, answer, heads=2, sweep=False, progress=False)
+    for part in (alone.cured, alone.cured_drift, alone.cured_readout, alone.sweep):
+        assert part is None
+    assert len(alone.patterns) == 2
+    assert "SADR" not in " ".join(alone.summary())
+    assert [state.id for state in alone.page_data().states] == ["original", "edited"]
+    silent = dl.Edit.from_deltas(model, edit.deltas)
+    with pytest.raises(RequestError, match="Pass subject="):
+        dl.compare(model, silent, PROMPT, answer, progress=False)
+    other = dl.compare(
+        model, silent, PROMPT, answer, subject="The Louvre", cured=edit, progress=False
+    )
+    table = other.to_dataframe().set_index("condition")
+    assert table["target_new"].isna().all()
+    assert table.loc["edited"]["answer"] == pytest.approx(
+        alone.to_dataframe().set_index("condition").loc["edited"]["answer"], rel=1e-4
+    )
+    assert "edited with second edit" in table.index
+    assert other.edit_success == {}
+    assert "Berlin" in other.html()
+
+
+def test_bad_requests(
+    model: dl.LensModel, edit: dl.Edit, found: dl.Comparison, answer: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TokenError, match="The Louvre"):
+        dl.compare(model, edit, "Berlin is located in", answer, progress=False)
+    with pytest.raises(RequestError, match="no answer"):
+        dl.compare(model, edit, PROMPT, "", progress=False)
+    with pytest.raises(RequestError, match="heads is 0"):
+        dl.compare(model, edit, PROMPT, answer, heads=0, progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        found.save(tmp_path / "file" / "page.html")
+
+
+def test_restrictions_are_named(edit: dl.Edit, cured: dl.Edit, model: dl.LensModel) -> None:
+    assert restriction(None) == restriction(edit) == "second edit"
+    assert restriction(cured) == "SADR"
+    assert restriction(make(model, dl.KeyDrift(weight=1.0))) == dl.KeyDrift.kind
+
+
+def test_the_page_is_one_file(found: dl.Comparison, tmp_path: Path) -> None:
+    path = found.save(tmp_path / "page.html", notes=["A note."], facts=[("Who", "me")])
+    text = path.read_text("utf-8")
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "A note." in text
+    assert text != found.html()
+
+
+@pytest.mark.browser
+def test_it_shows_itself_inside_a_notebook(found: dl.Comparison, browser: Browser) -> None:
+    """The frame works though it may reach nothing, and its content cannot end it."""
+    frame = found._repr_html_()
+    assert len(re.findall("<iframe|</iframe>", frame)) == 2
+    browser.open_html(f"<!doctype html><title>notebook</title><div>{frame}<p id=after>x</p></div>")
+    assert browser.find("#after").location["y"] > 800
+    browser.driver.switch_to.frame(browser.find("iframe"))
+    try:
+        assert browser.text("#title") == "Attention drift of one knowledge edit"
+        n_layers, n_heads = found.info.n_layers, found.info.n_heads
+        assert len(browser.all("#overview-map .cell")) == n_layers * n_heads
+        name = next(iter(found.patterns))
+        assert browser.text("#head-heading").startswith(f"Head {name},")
+        other = list(found.patterns)[1]
+        layer, head = map(int, re.findall(r"\d+", other))
+        browser.js("arguments[0].click()", browser.cell(layer, head))
+        assert browser.text("#head-heading").startswith(f"Head {other},")
+        outside = browser.js(
+            "try { return parent.document.title } catch (error) { return error.name }"
+        )
+        assert outside == "SecurityError"
+    finally:
+        browser.driver.switch_to.default_content()
