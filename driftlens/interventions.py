@@ -66,6 +66,12 @@ def down_in_name(layer: int) -> str:
     return f"blocks.{layer}.mlp.out.hook_in"
 
 
+def mlp_out_name(layer: int) -> str:
+    """What a layer's MLP adds to the residual stream, after any post-norm,
+    ``[batch, pos, d_model]``."""
+    return f"blocks.{layer}.hook_mlp_out"
+
+
 def down_out_name(layer: int) -> str:
     """Output of the down-projection itself, before any post-norm, ``[batch, pos, d_model]``."""
     return f"blocks.{layer}.mlp.out.hook_out"

@@ -21,7 +21,7 @@ from driftlens import bundled
 from driftlens.errors import ModelError, RequestError
 from driftlens.interventions import (
     Hook,
-    block_in_name,
+    block_out_name,
     down_out_name,
     keys_name,
     pattern_name,
@@ -718,7 +718,7 @@ def probe_interventions(model: LensModel) -> None:
     down-projection's output must move them. This also proves that the recorded pattern and
     values are what the model really computes with. Sets ``model.pattern_comes_first``,
     ``model.gathers_before_unembed`` and ``model.writes_directly`` (the layers whose
-    down-projection's output reaches the next layer unchanged, without a norm in between).
+    down-projection's output reaches the residual stream unchanged, without a norm in between).
 
     Raises:
         ModelError: Naming the layer and what does not act.
@@ -739,7 +739,7 @@ def probe_interventions(model: LensModel) -> None:
     try:
         with torch.no_grad():
             downs = [y for y in range(n_layers) if _has_down(model, y)]
-            around = recording(store, _around_down(downs, n_layers))
+            around = recording(store, _around_down(downs))
             base = model.run(ids, [*around, *(noting(n, fn) for n, fn in recording(store, names))])
     except Exception as error:
         raise ModelError(
@@ -767,13 +767,13 @@ def probe_interventions(model: LensModel) -> None:
         for row, (layer, kind) in enumerate(batch):
             hooks += _probe_hooks(store, len(batch), row, layer, kind)
         pushes = {row: layer for row, (layer, kind) in enumerate(batch) if kind == "down"}
-        hooks += recording(seen, _around_down(pushes.values(), n_layers))
+        hooks += recording(seen, _around_down(list(pushes.values())))
         with torch.no_grad():
             logits = model.run(ids.expand(len(batch), -1), hooks)
         for row, layer in pushes.items():
-            two = _around_down([layer], n_layers)
+            two = _around_down([layer])
             moves = [seen[name][row] - store[name][0] for name in two]
-            if len(moves) == 2 and _adds_up(*moves):
+            if _adds_up(*moves):
                 direct.add(layer)
         for row, case in enumerate(batch):
             moved[case] = float((logits[row] - base[0]).abs().max())
@@ -786,10 +786,9 @@ def _has_down(model: LensModel, layer: int) -> bool:
     return isinstance(found, DownProjection)
 
 
-def _around_down(layers: Iterable[int], n_layers: int) -> list[str]:
-    """Hooks at the down-projection's output, and at the next layer's input where there is one."""
-    after = [block_in_name(layer + 1) for layer in layers if layer + 1 < n_layers]
-    return [*(down_out_name(layer) for layer in layers), *after]
+def _around_down(layers: Iterable[int]) -> list[str]:
+    """Hooks at the down-projection's output, and at the residual stream after the layer."""
+    return [name(layer) for name in (down_out_name, block_out_name) for layer in layers]
 
 
 def _adds_up(pushed: torch.Tensor, moved: torch.Tensor) -> bool:

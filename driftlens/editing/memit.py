@@ -17,7 +17,7 @@ from jaxtyping import Float
 from driftlens.editing.configs import MemitConfig, ValueSearch
 from driftlens.editing.outcome import Outcome, Query, Resources, descent_of
 from driftlens.editing.spreading import spread
-from driftlens.editing.target import block_out
+from driftlens.editing.target import block_out, down_projection_out
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
 
@@ -38,7 +38,9 @@ def memit(
 
 
 def residual_query(model: LensModel, config: ValueSearch) -> Query:
-    """The vector is added to the residual stream after the last edited layer."""
+    """The vector is added to the residual stream after the last edited layer; or, where a norm
+    stands in between, to what that layer's down-projection says."""
     top = config.edited_layers[-1]
-    place = block_out(model, top)
+    is_direct = top in model.writes_directly
+    place = block_out(model, top) if is_direct else down_projection_out(model, top)
     return Query(top, (place,), descent_of(config), kl_position=config.kl_position)

@@ -46,8 +46,9 @@ def pmet(
         return resources.covariances[layer].solve_with(keys, config.cov_weight)
 
     return spread(
-        model, requests, pmet_query(model, config), config, resources, right, share=math.sqrt
-    )
+        model, requests, pmet_query(model, config), config, resources, right, share=math.sqrt,
+        in_stream=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
