@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.optimize import brentq
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,47 @@ def add_change(model: Any, layer: int, change: torch.Tensor) -> None:
         weight.add_((change.T if weight.shape != change.shape else change).to(weight.dtype))
 
 
+class Stream:
+    """The residual stream after a layer, with a norm before it or none (MEMIT, AlphaEdit)."""
+
+    def __init__(self, model: Any, tokenizer: Any, facts: Sequence[Fact], top: int) -> None:
+        self.model, self.top = model, top
+        self.read = lambda module: _now(model, tokenizer, facts, module).double()
+        self.norm = getattr(layers_of(model)[top], "post_feedforward_layernorm", None)
+        self.searched = layers_of(model)[top] if self.norm is None else down_of(model, top)
+
+    def aim(self, wanted: torch.Tensor) -> torch.Tensor:
+        """What the stream is to be, given what was searched, facts as columns."""
+        if self.norm is None:
+            return wanted.double()
+        now, said = self.read(layers_of(self.model)[self.top]), self.read(self.searched)
+        norm = copy.deepcopy(self.norm).double()
+        return now - norm(said.T).T + norm(wanted.double().T).T
+
+    def write(self, layer: int, aim: torch.Tensor, share: float) -> torch.Tensor:
+        """What a layer's down-projection is to say more, facts as columns."""
+        residual = (aim - self.read(layers_of(self.model)[self.top])) / share
+        norm = getattr(layers_of(self.model)[layer], "post_feedforward_layernorm", None)
+        if norm is None:
+            return residual
+        said = self.read(down_of(self.model, layer))
+        norm = copy.deepcopy(norm).double()
+        gain = norm(torch.ones(1, len(said), dtype=torch.float64))[0]
+        target = norm(said.T).T + residual
+        found = []
+        for t, before in zip(target.T, said.T, strict=True):
+
+            def direction(m: float, t: torch.Tensor = t) -> torch.Tensor:
+                return gain * t / (gain**2 + m)
+
+            def surplus(m: float) -> float:
+                return float(direction(m).square().mean()) - 1
+
+            m = brentq(surplus, 0, 1e6, xtol=1e-15) if surplus(0) > 0 else 0.0
+            found.append(direction(m) / direction(m).norm() * before.norm() - before)
+        return torch.stack(found, 1)
+
+
 def plain_memit(
     model: Any,
     tokenizer: Any,
@@ -195,19 +237,23 @@ def plain_memit(
     """MEMIT; PMET if ``search.pmet``."""
     model = copy.deepcopy(model)
     top = layers[-1]
-    said = down_of(model, top) if search.pmet else layers_of(model)[top]
+    stream = Stream(model, tokenizer, facts, top)
+    said = down_of(model, top) if search.pmet else stream.searched
     modules = [said, *([attention_of(model, top)] if search.pmet else [])]
     wanted = []
     for fact in facts:
         initial, deltas, _ = search_vectors(model, tokenizer, fact, templates, modules, search)
         wanted.append(initial[0] + deltas[0])
+    values = torch.stack(wanted, 1)
+    aim = values if search.pmet else stream.aim(values)
     changes = {}
     for index, layer in enumerate(layers):
         keys = torch.stack([mean_key(model, tokenizer, f, templates, layer) for f in facts], 1)
-        now = _now(model, tokenizer, facts, said)
         left = len(layers) - index
-        share = math.sqrt(left) if search.pmet else left
-        residual = (torch.stack(wanted, 1) - now) / share
+        if search.pmet:
+            residual = (aim - _now(model, tokenizer, facts, said)) / math.sqrt(left)
+        else:
+            residual = stream.write(layer, aim, left)
         keys, residual = keys.double(), residual.double()
         inverse = torch.linalg.inv(weight * covariances[layer] + keys @ keys.T)
         changes[layer] = residual @ keys.T @ inverse
@@ -228,7 +274,6 @@ def plain_alphaedit(
 ) -> list[dict[int, torch.Tensor]]:
     """AlphaEdit's own, unsymmetric system, for one batch of facts after another."""
     model = copy.deepcopy(model)
-    top = layers_of(model)[layers[-1]]
     projections, sums = {}, {}
     for layer in layers:
         u, s, _ = torch.linalg.svd(covariances[layer].double())
@@ -236,15 +281,17 @@ def plain_alphaedit(
         sums[layer] = torch.zeros_like(projections[layer])
     found = []
     for facts in batches:
+        stream = Stream(model, tokenizer, facts, layers[-1])
+        place = [stream.searched]
         wanted = []
         for fact in facts:
-            initial, deltas, _ = search_vectors(model, tokenizer, fact, templates, [top], search)
+            initial, deltas, _ = search_vectors(model, tokenizer, fact, templates, place, search)
             wanted.append(initial[0] + deltas[0])
+        aim = stream.aim(torch.stack(wanted, 1))
         changes = {}
         for index, layer in enumerate(layers):
             keys = torch.stack([mean_key(model, tokenizer, f, templates, layer) for f in facts], 1)
-            now = _now(model, tokenizer, facts, top)
-            residual = (torch.stack(wanted, 1) - now).double() / (len(layers) - index)
+            residual = stream.write(layer, aim, len(layers) - index)
             keys, p = keys.double(), projections[layer]
             eye = torch.eye(len(p), dtype=torch.float64)
             system = p @ (keys @ keys.T + sums[layer]) + ridge * eye
