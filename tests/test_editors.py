@@ -15,12 +15,13 @@ import torch
 
 import driftlens as dl
 import driftlens.editing.outcome as outcome
-from driftlens.editing import fine_tuning
+from driftlens.editing import fine_tuning, spreading
 from driftlens.editing.alphaedit import null_space_right, project
 from driftlens.editing.configs import EmmetConfig
 from driftlens.editing.emmet import equality_right
 from driftlens.editing.methods import METHODS
 from driftlens.editing.outcome import NullSpaceState
+from driftlens.editing.spreading import PostNorm
 from driftlens.editing.statistics import KeyCovariance
 from driftlens.errors import EditError, ModelError, RequestError
 from driftlens.interventions import block_out_name, down_in_name, down_out_name
@@ -767,3 +768,39 @@ def test_configurations_are_immutable() -> None:
     with pytest.raises(AttributeError):
         config.steps = 3  # type: ignore[misc]
     assert replace(config, steps=3).steps == 3
+
+
+# --- through a norm ---------------------------------------------------------------------------
+
+
+def test_what_a_norm_lets_through_is_met_exactly() -> None:
+    rng = torch.Generator().manual_seed(0)
+    norm = PostNorm(torch.randn(8, generator=rng).double())
+    said, other = torch.randn(2, 5, 8, generator=rng).double()
+    arriving = norm.arrives(other)  # of any length before the norm
+    found = norm.said(arriving, said)
+    assert torch.allclose(norm.arrives(found), arriving, atol=1e-9)
+    assert torch.allclose(found.norm(dim=-1), said.norm(dim=-1))
+
+
+def test_nothing_that_a_norm_can_give_is_nearer() -> None:
+    rng = torch.Generator().manual_seed(1)
+    gain = torch.tensor([3.0, 1.0, 0.1, 0.0], dtype=torch.float64)
+    norm = PostNorm(gain)
+    said = torch.randn(1, 4, generator=rng).double()
+    arriving = torch.tensor([[4.0, -2.0, 0.5, 1.0]], dtype=torch.float64)
+    found = norm.said(arriving, said)
+    error = float((norm.arrives(found) - arriving).norm())
+    for _ in range(2000):
+        other = norm.arrives(found + 0.3 * torch.randn(1, 4, generator=rng).double())
+        assert float((other - arriving).norm()) >= error - 1e-9
+
+
+def test_something_else_than_a_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lens("gemma3")
+    monkeypatch.setattr(spreading, "mlp_out_name", spreading.block_out_name)
+    with pytest.raises(EditError, match="not an RMS norm.*Use rome"):
+        dl.edit(
+            model, REQUESTS[0], "memit", layers=LAYERS, covariance=given_moments(model, LAYERS),
+            **VALUES,
+        )  # fmt: skip
