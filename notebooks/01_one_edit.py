@@ -137,6 +137,15 @@ with cured.applied(model):
 drift.plot(cured=dl.measure_drift(model, cured, prompt, subject="The Eiffel Tower"))
 
 # %% [markdown]
+# ## All of it on one page
+#
+# Click a head to see its attention, token by token, in the original model, the edited one and the
+# one edited with SADR. `save("page.html")` writes the same page as one file that needs no server.
+
+# %%
+dl.compare(model, edit, prompt, answer="Paris", cured=cured)
+
+# %% [markdown]
 # ## One example is one example
 #
 # This one was chosen because it shows the effect plainly. The averages over the facts that were
