@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -221,6 +222,16 @@ def edit_trace(trace: Sequence[Mapping[str, Any]], *, title: str, subtitle: str 
 
 MOST_LINES = 100
 """Of single facts in one panel."""
+
+
+def interval(rates: pd.DataFrame) -> dict[str, Any]:
+    """Error bars of a trace from columns ``value``, ``low`` and ``high``."""
+    return {
+        "array": rates["high"] - rates["value"],
+        "arrayminus": rates["value"] - rates["low"],
+        "thickness": 1,
+        "width": 2,
+    }
 
 
 def _mean_by_step(trace: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

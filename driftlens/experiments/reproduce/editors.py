@@ -249,12 +249,7 @@ def _bars(rows: pd.DataFrame, metrics: Sequence[str], title: str) -> go.Figure:
             name=str(arm),
             marker_color=figures.COLOURS[index % len(figures.COLOURS)],
             marker_pattern_shape="/" if "sadr" in str(arm) else "",
-            error_y={
-                "array": found["high"] - found["value"],
-                "arrayminus": found["value"] - found["low"],
-                "thickness": 1,
-                "width": 2,
-            },
+            error_y=figures.interval(found),
             hovertemplate="%{x}: %{y:.1f}<extra>%{fullData.name}</extra>",
         )
     fig.update_yaxes(title_text="%", range=[0, 104])

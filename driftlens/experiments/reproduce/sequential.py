@@ -78,12 +78,7 @@ def _curves(table: pd.DataFrame) -> go.Figure:
                     "color": figures.COLOURS[index // 2 % len(figures.COLOURS)],
                     "dash": "dash" if "sadr" in str(arm) else "solid",
                 },
-                error_y={
-                    "array": found["high"] - found["value"],
-                    "arrayminus": found["value"] - found["low"],
-                    "thickness": 1,
-                    "width": 2,
-                },
+                error_y=figures.interval(found),
                 hovertemplate="after %{x} facts: %{y:.1f}<extra>%{fullData.name}</extra>",
             )
     fig.update_xaxes(title_text="facts so far", type="log")
