@@ -279,11 +279,12 @@ def _header(title: str, width: int, subtitle: str = "", room: int = 30) -> dict[
     text = "<br>".join(html.escape(line) for line in lines)
     text += "".join(f"<br><sub>{html.escape(line)}</sub>" for line in small)
     top = 24 * len(lines) + 20 * len(small) + room
+    height = 440 + top
     return {
-        "title": {"text": text, "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 12}},
+        "title": {"text": text, "y": 1 - 26 / height, "yref": "container", "yanchor": "top"},
         "margin": {**LAYOUT["margin"], "t": top + 16},
         "width": width,
-        "height": 440 + top,
+        "height": height,
     }
 
 
