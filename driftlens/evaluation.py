@@ -5,7 +5,8 @@ Prompts of one case belong together: every interval is a bootstrap over cases.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -182,13 +183,35 @@ def average(
         draws: Of the bootstrap.
         seed: Of the bootstrap.
     """
+    return combined(cases, METRICS, harmonic_mean, by, draws, seed)
+
+
+def combined(
+    cases: Iterable[Sequence[Answer]],
+    metrics: Sequence[Metric],
+    mean: Callable[[Sequence[float]], float] = statistics.fmean,
+    by: Literal["prompt", "case"] = "prompt",
+    draws: int = 2000,
+    seed: int = 0,
+) -> Rate | None:
+    """A mean of the success of several metrics; the interval is that of all together.
+
+    Args:
+        cases: The answers of each case.
+        metrics: Which; ``None`` is returned where one has no prompt.
+        mean: Of the metrics' values, in per cent.
+        by: As for :func:`rates`.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
     groups = list(cases)
     chosen = np.random.default_rng(seed).integers(0, max(len(groups), 1), (draws, len(groups)))
-    values, means = [], []
-    for metric in METRICS:
+    values, means, prompts = [], [], 0
+    for metric in metrics:
         sums, counts = _sums(groups, metric, "success")
         if not counts.any():
             return None
+        prompts += int(counts.sum())
         if by == "case":
             asked = counts > 0
             sums, counts = np.divide(sums, counts, where=asked, out=sums), asked.astype(float)
@@ -196,10 +219,9 @@ def average(
         drawn = counts[chosen].sum(1)
         # A draw without a prompt of some metric tells nothing of it: the value of all.
         means.append(np.where(drawn > 0, sums[chosen].sum(1) / np.maximum(drawn, 1), values[-1]))
-    spread = [harmonic_mean(column) for column in np.array(means).T]
+    spread = [mean(column) for column in np.array(means).T.tolist()]
     low, high = np.quantile(spread, [0.025, 0.975])
-    prompts = sum(len(group) for group in groups)
-    return Rate(harmonic_mean(values), float(low), float(high), prompts, len(groups))
+    return Rate(mean(values), float(low), float(high), prompts, len(groups))
 
 
 @dataclass(frozen=True)

@@ -224,16 +224,6 @@ MOST_LINES = 100
 """Of single facts in one panel."""
 
 
-def interval(rates: pd.DataFrame) -> dict[str, Any]:
-    """Error bars of a trace from columns ``value``, ``low`` and ``high``."""
-    return {
-        "array": rates["high"] - rates["value"],
-        "arrayminus": rates["value"] - rates["low"],
-        "thickness": 1,
-        "width": 2,
-    }
-
-
 def _mean_by_step(trace: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Over the records of each step."""
     by_step: dict[int, list[Mapping[str, Any]]] = {}
@@ -268,6 +258,85 @@ def probability_bars(
     return fig
 
 
+def rate_bars(
+    rows: pd.DataFrame,
+    metrics: Sequence[str],
+    *,
+    title: str,
+    unit: str = "%",
+    top: float | None = 104,
+) -> go.Figure:
+    """Values of metrics with their intervals: a colour for each editor, hatched if restricted.
+
+    Args:
+        rows: Columns ``arm``, ``metric``, ``value``, ``low`` and ``high``.
+        metrics: Those to show, in order.
+        unit: Of the values.
+        top: Of the axis; ``None`` leaves it to the values.
+    """
+    fig = go.Figure()
+    editors = list(dict.fromkeys(str(arm).split(" + ")[0] for arm in rows["arm"]))
+    for arm, own in rows.groupby("arm", sort=False):
+        index = editors.index(str(arm).split(" + ")[0])
+        found = own.set_index("metric").reindex(list(metrics))
+        fig.add_bar(
+            x=list(metrics),
+            y=found["value"],
+            name=html.escape(str(arm)),
+            marker_color=COLOURS[index % len(COLOURS)],
+            marker_pattern_shape="/" if " + " in str(arm) else "",
+            error_y=interval(found),
+            hovertemplate="%{x}: %{y:.3g}<extra>%{fullData.name}</extra>",
+        )
+    fig.update_yaxes(title_text=unit, range=None if top is None else [0, top])
+    width = max(620, 26 * len(metrics) * rows["arm"].nunique())
+    fig.update_layout({**LAYOUT, "barmode": "group", **_header(title, min(width, 1080))})
+    return fig
+
+
+def trade_off(kept: pd.DataFrame, *, title: str) -> go.Figure:
+    """What each arm keeps of the edit (x) and of other knowledge (y), with 95 % intervals.
+
+    Arms whose names differ in their last number only, such as ``"gamma 0.2"`` and
+    ``"gamma 0.8"``, are joined by a line.
+
+    Args:
+        kept: Columns ``arm``, ``edit``, ``others``, and each with ``_low`` and ``_high``, in %.
+    """
+    fig = go.Figure()
+    kinds = kept["arm"].map(_kind)
+    for index, kind in enumerate(dict.fromkeys(kinds)):
+        own = kept[kinds == kind]
+        fig.add_scatter(
+            x=own["edit"],
+            y=own["others"],
+            error_x=interval(own, "edit"),
+            error_y=interval(own, "others"),
+            text=[html.escape(arm) for arm in own["arm"]],
+            name=html.escape(kind),
+            mode="lines+markers",
+            marker={"size": 10, "color": COLOURS[index % len(COLOURS)]},
+            line={"width": 1},
+            hovertemplate="%{text}<br>edit %{x:.1f}, other knowledge %{y:.1f}<extra></extra>",
+        )
+    fig.update_xaxes(title_text="mean of ES and PS, %")
+    fig.update_yaxes(title_text="mean of NS, RS and DNS, %")
+    fig.update_layout({**LAYOUT, **_header(title, 760)})
+    return fig
+
+
+def interval(rates: pd.DataFrame, name: str = "value") -> dict[str, Any]:
+    """Error bars of a trace from columns of values, and of the lower and upper ends: ``value``,
+    ``low`` and ``high``, or ``NAME``, ``NAME_low`` and ``NAME_high``."""
+    low, high = ("low", "high") if name == "value" else (f"{name}_low", f"{name}_high")
+    return {
+        "array": rates[high] - rates[name],
+        "arrayminus": rates[name] - rates[low],
+        "thickness": 1,
+        "width": 2,
+    }
+
+
 def _header(title: str, width: int, subtitle: str = "", room: int = 30) -> dict[str, Any]:
     """Layout of a title that is wrapped to the figure's width, shown as text and not as markup.
 
@@ -297,3 +366,9 @@ def _largest(arrays: Sequence[np.ndarray]) -> float:
 
 def _tick(count: int) -> int:
     return max(1, round(count / 12))
+
+
+def _kind(arm: str) -> str:
+    """What a series of arms has in common: its name without its number."""
+    words = arm.rsplit(" ", 1)
+    return words[0] if len(words) > 1 and words[1][:1].isdigit() else arm

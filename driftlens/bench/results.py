@@ -22,12 +22,16 @@ from driftlens.evaluation import (
     Rate,
     average,
     bootstrap_interval,
+    combined,
     compare,
     rates,
 )
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 from driftlens.records import write_result
+
+KEPT: dict[str, tuple[Metric, ...]] = {"edit": ("ES", "PS"), "others": ("NS", "RS", "DNS")}
+"""What an edit should do, and what it should leave alone."""
 
 PLAN, CASES, UNITS = "bench.json", "cases.jsonl", "units.jsonl"
 
@@ -151,6 +155,25 @@ class BenchResult:
                 found |= {} if whole is None else {"Avg. S": whole}
                 found |= dict(self.text_rates(arm))  # type: ignore[arg-type]
             rows += [{"arm": arm, "metric": metric, **asdict(r)} for metric, r in found.items()]
+        return pd.DataFrame(rows)
+
+    def trade_off(self) -> pd.DataFrame:
+        """What each editor keeps: columns ``arm``, ``edit`` (mean success of ES and PS, %) and
+        ``others`` (that of NS, RS and DNS), each with its 95 % interval ``_low``, ``_high``.
+        Metrics that were not asked are left out; so is the unedited model."""
+        rows: list[dict[str, Any]] = []
+        for arm in self.plan["arms"]:
+            if arm["method"] is None:
+                continue
+            groups = list(self.answers(arm["name"]).values())
+            asked = {answer.metric for group in groups for answer in group}
+            row: dict[str, Any] = {"arm": arm["name"]}
+            for name, metrics in KEPT.items():
+                found = combined(groups, [m for m in metrics if m in asked]) if asked else None
+                if found is not None:
+                    row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+            if len(row) > len(KEPT):
+                rows.append(row)
         return pd.DataFrame(rows)
 
     def seconds(self, arm: str) -> float:

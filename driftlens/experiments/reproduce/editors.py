@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 from driftlens import figures
 from driftlens.bench import UNEDITED, Arm, BenchResult
@@ -46,7 +45,9 @@ def table1(study: Study) -> Finding:
         "one: that much is no damage of the edit."
     )
     shown = ("ES", "PS", "NS", "lead-neighbour", "DNS", "RS", "lead-relation", "distract-relation")
-    figure = _bars(rows, [m for m in shown if m in set(rows["metric"])], "Specificity failure")
+    figure = figures.rate_bars(
+        rows, [m for m in shown if m in set(rows["metric"])], title="Specificity failure"
+    )
     paper = "GPT-J: ROME RS 79.73 to 11.94, DNS 61.99 to 30.42, NS 82.43 to 80.26 (table 3)."
     return Finding("table1", "Specificity failure of each editor", rows, figure, text, paper)
 
@@ -60,7 +61,7 @@ def table3(study: Study) -> Finding:
     rows.insert(2, "penalty", ["sadr" if arm.endswith("sadr") else "none" for arm in rows["arm"]])
     rows.insert(0, "model", study.model.info.name)
     text = " ".join(_gain(result, method, f"{method} + sadr") for method in methods)
-    figure = _bars(rows, [*METRICS, "Avg. S"], "Editors without and with SADR")
+    figure = figures.rate_bars(rows, [*METRICS, "Avg. S"], title="Editors without and with SADR")
     return Finding("table3", "Editors without and with SADR", rows, figure, text, _paper_gains())
 
 
@@ -88,7 +89,7 @@ def fig6(study: Study) -> Finding:
             f"{value[every, 'ES']:.1f})"
         )
     text = f"Selected heads against all heads: {'; '.join(words)}."
-    figure = _trade_off(rows, "Selective and blanket restriction")
+    figure = figures.trade_off(result.trade_off(), title="Selective and blanket restriction")
     paper = "Restricting all heads costs edit success and helps less, at every gamma (figure 6)."
     return Finding("fig6", "Selective against blanket restriction", rows, figure, text, paper)
 
@@ -114,7 +115,9 @@ def fig7(study: Study) -> Finding:
     result = study.bench(arms)
     rows = result.table()
     text = " ".join(_best_of_each_kind(rows, method) for method in methods)
-    figure = _trade_off(rows, "What restrictions cost, and what they keep")
+    figure = figures.trade_off(
+        result.trade_off(), title="What restrictions cost, and what they keep"
+    )
     paper = "Varying gamma dominates varying steps, learning rate or KL weight (figure 7, GPT-J)."
     return Finding("fig7", "Trade-offs: gamma, steps, learning rate, KL", rows, figure, text, paper)
 
@@ -173,7 +176,8 @@ def _comparison(
         for arm in penalties
     ]
     paper = "The paper does not report this; its reviewers ask for it."
-    return Finding(name, title, rows, _trade_off(rows, title), " ".join(words), paper)
+    figure = figures.trade_off(result.trade_off(), title=title)
+    return Finding(name, title, rows, figure, " ".join(words), paper)
 
 
 def _values(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
@@ -236,52 +240,3 @@ def _best_of_each_kind(rows: pd.DataFrame, method: str) -> str:
 
 def _others(value: Mapping[tuple[str, str], float], arm: str) -> float:
     return float(np.mean([value[arm, m] for m in ("NS", "RS", "DNS") if (arm, m) in value]))
-
-
-def _bars(rows: pd.DataFrame, metrics: Sequence[str], title: str) -> go.Figure:
-    """Values of metrics with their intervals, a colour for each arm."""
-    fig = go.Figure()
-    for index, (arm, own) in enumerate(rows.groupby("arm", sort=False)):
-        found = own.set_index("metric").reindex(list(metrics))
-        fig.add_bar(
-            x=list(metrics),
-            y=found["value"],
-            name=str(arm),
-            marker_color=figures.COLOURS[index % len(figures.COLOURS)],
-            marker_pattern_shape="/" if "sadr" in str(arm) else "",
-            error_y=figures.interval(found),
-            hovertemplate="%{x}: %{y:.1f}<extra>%{fullData.name}</extra>",
-        )
-    fig.update_yaxes(title_text="%", range=[0, 104])
-    fig.update_layout({**figures.LAYOUT, "barmode": "group", "title": title, "height": 480})
-    return fig
-
-
-def _trade_off(rows: pd.DataFrame, title: str) -> go.Figure:
-    """What each arm keeps of the edit (x) and of other knowledge (y)."""
-    value = _values(rows)
-    fig = go.Figure()
-    arms = [arm for arm in dict.fromkeys(rows["arm"]) if arm != UNEDITED]
-    kinds = list(dict.fromkeys(_kind(arm) for arm in arms))
-    for index, kind in enumerate(kinds):
-        own = [arm for arm in arms if _kind(arm) == kind]
-        fig.add_scatter(
-            x=[(value[arm, "ES"] + value[arm, "PS"]) / 2 for arm in own],
-            y=[_others(value, arm) for arm in own],
-            text=own,
-            name=kind,
-            mode="lines+markers",
-            marker={"size": 10, "color": figures.COLOURS[index % len(figures.COLOURS)]},
-            line={"width": 1},
-            hovertemplate="%{text}<br>edit %{x:.1f}, other knowledge %{y:.1f}<extra></extra>",
-        )
-    fig.update_xaxes(title_text="mean of ES and PS, %")
-    fig.update_yaxes(title_text="mean of NS, RS and DNS, %")
-    fig.update_layout({**figures.LAYOUT, "title": title, "height": 480})
-    return fig
-
-
-def _kind(arm: str) -> str:
-    """What a series of arms has in common: its name without its number."""
-    words = arm.rsplit(" ", 1)
-    return words[0] if len(words) > 1 and words[1][:1].isdigit() else arm
