@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -81,6 +81,18 @@ class ModelInfo:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form."""
         return asdict(self)
+
+
+class Places(NamedTuple):
+    """Single positions of single sequences.
+
+    Args:
+        rows: Which sequences.
+        positions: Where in them.
+    """
+
+    rows: Int[torch.Tensor, " places"]
+    positions: Int[torch.Tensor, " places"]
 
 
 @dataclass(frozen=True)
@@ -231,7 +243,7 @@ class LensModel:
         self,
         ids: Int[torch.Tensor, "batch pos"],
         hooks: Sequence[Hook] = (),
-        at: Int[torch.Tensor, "runs chosen"] | None = None,
+        at: Int[torch.Tensor, "runs chosen"] | Places | None = None,
         stop_at: str | None = None,
         **options: Any,
     ) -> torch.Tensor:
@@ -242,13 +254,14 @@ class LensModel:
                 mask is needed.
             hooks: (hook name, function) pairs, active during this pass only.
             at: Positions whose logits are wanted, for each sequence (``runs`` is more than
-                ``batch`` if hooks let copies join); ``None`` for all. The unembedding, the
-                most expensive matrix of small models, runs only there.
+                ``batch`` if hooks let copies join), or single ones; ``None`` for all. The
+                unembedding, the most expensive matrix of small models, runs only there.
             stop_at: Name of a hook at which the pass ends, after all other hooks there.
             options: Passed on to the model, e.g. ``position_ids`` and ``past_key_values``.
 
         Returns:
-            Logits ``[batch, chosen or pos, d_vocab]``, with no position if stopped.
+            Logits ``[batch, chosen or pos, d_vocab]``, with no position if stopped;
+            ``[1, places, d_vocab]`` of single positions.
         """
         hooks = list(hooks)
         if at is not None and self.gathers_before_unembed:
@@ -801,14 +814,18 @@ def _adds_up(pushed: torch.Tensor, moved: torch.Tensor) -> bool:
 
 def _probe_gathering(model: LensModel, ids: torch.Tensor, base: torch.Tensor) -> None:
     """Whether hidden states can be gathered before the unembedding on this model."""
-    at = torch.tensor([[PROBE_LENGTH - 1, 1]])
-    scale = float(base.abs().max())
+    last = PROBE_LENGTH - 1
+    ways = (
+        torch.tensor([[last, 1]]),
+        Places(torch.zeros(3, dtype=torch.long), torch.tensor([1, last, 1])),
+    )
+    tolerance = relative_tolerance(base.dtype) * float(base.abs().max())
     try:
         with torch.no_grad():
-            gathered = model.run(ids, at=at)
-        same = gathered.shape[1] == 2 and torch.allclose(
-            gathered, _gather(base, at), atol=relative_tolerance(base.dtype) * scale, rtol=0
-        )
+            same = all(
+                torch.allclose(model.run(ids, at=at), _gather(base, at), atol=tolerance, rtol=0)
+                for at in ways
+            )
     except Exception:
         same = False
     model.gathers_before_unembed = bool(same)
@@ -877,15 +894,17 @@ def _stop(tensor: torch.Tensor, hook: Any) -> None:
     raise _Stopped
 
 
-def _gather(tensor: torch.Tensor, at: Int[torch.Tensor, "batch chosen"]) -> torch.Tensor:
+def _gather(
+    tensor: Float[torch.Tensor, "batch pos d"], at: Int[torch.Tensor, "batch chosen"] | Places
+) -> torch.Tensor:
+    if isinstance(at, Places):
+        return tensor[at.rows.to(tensor.device), at.positions.to(tensor.device)][None]
     index = at.to(tensor.device).unsqueeze(-1).expand(-1, -1, tensor.shape[-1])
     return tensor.gather(1, index)
 
 
-def _gather_hook(at: Int[torch.Tensor, "batch chosen"]) -> Any:
-    def keep_chosen(
-        hidden: Float[torch.Tensor, "batch pos d_model"], hook: Any
-    ) -> Float[torch.Tensor, "batch chosen d_model"]:
+def _gather_hook(at: Int[torch.Tensor, "batch chosen"] | Places) -> Any:
+    def keep_chosen(hidden: Float[torch.Tensor, "batch pos d_model"], hook: Any) -> torch.Tensor:
         return _gather(hidden, at)
 
     return keep_chosen

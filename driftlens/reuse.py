@@ -33,7 +33,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from driftlens.interventions import Hook, block_in_name
-from driftlens.models import LensModel, relative_tolerance
+from driftlens.models import LensModel, Places, relative_tolerance
 
 Engine = Literal["suffix", "plain"]
 """``suffix`` reuses what an intervention cannot change; ``plain`` runs whole sequences."""
@@ -161,7 +161,7 @@ class SuffixRunner:
     def run(
         self,
         hooks: Sequence[Hook] = (),
-        at: Int[torch.Tensor, "batch chosen"] | None = None,
+        at: Int[torch.Tensor, "batch chosen"] | Places | None = None,
         joins: Sequence[int] = (0,),
         stop_at: str | None = None,
     ) -> torch.Tensor:
@@ -173,7 +173,7 @@ class SuffixRunner:
             stop_at: Name of a hook at which the pass ends.
 
         Returns:
-            Logits ``[copies * rows, chosen, d_vocab]``.
+            Logits ``[copies * rows, chosen, d_vocab]``, or ``[1, places, d_vocab]``.
         """
         if list(joins) != sorted(joins) or (len(joins) > 1 and not self._same):
             raise ValueError("Copies join in ascending order and start at one position.")
@@ -274,8 +274,8 @@ class SharedPasses:
         self._chosen: list[int] = []
 
     def run(
-        self, chosen: Sequence[int], hooks: Sequence[Hook], at: Int[torch.Tensor, "row read"]
-    ) -> torch.Tensor:
+        self, chosen: Sequence[int], hooks: Sequence[Hook], at: Places
+    ) -> Float[torch.Tensor, "1 places d_vocab"]:
         """One pass over the sequences of the chosen tasks, one task after another."""
         if self._passes is None or list(chosen) != self._chosen:
             self._chosen = list(chosen)

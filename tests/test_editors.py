@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -497,6 +498,7 @@ def test_values_are_searched_in_parts_if_memory_is_short(monkeypatch: pytest.Mon
         return search(starts, *args)
 
     monkeypatch.setattr(outcome, "optimise_values", watched)
+    monkeypatch.setattr(outcome, "PASS_COST", 10**6)  # whatever their lengths
     for most, room, parts in ((9, 2**30, [3]), (9, 1, [1, 1, 1]), (2, 2**30, [3, 2, 1])):
         sizes.clear()
         limit = most
@@ -507,6 +509,30 @@ def test_values_are_searched_in_parts_if_memory_is_short(monkeypatch: pytest.Mon
             assert (
                 relative(change_of(model, found, layer), change_of(model, expected, layer)) < 1e-6
             )
+
+
+@pytest.mark.parametrize("pass_cost", [0.0, 3.0, 1e6])
+@pytest.mark.parametrize("room", [1, 12, 10**6])
+def test_facts_of_like_length_share_passes(pass_cost: float, room: int) -> None:
+    widths = [2, 3, 3, 4, 7, 8, 8]
+
+    def fits(count: int, width: int) -> bool:
+        return count * width <= room
+
+    def time(parts: list[range]) -> float:
+        return sum(len(part) * widths[part[-1]] + pass_cost for part in parts)
+
+    n = len(widths)
+    every = []
+    for cuts in itertools.product([False, True], repeat=n - 1):
+        ends = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), n]
+        parts = [range(a, b) for a, b in itertools.pairwise(ends)]
+        if all(len(part) == 1 or fits(len(part), widths[part[-1]]) for part in parts):
+            every.append(parts)
+    found = outcome.group_by_width(widths, pass_cost, fits)
+    assert found in every
+    assert time(found) == min(map(time, every))
+    assert outcome.group_by_width([], pass_cost, fits) == []
 
 
 SEARCHES_OF = [  # what is asked of one store in turn, and how many searches that makes
@@ -535,6 +561,7 @@ def test_editors_that_search_alike_share_values(
     asked: list[int] = []
     search = outcome.optimise_values
     monkeypatch.setattr(outcome, "optimise_values", lambda *a: asked.append(1) or search(*a))
+    monkeypatch.setattr(outcome, "PASS_COST", 10**6)  # all facts in one pass
     for i, method in enumerate(methods):
         options = options_for(method, model) | (last if i == len(methods) - 1 else {})
         before = len(asked)
@@ -560,6 +587,7 @@ def test_values_are_not_shared_between_models_facts_or_on_top_of_an_edit(
     asked: list[int] = []
     search = outcome.optimise_values
     monkeypatch.setattr(outcome, "optimise_values", lambda *a: asked.append(1) or search(*a))
+    monkeypatch.setattr(outcome, "PASS_COST", 10**6)  # all facts in one pass
     options = LOCATED["rome"]
     first = list(dl.edit_each(model, REQUESTS[:2], "rome", store=store, **options))
     for on, facts in ((other, REQUESTS[:2]), (model, REQUESTS[1::-1]), (model, REQUESTS[:1])):

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from driftlens.editing.configs import FtConfig
 from driftlens.editing.contexts import Context
@@ -32,6 +32,7 @@ from driftlens.editing.target import (
     ValueProblem,
     build_problem,
     make_sites,
+    read_at,
     terms_of_each,
 )
 from driftlens.facts import EditRequest
@@ -114,7 +115,7 @@ def _fine_tune(
 
     def evaluate(step: int, active: list[int]) -> list[tuple[Terms, Notes]]:
         chosen = [tasks[i] for i in active]
-        adding = _beside(config.layer, [(len(task.at), task.trained) for task in chosen])
+        adding = _beside(config.layer, [(task.n_rows, task.trained) for task in chosen])
         return terms_of_each(chosen, adding, lambda hooks, at: passes.run(active, hooks, at))
 
     traces = descend(
@@ -134,19 +135,16 @@ class _Batch:
         self.problems = problems
         self.prompts = [problem.rows[0] for problem in problems]
         self.rows = [*self.prompts, *(problem.rows[1] for problem in problems)]
-        self.at = _read_at(problems, teacher_forced)
-        longest = self.at.shape[1]
-        self._targets = torch.tensor(
-            [[*p.target, *[0] * (longest - len(p.target))] for p in problems]
-        )
+        self.predicting = [_predicting(problem, teacher_forced) for problem in problems]
+        self._targets = torch.tensor([token for p in problems for token in p.target])
 
     def target_logprobs(
-        self, logprobs: Float[torch.Tensor, "row target d_vocab"]
-    ) -> list[torch.Tensor]:
+        self, logprobs: Float[torch.Tensor, "places d_vocab"]
+    ) -> tuple[torch.Tensor, ...]:
         """Log-probability of each target token, of each fact."""
         targets = self._targets.to(logprobs.device)
-        padded = logprobs[: len(self.problems)].gather(-1, targets[..., None])[..., 0]
-        return [row[: len(p.target)] for row, p in zip(padded, self.problems, strict=True)]
+        found = logprobs[: len(targets)].gather(-1, targets[:, None])[:, 0]
+        return found.split([len(p.target) for p in self.problems])
 
 
 def _passes(
@@ -179,20 +177,25 @@ class _Task:
         if self.down.bias is not None and config.train_bias:
             self._held.append(in_float32(model.weights.parameters[self.down.bias].detach()))
         self.trained = [torch.zeros_like(held, requires_grad=True) for held in self._held]
-        self.at = batch.at.to(model.device)
         n = len(batch.problems)
-        subjects = [problem.subject[0] for problem in batch.problems]
-        sites = make_sites(
-            model, self.at[:n], subjects, batch.prompts, [0] * n, width, config.layer
+        self.n_rows = len(batch.rows)
+        self.read = read_at([*batch.predicting, *([p.essence] for p in batch.problems)])
+        # Penalties look at as many queries of each row: the last one is repeated.
+        longest = max(map(len, batch.predicting))
+        predicting = torch.tensor(
+            [[*row, *row[-1:] * (longest - len(row))] for row in batch.predicting],
+            device=model.device,
         )
+        subjects = [problem.subject[0] for problem in batch.problems]
+        sites = make_sites(model, predicting, subjects, batch.prompts, [0] * n, width, config.layer)
         self.observer = Observer(resources.penalties, sites)
 
     def terms(
-        self, logits: Float[torch.Tensor, "row target d_vocab"], now: dict[str, torch.Tensor]
+        self, logits: Float[torch.Tensor, "places d_vocab"], now: dict[str, torch.Tensor]
     ) -> tuple[Terms, Notes]:
         """The terms of the loss, and what to note."""
         logprobs = log_probabilities(logits.to(self.device))
-        now[ESSENCE] = logprobs[len(self.batch.problems) :, 0]
+        now[ESSENCE] = logprobs[-len(self.batch.problems) :]
         self.observer.original(now)
         target = self.batch.target_logprobs(logprobs)
         penalties, notes = self.observer.terms(now, self.device)
@@ -231,18 +234,10 @@ class _Task:
         return Outcome(deltas, trace, info)
 
 
-def _read_at(
-    problems: Sequence[ValueProblem], teacher_forced: bool
-) -> Int[torch.Tensor, "row target"]:
-    """Where each row is read; the last position repeated as padding."""
-    longest = max(len(problem.target) for problem in problems)
-    rows = []
-    for problem in problems:
-        last = problem.last_prompt[0]
-        steps = [min(i, len(problem.target) - 1) if teacher_forced else 0 for i in range(longest)]
-        rows.append([last + step for step in steps])
-    rows += [[problem.essence] * longest for problem in problems]
-    return torch.tensor(rows)
+def _predicting(problem: ValueProblem, teacher_forced: bool) -> list[int]:
+    """Where each target token is read: from the token before it, or all from the prompt's last."""
+    last = problem.last_prompt[0]
+    return [last + i if teacher_forced else last for i in range(len(problem.target))]
 
 
 def _beside(layer: int, tasks: Sequence[tuple[int, Sequence[torch.Tensor]]]) -> list[Hook]:

@@ -18,6 +18,7 @@ on delta, so that part is computed once (``driftlens.reuse``) instead of at ever
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -36,7 +37,7 @@ from driftlens.interventions import (
     block_out_name,
     down_out_name,
 )
-from driftlens.models import LensModel, recording
+from driftlens.models import LensModel, Places, recording
 from driftlens.precision import in_float32
 from driftlens.reuse import Engine, FullPass, SharedPasses, SuffixRunner, choose_engine
 from driftlens.scoring import log_probabilities
@@ -389,13 +390,16 @@ def optimise_values(
 
 
 class Task(Protocol):
-    """Something that is optimised in passes shared with others: where its rows are read
-    (``at``, ``[row, read]``), what its penalties look at, and its loss."""
+    """Something that is optimised in passes shared with others: how many rows it has there,
+    where they are read, what its penalties look at, and its loss."""
 
-    at: torch.Tensor
+    n_rows: int
+    read: Places
     observer: Observer
 
-    def terms(self, logits: torch.Tensor, now: dict[str, torch.Tensor]) -> tuple[Terms, Notes]:
+    def terms(
+        self, logits: Float[torch.Tensor, "places d_vocab"], now: dict[str, torch.Tensor]
+    ) -> tuple[Terms, Notes]:
         """The terms of the loss, and what to note, from what its own rows gave."""
         ...
 
@@ -403,28 +407,28 @@ class Task(Protocol):
 def terms_of_each(
     tasks: Sequence[Task],
     adding: Sequence[Hook],
-    run: Callable[[Sequence[Hook], torch.Tensor], torch.Tensor],
+    run: Callable[[Sequence[Hook], Places], torch.Tensor],
 ) -> list[tuple[Terms, Notes]]:
     """One pass over the rows of several tasks, one task after another, and each one's terms.
 
     Args:
         tasks: With penalties of the same kinds.
         adding: Hooks that put the tasks' parameters into the pass.
-        run: The pass, given hooks and where each row is read.
+        run: The pass, given hooks and where its rows are read.
     """
-    longest = max(task.at.shape[1] for task in tasks)
-    # Where a row is read at fewer positions, the last one is repeated.
-    reading = [
-        torch.cat([t.at, t.at[:, -1:].expand(-1, longest - t.at.shape[1])], 1) for t in tasks
-    ]
+    starts = list(itertools.accumulate((task.n_rows for task in tasks), initial=0))
+    reading = Places(
+        torch.cat([task.read.rows + start for task, start in zip(tasks, starts, strict=False)]),
+        torch.cat([task.read.positions for task in tasks]),
+    )
     now: dict[str, torch.Tensor] = {}
-    logits = run([*adding, *recording(now, tasks[0].observer.names)], torch.cat(reading))
-    found, first = [], 0
-    for task in tasks:
-        rows = slice(first, first + len(task.at))
-        first = rows.stop
-        own = {name: tensor[rows] for name, tensor in now.items()}
-        found.append(task.terms(logits[rows, : task.at.shape[1]], own))
+    logits = run([*adding, *recording(now, tasks[0].observer.names)], reading)[0]
+    found = []
+    for task, start, own_logits in zip(
+        tasks, starts, logits.split([len(task.read.rows) for task in tasks]), strict=False
+    ):
+        own = {name: tensor[start : start + task.n_rows] for name, tensor in now.items()}
+        found.append(task.terms(own_logits, own))
     return found
 
 
@@ -438,29 +442,33 @@ class _Task:
         n_contexts = len(problem.last_prompt)
         self.start, self.search = start, search
         self.deltas = [torch.zeros_like(vector, requires_grad=True) for vector in start.initial]
-        self.at = _predicting(start.model, problem, shift)
+        predicting = _predicting(start.model, problem, shift)
         self.positions = [
             None if p is None else p + s for p, s in zip(start.positions, shift, strict=True)
         ]
         rows = problem.rows[:n_contexts]
         subjects = [p + s for p, s in zip(problem.subject, shift, strict=True)]
-        sites = make_sites(start.model, self.at[:n_contexts], subjects, rows, shift, runner.width,
+        sites = make_sites(start.model, predicting, subjects, rows, shift, runner.width,
                            start.layer)  # fmt: skip
+        # Contexts where the target is predicted; then the prompt of the KL, at one position.
+        self.n_rows = len(problem.rows)
+        self.read = read_at([*predicting.tolist(), [problem.essence + shift[-1]]])
         self.observer = Observer(penalties, sites)
         target = torch.tensor(problem.target, device=start.initial[0].device)
-        self._target = target.expand(n_contexts, -1)[..., None]
+        self._target = target.repeat(n_contexts)[:, None]
 
     def terms(
-        self, logits: Float[torch.Tensor, "row target d_vocab"], now: dict[str, torch.Tensor]
+        self, logits: Float[torch.Tensor, "places d_vocab"], now: dict[str, torch.Tensor]
     ) -> tuple[Terms, Notes]:
         """The terms of the loss, and what to note."""
         search, initial = self.search, self.start.initial
         device = initial[0].device
         logprobs = log_probabilities(logits.to(device))  # of several devices, one
-        now[ESSENCE] = logprobs[-1:, 0]
+        now[ESSENCE] = logprobs[-1:]
         original = self.observer.original(now)[ESSENCE]
-        target = logprobs[:-1].gather(-1, self._target)[..., 0]
-        is_greedy = bool((target >= logprobs[:-1].amax(-1)).all())
+        target = logprobs[:-1].gather(-1, self._target)
+        is_greedy = bool((target[:, 0] >= logprobs[:-1].amax(-1)).all())
+        target = target.view(-1, len(self.start.problem.target))
         weight = 1.0 if search.nll_weight is None else search.nll_weight(is_greedy)
         divergence = (now[ESSENCE].exp() * (now[ESSENCE] - original)).sum()
         ratios = [d.norm() / h.norm() ** 2 for d, h in zip(self.deltas, initial, strict=True)]
@@ -549,16 +557,24 @@ def make_sites(
     )
 
 
+def read_at(positions: Sequence[Sequence[int]]) -> Places:
+    """Where each row is read, row by row."""
+    return Places(
+        torch.tensor([row for row, of_row in enumerate(positions) for _ in of_row]),
+        torch.tensor([position for of_row in positions for position in of_row]),
+    )
+
+
 def _predicting(
     model: LensModel, problem: ValueProblem, shift: Sequence[int]
-) -> Int[torch.Tensor, "row target"]:
-    """Where each row is read: contexts where the target is predicted, the last where the KL is."""
+) -> Int[torch.Tensor, "context target"]:
+    """Where the target's tokens are predicted in each context, in the coordinates of a pass."""
     n = len(problem.target)
-    rows = [[last + i for i in range(n)] for last in problem.last_prompt]
-    rows.append([problem.essence] * n)
-    return (
-        torch.tensor(rows, device=model.device) + torch.tensor(shift, device=model.device)[:, None]
-    )
+    rows = [
+        [last + i + s for i in range(n)]
+        for last, s in zip(problem.last_prompt, shift, strict=False)
+    ]
+    return torch.tensor(rows, device=model.device)
 
 
 def _add_at(
