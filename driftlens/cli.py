@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from driftlens import __version__
-from driftlens.errors import DataError, DriftLensError, RequestError
+from driftlens.errors import DataError, DriftLensError, ModelError, RequestError
 
 if TYPE_CHECKING:
     from driftlens.edits import Edit
@@ -437,6 +437,45 @@ def bench(
         print(result.to_markdown())
         for arm, case, reason in result.failed:
             print(f"failed: {arm}, {case}: {reason}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="That `driftlens bench --out` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    shown: Annotated[
+        int, typer.Option(help="Prompts to look into, with their edits made again; 0: no model.")
+    ] = 2,
+    arm: Annotated[
+        str | None, typer.Option(help="The editor they are taken from; by default the first.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="By default the run's, by its name.")] = None,
+    device: Annotated[str | None, typer.Option(help="Of the model, e.g. cuda.")] = None,
+) -> None:
+    """A page about a benchmark run: tables with intervals, charts, the most telling prompts."""
+    _check_outputs(out)
+    from driftlens.bench import BenchResult
+    from driftlens.report import look_into, telling_prompts
+    from driftlens.report import report as page
+
+    if shown < 0:
+        raise RequestError(f"--shown is {shown}.", "Give 0 or more.")
+    result = BenchResult(folder)
+    prompts = telling_prompts(result, shown, arm) if shown else []
+    found = []
+    if prompts:
+        lens = _load(model or str(result.plan["model"]["name"]), device)
+        for prompt in prompts:
+            print(f"looking into: {prompt.probe.prompt}")
+            try:
+                found.append((prompt, look_into(lens, result, prompt)))
+            except ModelError:
+                raise
+            except DriftLensError as error:  # the page is worth having without it
+                print(f"left out: {error}")
+    text = page(result, found)
+    _write(out, lambda: text)
+    print(f"wrote {out} ({len(text.encode()) / 1e6:.1f} MB)")
 
 
 @app.command()

@@ -183,7 +183,7 @@ def test_quick_runs_of_all_experiments(model: dl.LensModel, cases: list[Case], t
         assert record["command"] == "the command"
         assert len(record["rows"]) == len(finding.rows) > 0
         assert record["text"] == finding.text
-        assert f"<section id='{finding.name}'>" in shown
+        assert f'<section id="{finding.name}"' in shown
         assert finding.figure.data
     assert "A quick run" in shown
     # Nothing is computed again.

@@ -21,6 +21,7 @@ from driftlens.bench.units import (
     Job,
     LocalExecutor,
     Setting,
+    arm_from_dict,
     make_arms,
     run_job,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Job",
     "LocalExecutor",
     "Setting",
+    "arm_from_dict",
     "make_arms",
     "run_bench",
     "run_job",

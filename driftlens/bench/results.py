@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,7 +155,7 @@ class BenchResult:
                 found |= {} if whole is None else {"Avg. S": whole}
                 found |= dict(self.text_rates(arm))  # type: ignore[arg-type]
             rows += [{"arm": arm, "metric": metric, **asdict(r)} for metric, r in found.items()]
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=["arm", "metric", *(f.name for f in fields(Rate))])
 
     def trade_off(self) -> pd.DataFrame:
         """What each editor keeps: columns ``arm``, ``edit`` (mean success of ES and PS, %) and

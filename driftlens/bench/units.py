@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from driftlens.cases import ALL_METRICS, UNRELATED, Case, Metric, TextMetric
-from driftlens.editing.configs import EditConfig
+from driftlens.editing.configs import EditConfig, checked
 from driftlens.editing.defaults import sadr_gamma
-from driftlens.editing.family import PENALTIES
-from driftlens.editing.methods import edit, edit_each, resolve_config
+from driftlens.editing.family import PENALTIES, penalty_from_dict
+from driftlens.editing.methods import config_of, edit, edit_each, resolve_config
 from driftlens.editing.outcome import ValueStore
 from driftlens.editing.penalties import Penalty
 from driftlens.editing.sadr import SADR
@@ -50,6 +50,21 @@ class Arm:
             "config": None if self.config is None else asdict(self.config),
             "penalties": [penalty.to_dict() for penalty in self.penalties],
         }
+
+
+def arm_from_dict(record: Mapping[str, Any]) -> Arm:
+    """An arm from what :meth:`Arm.to_dict` gives, and its ``name``.
+
+    Raises:
+        RequestError: If the method, a penalty or a field is unknown.
+    """
+    method, config = record["method"], record["config"]
+    return Arm(
+        str(record["name"]),
+        method,
+        None if method is None else checked(config_of(method), config, method),
+        tuple(penalty_from_dict(penalty) for penalty in record["penalties"]),
+    )
 
 
 def make_arms(

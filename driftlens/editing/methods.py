@@ -345,6 +345,19 @@ def edit_sequence(
     )
 
 
+def config_of(method: str) -> type[EditConfig]:
+    """The kind of an editor's configuration.
+
+    Raises:
+        RequestError: On an unknown method.
+    """
+    if method not in METHODS:
+        raise RequestError(
+            f"There is no editor {method!r}.", f"Choose one of {', '.join(METHODS)}."
+        )
+    return METHODS[method].config
+
+
 def resolve_config(
     model: LensModel,
     method: str,
@@ -357,11 +370,7 @@ def resolve_config(
         RequestError: On an unknown method or hyperparameter, or a value out of range.
         ModelError: If a layer is out of range or cannot be edited.
     """
-    if method not in METHODS:
-        raise RequestError(
-            f"There is no editor {method!r}.", f"Choose one of {', '.join(METHODS)}."
-        )
-    kind, overrides = METHODS[method].config, dict(overrides or {})
+    kind, overrides = config_of(method), dict(overrides or {})
     if config is None:
         if not {"layer", "layers"} & set(overrides) and not is_known(model, method):
             warnings.warn(
