@@ -50,6 +50,11 @@ autodoc_type_aliases = {
 python_maximum_signature_line_length = 88
 python_display_short_literal_types = True
 default_role = "literal"  # `name` in docstrings
+nitpicky = True  # a reference that leads nowhere is a warning
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|numpy|np|pandas|pd|plotly|go|jaxtyping|collections|pathlib|os|typing)\..*"),
+    ("py:class", "Tensor|ndarray|driftlens.editing.outcome.Found"),
+]
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
@@ -101,7 +106,7 @@ def list_fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
     lines[:] = [*lines[: lines.index("Args:")], "Args:"]
     for item, told in zip(fields(obj), describe(obj), strict=True):
         default = "by model" if item.default is MISSING else item.default
-        lines.append(f"    {item.name} ({told['type']}; default: {default}): {told['meaning']}")
+        lines.append(f"    {item.name}: {told['meaning']} *{told['type']}, default {default}.*")
     lines.append("")
 
 
