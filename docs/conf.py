@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jupytext
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util.logging import getLogger
 
 import driftlens
 from driftlens.editing.configs import EditConfig, describe
@@ -29,6 +33,7 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
 exclude_patterns = ["_build", ".jupyter_cache", "jupyter_execute"]
 
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = f"DriftLens {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -73,7 +78,9 @@ def copy_notebooks(source: Path, target: Path) -> None:
         if old.name not in wanted:
             old.unlink()
     for name, path in wanted.items():
-        text = jupytext.writes(jupytext.read(path), fmt="ipynb")
+        notebook = jupytext.read(path)
+        notebook.metadata.setdefault("language_info", {"name": "python"})  # to colour its code
+        text = jupytext.writes(notebook, fmt="ipynb")
         file = target / name
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             file.write_text(text, encoding="utf-8")
@@ -105,13 +112,26 @@ def list_fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
         return
     lines[:] = [*lines[: lines.index("Args:")], "Args:"]
     for item, told in zip(fields(obj), describe(obj), strict=True):
-        default = "by model" if item.default is MISSING else item.default
-        lines.append(f"    {item.name}: {told['meaning']} *{told['type']}, default {default}.*")
+        default = "by model" if item.default is MISSING else f"``{item.default!r}``"
+        lines.append(f"    {item.name}: {told['meaning']} (``{told['type']}``, default {default})")
     lines.append("")
+
+
+def show_math(writer: Any, node: nodes.math | nodes.math_block) -> None:
+    """Formulas as MathML, which browsers show by themselves; MathJax would be fetched."""
+    is_block = isinstance(node, nodes.math_block)
+    try:
+        formula = tex2mathml(node.astext(), as_block=is_block)
+    except MathError as error:
+        getLogger(__name__).warning("%s In: %s", error, node.astext(), location=node)
+        raise nodes.SkipNode from error
+    writer.body.append(f'<div class="formula">{formula}</div>' if is_block else formula)
+    raise nodes.SkipNode
 
 
 def setup(app: Any) -> None:
     """Sphinx calls this."""
+    app.add_html_math_renderer("mathml", (show_math, None), (show_math, None))
     copy_notebooks(HERE.parent / "notebooks", HERE / "notebooks")
     app.connect("autodoc-process-signature", mend_signature)
     app.connect("autodoc-process-docstring", list_fields, priority=400)  # before napoleon

@@ -1,4 +1,4 @@
-"""The documentation: it builds without a warning, its links lead somewhere, and what it shows runs."""
+"""The documentation builds without a warning, its links lead somewhere, what it shows runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import documents
 import pytest
 import tiny
 from documents import DOCS, REPOSITORY
-from sphinx.util.inventory import InventoryFile
 
 import driftlens as dl
 import driftlens.bench
@@ -213,11 +213,8 @@ def test_links_in_pages_are_not_to_places_outside_the_repository() -> None:
 
 
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
-    with (site / "objects.inv").open("rb") as file:
-        inventory = InventoryFile.load(file, "", lambda base, path: path).data
-    known = {
-        name for kind, entries in inventory.items() if kind.startswith("py:") for name in entries
-    }
+    inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    known = {line.split()[0] for line in zlib.decompress(inventory).decode().splitlines()}
     wanted = {f"driftlens.{name}" for name in dl.__all__}
     wanted |= {f"driftlens.bench.{name}" for name in driftlens.bench.__all__}
     wanted |= {f"driftlens.viewer.{name}" for name in driftlens.viewer.__all__}
