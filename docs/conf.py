@@ -66,6 +66,7 @@ napoleon_use_rtype = False
 nb_execution_mode = "cache" if os.environ.get("DRIFTLENS_DOCS_EXECUTE") == "1" else "off"
 nb_execution_cache_path = str(HERE / ".jupyter_cache")
 nb_execution_timeout = 900
+nb_output_stderr = "remove"  # progress bars
 nb_execution_raise_on_error = True
 os.environ.setdefault("PLOTLY_RENDERER", "notebook")  # figures bring plotly.js with them
 
@@ -129,9 +130,20 @@ def show_math(writer: Any, node: nodes.math | nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def leave_mathjax_out(
+    app: Any, page: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
+    """Plotly's notebook figures would fetch MathJax, which none of ours needs."""
+    if "body" in context:
+        context["body"] = re.sub(
+            r'<script src="https://[^"]*/mathjax/[^"]*"></script>', "", context["body"]
+        )
+
+
 def setup(app: Any) -> None:
     """Sphinx calls this."""
     app.add_html_math_renderer("mathml", (show_math, None), (show_math, None))
     copy_notebooks(HERE.parent / "notebooks", HERE / "notebooks")
+    app.connect("html-page-context", leave_mathjax_out)
     app.connect("autodoc-process-signature", mend_signature)
     app.connect("autodoc-process-docstring", list_fields, priority=400)  # before napoleon

@@ -262,7 +262,8 @@ def test_notebooks_are_executed_on_demand(executed: bool, tmp_path: Path) -> Non
     (docs / "_static" / "site.css").write_text("")
     (docs / "index.md").write_text("# Site\n\n```{toctree}\n:glob:\nnotebooks/*\n```\n")
     (tmp_path / "notebooks" / "one.py").write_text(
-        "# %% [markdown]\n# # One\n\n# %%\nprint('made ' + 'here')\n\n# %%\n"
+        "# %% [markdown]\n# # One\n\n# %%\nimport sys\nprint('made ' + 'here')\n"
+        "print('a progress ' + 'bar', file=sys.stderr)\n\n# %%\n"
         "import plotly.graph_objects as go\ngo.Figure(go.Bar(y=[1, 2]))\n"
     )
     done = build(docs, tmp_path / "out", DRIFTLENS_DOCS_EXECUTE=str(int(executed)))
@@ -270,4 +271,8 @@ def test_notebooks_are_executed_on_demand(executed: bool, tmp_path: Path) -> Non
     text = (tmp_path / "out" / "notebooks" / "one.html").read_text(encoding="utf-8")
     assert ("made here" in text) == executed
     assert ("plotly-graph-div" in text) == executed
-    assert "cdn.plot.ly" not in re.findall(r'<script[^>]*src="([^"]*)"', text)
+    assert "a progress bar" not in text
+    # What a figure needs is on the page: nothing is fetched when it is shown.
+    page = Links(tmp_path / "out" / "notebooks" / "one.html")
+    assert not [target for target in page.needed if urlsplit(target).netloc]
+    assert (len(text) > 2_000_000) == executed
