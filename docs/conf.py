@@ -103,6 +103,8 @@ def _plain(signature: str | None) -> str | None:
     if signature is None:
         return None
     signature = re.sub(r"TypeAliasForwardRef\('([^']+)'\)", r"\1", signature)
+    # As short as the other names.
+    signature = re.sub(r"(?<!~)\bdriftlens\.(cases|weights)\.", r"~driftlens.\1.", signature)
     signature = re.sub(r", _\w+: [^=]+=\s*<factory>", "", signature)
     return signature.replace("<factory>", "...")
 
