@@ -57,7 +57,7 @@ class Codebook:
 
     @property
     def rank(self) -> int:
-        """0: it changes no weight."""
+        """Always 0, since it changes no weight."""
         return 0
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ MEASURES: dict[Measure, str] = {
     "prob": "mean probability of the right answer",
     "margin": "mean log-probability per token of the right answer, less the wrong one's (nats)",
 }
-"""What is told of a metric: the benchmarks' comparison, and magnitudes."""
+"""What is told of a metric, by name; the benchmarks' comparison first, then magnitudes."""
 
 
 @dataclass(frozen=True)

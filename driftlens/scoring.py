@@ -48,12 +48,12 @@ class ContinuationScore:
 
     @property
     def mean_logprob(self) -> float:
-        """Log-probability per token, in nats: the editing benchmarks' score, negated."""
+        """Log-probability per token, in nats; the editing benchmarks' score is its negative."""
         return self.logprob / len(self.token_logprobs)
 
     @property
     def rank(self) -> int:
-        """Largest rank of its tokens: 0 exactly if greedy decoding gives this continuation."""
+        """Largest rank of its tokens; 0 exactly if greedy decoding gives this continuation."""
         return max(self.token_ranks)
 
 

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from documents import REPOSITORY, run_python
 
 import driftlens as dl
 from driftlens.assets import survey_result
 from driftlens.editing.methods import METHODS
 from driftlens.experiments.survey import markdown
 
-REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-
-
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
 @pytest.mark.real
 def test_readme_quickstart_runs():
-    scope: dict[str, object] = {}
-    for block in python_blocks():
-        exec(compile(block, "README.md", "exec"), scope)
+    scope = run_python(REPOSITORY / "README.md")
     drift, sweep = scope["drift"], scope["sweep"]
     assert isinstance(drift, dl.Drift)
     assert isinstance(sweep, dl.AttentionSweep)

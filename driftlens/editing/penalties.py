@@ -85,7 +85,7 @@ class Penalty(ABC):
     """What the optimisers need of a penalty. Before the first step its loss must be zero."""
 
     kind: ClassVar[str]
-    """Its name: in the trace, in configuration files and on the command line."""
+    """Its name in the trace, in configuration files and on the command line."""
 
     def check(self, model: LensModel) -> None:
         """Refuse a model that it does not fit: one without the layers that it names.
