@@ -694,9 +694,8 @@ def _write(path: Path | None, text: Callable[[], str]) -> None:
 
 
 def _figure_html(figure: Any) -> str:
-    from driftlens.figures import CONFIG
 
-    return str(figure.to_html(include_plotlyjs=True, full_html=True, config=CONFIG))
+    return str(figure.to_html(include_plotlyjs=True, full_html=True))
 
 
 def _print_demo(numbers: dict[str, Any]) -> None:

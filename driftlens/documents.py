@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.offline
 
-from driftlens.figures import CONFIG
+from driftlens.figures import Figure
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def document(title: str, lead: Sequence[str], command: str, sections: Sequence[S
     """
     charts = {
         section.id: [
-            figure.to_html(
-                full_html=False, include_plotlyjs=False, config=CONFIG, div_id=f"{section.id}-{i}"
+            Figure(figure).to_html(
+                full_html=False, include_plotlyjs=False, div_id=f"{section.id}-{i}"
             )
             for i, figure in enumerate(section.figures)
         ]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 from plotly.subplots import make_subplots
 
 CONFIG: dict[str, Any] = {
@@ -23,7 +24,29 @@ CONFIG: dict[str, Any] = {
     "plotlyServerURL": "",
     "responsive": True,
 }
-"""For ``fig.show(config=CONFIG)`` and ``fig.write_html(config=CONFIG)``: no cloud button."""
+"""How figures are shown and written: no cloud button."""
+
+
+class Figure(go.Figure):  # type: ignore[misc]
+    """A plotly figure that is shown and written with `CONFIG` unless told otherwise."""
+
+    def show(self, *args: Any, **kwargs: Any) -> None:
+        """As of any figure, without the cloud button."""
+        pio.show(self, *args, **{"config": dict(CONFIG), **kwargs})
+
+    def to_html(self, *args: Any, **kwargs: Any) -> str:
+        """As of any figure, without the cloud button."""
+        return pio.to_html(self, *args, **(kwargs if args else {"config": dict(CONFIG), **kwargs}))
+
+    def write_html(self, *args: Any, **kwargs: Any) -> None:
+        """As of any figure, without the cloud button."""
+        pio.write_html(
+            self, *args, **(kwargs if len(args) > 1 else {"config": dict(CONFIG), **kwargs})
+        )
+
+    def _ipython_display_(self) -> None:
+        self.show()
+
 
 SEQUENTIAL = "Cividis"
 DIVERGING = "PuOr_r"
@@ -99,7 +122,7 @@ def head_maps(
             },
         }
     fig.update_layout({**layout, **_header(title, 300 * len(names) + 240)})
-    return fig
+    return Figure(fig)
 
 
 def sweep_chart(
@@ -172,7 +195,7 @@ def sweep_chart(
     fig.update_yaxes(title_text=unit, row=1, col=2)
     legend = {"orientation": "h", "y": -0.15, "x": 0.5}
     fig.update_layout({**LAYOUT, "legend": legend, **_header(title, 1080, subtitle)})
-    return fig
+    return Figure(fig)
 
 
 def edit_trace(trace: Sequence[Mapping[str, Any]], *, title: str, subtitle: str = "") -> go.Figure:
@@ -217,7 +240,7 @@ def edit_trace(trace: Sequence[Mapping[str, Any]], *, title: str, subtitle: str 
         shown = f", {MOST_LINES} of them as lines" if len(facts) > MOST_LINES else ""
         subtitle = f"{subtitle}; mean over {len(facts)} facts while optimised{shown}".lstrip("; ")
     fig.update_layout({**LAYOUT, **_header(title, 760, subtitle)})
-    return fig
+    return Figure(fig)
 
 
 MOST_LINES = 100
@@ -244,7 +267,7 @@ def probability_bars(
 ) -> go.Figure:
     """Grouped bars: for each state (x axis), the probability of each answer."""
     answers = list(dict.fromkeys(answer for bars in groups.values() for answer in bars))
-    fig = go.Figure()
+    fig = Figure()
     for index, answer in enumerate(answers):
         fig.add_bar(
             x=list(groups),
@@ -274,7 +297,7 @@ def rate_bars(
         unit: Of the values.
         top: Of the axis; ``None`` leaves it to the values.
     """
-    fig = go.Figure()
+    fig = Figure()
     editors = list(dict.fromkeys(str(arm).split(" + ")[0] for arm in rows["arm"]))
     for arm, own in rows.groupby("arm", sort=False):
         index = editors.index(str(arm).split(" + ")[0])
@@ -303,7 +326,7 @@ def trade_off(kept: pd.DataFrame, *, title: str) -> go.Figure:
     Args:
         kept: Columns ``arm``, ``edit``, ``others``, and each with ``_low`` and ``_high``, in %.
     """
-    fig = go.Figure()
+    fig = Figure()
     kinds = kept["arm"].map(_kind)
     for index, kind in enumerate(dict.fromkeys(kinds)):
         own = kept[kinds == kind]

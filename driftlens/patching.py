@@ -99,6 +99,10 @@ class Readout:
         """0 exactly if greedy decoding gives the answer."""
         return self.scores[self.answer].rank
 
+    def __repr__(self) -> str:
+        told = ", ".join(f"P({text!r}) {score.prob:.4f}" for text, score in self.scores.items())
+        return f"Readout({told}; rank of {self.answer!r}: {self.rank})"
+
 
 ROUNDING = 1e-5
 """A fall of less than this (relative, or in nats) is rounding, not loss."""

@@ -263,7 +263,10 @@ def _controls(result: BenchResult) -> list[Section]:
     ]
     if not parts:
         return []
-    text = f"Success of the unedited model in per cent. {'; '.join(parts)}. That much is due to the context, not to an edit."
+    text = (
+        f"Success of the unedited model in per cent. {'; '.join(parts)}. That much is due to the "
+        "context, not to an edit."
+    )
     return [Section("controls", "What the context alone does", texts=[text])]
 
 

@@ -15,6 +15,7 @@ import torch
 
 import driftlens as dl
 from driftlens import drift as drift_module
+from driftlens import figures
 from driftlens.drift import resolve_query, subjects_of
 from driftlens.tokens import Span
 
@@ -413,3 +414,17 @@ def test_a_cured_edit_is_shown_beside() -> None:
     np.testing.assert_allclose(maps["half as much"].z, cured.edited[0], atol=1e-7)
     np.testing.assert_allclose(maps["half as much - original"].z, cured.difference[0], atol=1e-7)
     assert len(figure.data) == 5
+
+
+def test_figures_have_no_cloud_button(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figure = figures.probability_bars({"before": {"Paris": 0.5}}, title="T")
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr(figures.pio, "show", lambda *_, **options: shown.append(options))
+    figure._ipython_display_()
+    figure.show(renderer="json")
+    assert [options["config"]["showSendToCloud"] for options in shown] == [False, False]
+    figure.write_html(tmp_path / "figure.html", include_plotlyjs=False)
+    for text in (figure.to_html(include_plotlyjs=False), (tmp_path / "figure.html").read_text()):
+        assert '"showSendToCloud": false' in text
+    assert '"displaylogo": true' in figure.to_html({"displaylogo": True})
+    assert figures.CONFIG["plotlyServerURL"] == ""  # plotly takes it out of what it is given

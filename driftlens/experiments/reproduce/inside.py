@@ -356,7 +356,7 @@ def _best_heads(prompts: Sequence[dict[str, Any]], k: int = 5) -> str:
 
 def _window_lines(rows: pd.DataFrame, title: str) -> go.Figure:
     """Change of P(answer) by window, a line for each kind of prompt and of patch."""
-    fig = go.Figure()
+    fig = figures.Figure()
     windows = rows[rows["layers"] != "all"]
     for i, (kind, of_kind) in enumerate(windows.groupby("kind", sort=False)):
         for j, (what, own) in enumerate(of_kind.groupby("patched", sort=False)):
@@ -376,7 +376,7 @@ def _window_lines(rows: pd.DataFrame, title: str) -> go.Figure:
 
 def _scatter(prompts: Sequence[dict[str, Any]], title: str) -> go.Figure:
     """Drift of the largest head against the fall of P(answer), a point for each prompt."""
-    fig = go.Figure()
+    fig = figures.Figure()
     for i, kind in enumerate(dict.fromkeys(p["kind"] for p in prompts)):
         own = [p for p in prompts if p["kind"] == kind]
         fig.add_scatter(

@@ -85,4 +85,4 @@ def _curves(table: pd.DataFrame) -> go.Figure:
     fig.update_yaxes(range=[0, 104])
     fig.update_yaxes(title_text="%", col=1)
     fig.update_layout({**figures.LAYOUT, "title": "Edits one after another", "height": 420})
-    return fig
+    return figures.Figure(fig)
