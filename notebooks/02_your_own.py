@@ -83,12 +83,16 @@ pd.DataFrame([ask("unedited")])
 # For models with published or tuned hyperparameters, `dl.edit(model, request, method="rome")` takes
 # them (`driftlens methods --model NAME` lists them). For any other it takes a layer by depth and says
 # so. Then look for yourself: some layers, and what each does to the edit and to what it should leave
-# alone.
+# alone. ROME needs to know which keys a layer sees otherwise; this takes a while at first, for all
+# layers together, and is kept. Less text than the default is enough to look around.
 
 # %%
+covariances = dl.key_covariances(model, [4, 5, 6, 10, 14], max_tokens=20_000)
 rows = []
-for layer in (2, 6, 10, 14, 18, 22):
-    edit = dl.edit(model, request, method="rome", layer=layer, progress=False)
+for layer in (4, 6, 10, 14):
+    edit = dl.edit(
+        model, request, method="rome", layer=layer, covariance=covariances, progress=False
+    )
     with edit.applied(model):
         rows.append({"layer": layer, **ask(f"layer {layer}")})
 by_layer = pd.DataFrame(rows).drop(columns="")
@@ -107,7 +111,7 @@ px.line(
 # optimisation. It belongs to this model, whose fingerprint it holds.
 
 # %%
-edit = dl.edit(model, request, method="rome", layer=6)
+edit = dl.edit(model, request, method="rome", layer=6, covariance=covariances)
 edit.save(folder / "marie-curie")
 again = dl.load_edit(folder / "marie-curie")
 again.plot()
@@ -142,8 +146,10 @@ requests = [
     dl.EditRequest("The mother tongue of {} is", "Pablo Picasso", "Italian", "Spanish"),
     dl.EditRequest("{} is located in the city of", "The Brandenburg Gate", "Vienna", "Berlin"),
 ]
-batch = dl.edit(model, requests, method="memit", layers=(4, 5, 6), cov_weight=100.0)
-row = dl.edit_sequence(model, requests, method="rome", layer=6)
+batch = dl.edit(
+    model, requests, method="memit", layers=(4, 5, 6), cov_weight=100.0, covariance=covariances
+)
+row = dl.edit_sequence(model, requests, method="rome", layer=6, covariance=covariances)
 
 
 def probabilities(edit: dl.Edit) -> list[float]:
