@@ -20,7 +20,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 LONG = ("test_real_editors.py", "test_real_engines.py", "test_editors.py", "test_engines.py",
-        "test_ray.py", "test_documentation.py", "test_bench.py", "test_reproduce.py")  # fmt: skip
+        "test_ray.py", "test_documentation.py", "test_site.py", "test_bench.py",
+        "test_reproduce.py")  # fmt: skip
 """Files of long tests: they begin first, so that no process is left alone with one."""
 
 
