@@ -11,10 +11,12 @@ import pytest
 
 from driftlens.editing.defaults import _SHARES, GAMMAS, KNOWN
 from driftlens.editing.methods import METHODS
-from driftlens.experiments.tuning import Search, value_of
+from driftlens.experiments.tuning import TUNED, Search, value_of
 
 FOLDER = Path(__file__).parent.parent / "assets" / "results" / "tuning"
-MODELS = {"smollm2-135m": ("llama", 30)}
+CASES = {"smollm2-135m": 24, "gemma-3-270m": 16}
+LIKE = {"gemma-3-270m": "smollm2-135m"}
+"""Whose values a search began with."""
 
 
 class Replay(Search):
@@ -23,7 +25,8 @@ class Replay(Search):
     def trial(self, config: Any, gamma: float | None = None, whole: bool = False) -> dict[str, Any]:
         wanted = {**asdict(config), "gamma": gamma}
         wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items()}
-        of_size = {True: 24, False: 12}[whole]
+        of_all = CASES[self.model.info.name]
+        of_size = of_all if whole else of_all // 2
         found = [
             record
             for record in self.journal
@@ -34,15 +37,16 @@ class Replay(Search):
         return found[0]
 
     def _of(self, method: str) -> Search:
-        return Replay(self.model, method, self.cases, self.out)
+        return Replay(self.model, method, self.cases, self.out, like=self.like)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TUNED)
 def test_defaults_are_what_the_search_found(name: str, method: str) -> None:
-    kind = MODELS[name]
+    kind = TUNED[name]
     model: Any = SimpleNamespace(info=SimpleNamespace(name=name, n_layers=kind[1]))
-    search = Replay(model, method, [], FOLDER)
+    like = KNOWN[TUNED[LIKE[name]]] if name in LIKE else None
+    search = Replay(model, method, [], FOLDER, like=like)
     best = search.best()
     known = KNOWN[kind].get(method, KNOWN[kind].get(_SHARES.get(method, "")))
     assert METHODS[method].config(**known) == best

@@ -3,7 +3,7 @@
 Layers and hyperparameters are those of the methods' authors where they published some
 (ROME, MEMIT, PMET, AlphaEdit: their repositories; EMMET and Llama 2, Qwen 2.5, Mistral:
 EasyEdit; TinyLlama and Llama 2 13B: SADR's repository). Those of the small bundled models come
-from a recorded search (``driftlens.experiments.tuning``), as far as it is done.
+from a recorded search (``driftlens.experiments.tuning``).
 """
 
 from __future__ import annotations
@@ -98,8 +98,15 @@ KNOWN: dict[tuple[str, int], dict[str, Values]] = {
         "ft-l": {"layer": 3, "lr": 5e-3},
         "grace": {"layer": 14, "lr": 0.3},
     },
-    ("gemma3_text", 18): {  # Gemma 3 270M
-        "rome": {"layer": 5},
+    ("gemma3_text", 18): {  # Gemma 3 270M: assets/results/tuning
+        "rome": {"layer": 2, **_TUNED_SEARCH},
+        "memit": {"layers": (0, 1, 2), "cov_weight": 3000.0, **_TUNED_SEARCH},
+        "pmet": {"layers": (0, 1, 2), "cov_weight": 100.0, **_TUNED_SEARCH, "early_stop_loss": 0.2},
+        "emmet": {"layers": (2,), "cov_weight": 100.0, **_TUNED_SEARCH},
+        "alphaedit": {"layers": (0, 1, 2), "nullspace_threshold": 0.1, **_TUNED_SEARCH},
+        "ft-m": {"layer": 10, "lr": 5e-4},
+        "ft-l": {"layer": 10, "lr": 5e-4},
+        "grace": {"layer": 8, "lr": 0.3, "radius": 16.0},
     },
 }
 
@@ -142,6 +149,10 @@ GAMMAS: dict[tuple[str, int], dict[str, float]] = {
     ("gptj", 28): {"rome": 0.01, "memit": 0.005, "pmet": 0.08},
     ("llama", 30): {
         "rome": 0.8, "r-rome": 0.8, "memit": 0.2, "pmet": 0.2, "emmet": 0.8, "alphaedit": 0.2,
+        "ft-l": 0.05, "ft-m": 0.05, "grace": 0.05,
+    },
+    ("gemma3_text", 18): {
+        "rome": 0.8, "r-rome": 0.8, "memit": 0.8, "pmet": 0.2, "emmet": 0.8, "alphaedit": 0.8,
         "ft-l": 0.05, "ft-m": 0.05, "grace": 0.05,
     },
 }  # fmt: skip
