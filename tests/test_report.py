@@ -175,7 +175,7 @@ def test_a_run_of_200_cases_opens_at_once(
 ) -> None:
     cases = list(read_cases(asset("facts.jsonl")))
     cases += [replace(case, id=f"{case.id} again") for case in cases[: 200 - len(cases)]]
-    arms = [replace(arm, name=f"{arm.name}{i or ''}") for i in range(4) for arm in ARMS]
+    arms = [replace(arm, name=f"{arm.name}{i or ''}") for i in range(2) for arm in ARMS]
     large = run_bench(model, cases, arms, tmp_path, executor=Chance(), progress=False)
     prompt = telling_prompts(result, 1)[0]
     frames = [(prompt, look_into(model, result, prompt))] * 3
