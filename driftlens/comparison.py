@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,31 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from driftlens import __version__
+from driftlens.attention import head_name
 from driftlens.drift import Drift, attention_patterns, measure_drift, subjects_of
 from driftlens.edits import Edit
 from driftlens.errors import RequestError
 from driftlens.models import LensModel, ModelInfo
-from driftlens.patching import AttentionSweep, PatchExperiment, PatchResult, Readout
+from driftlens.patching import (
+    AttentionSweep,
+    PatchExperiment,
+    PatchResult,
+    Readout,
+    resolve_heads,
+)
 from driftlens.records import write_result
 from driftlens.scoring import score_details
-from driftlens.viewer import PageData, State, Sweep, Table, page
+from driftlens.viewer import HeadSet, PageData, Restored, State, Sweep, Table, page
 
 HEADS_STORED = 12
 """Heads whose token-to-token attention a page holds by default: those that drifted most."""
+
+PATTERN_BUDGET = 8_000_000
+"""Bytes of a page that token-to-token attention may take by default; on long prompts, this leaves
+room for fewer heads than 12. A number takes four bytes, a masked one none."""
+
+BEST_HEADS = (2, 3, 5, 10, 20, 50, 100)
+"""How many of the heads that recover most alone are restored together."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,8 @@ class Comparison:
         cured_drift: Before and after ``cured``.
         restored: The answer with the original attention or activations put back, by what was.
         sweep: The same for single heads, layers and windows.
+        best_heads: The same for nested sets: the heads that recover most alone, the best first.
+        head_sets: The same for sets of heads that were asked for.
         cured_readout: The answer under ``cured``.
         edit_success: Probability of the new target on the edit prompt, by state; empty if the
             edit does not say what it is about.
@@ -65,6 +81,8 @@ class Comparison:
     cured_drift: Drift | None
     restored: dict[str, PatchResult]
     sweep: AttentionSweep | None
+    best_heads: dict[tuple[str, ...], PatchResult]
+    head_sets: dict[tuple[str, ...], PatchResult]
     cured_readout: Readout | None
     edit_success: dict[str, float]
     patterns: dict[str, dict[str, np.ndarray]] = field(repr=False)
@@ -134,6 +152,7 @@ class Comparison:
             kl=kl,
             patterns=self.patterns,
             sweep=self._sweep_shown(),
+            restored=self._restored_shown(),
             summary=[*self.summary(), *notes],
             facts=[*self._facts(), *facts, ("Compared in", f"{self.seconds:.0f} s"),
                    ("DriftLens", __version__)],
@@ -255,6 +274,32 @@ class Comparison:
             f"recovered share of the lost probability of {self.answer!r}.",
         )
 
+    def _restored_shown(self) -> Restored | None:
+        sweep = self.sweep
+        if sweep is None:
+            return None
+
+        def pair(readout: Readout) -> tuple[float, float]:
+            target = readout[self.target_new].prob if self.target_new else np.nan
+            return readout.prob, target
+
+        def sets(found: dict[tuple[str, ...], PatchResult]) -> list[HeadSet]:
+            return [HeadSet(heads, *pair(result.patched)) for heads, result in found.items()]
+
+        return Restored(
+            original=pair(sweep.original),
+            edited=pair(sweep.edited),
+            everything=pair(sweep.everything),
+            heads=np.array([[pair(readout) for readout in row] for row in sweep.heads]),
+            layers=np.array([pair(readout) for readout in sweep.layers]),
+            windows=[
+                (first, last + 1, *pair(readout))
+                for (first, last), readout in sweep.windows.items()
+            ],
+            best=sets(self.best_heads),
+            asked=sets(self.head_sets),
+        )
+
     def _head_tables(self) -> list[Table]:
         drifted = Table(
             "Heads whose attention to the subject's last token grew most",
@@ -279,8 +324,9 @@ def compare(
     *,
     cured: Edit | None = None,
     subject: str | None = None,
-    heads: int = HEADS_STORED,
+    heads: int | None = None,
     sweep: bool = True,
+    head_sets: Iterable[Iterable[str | tuple[int, int]]] = (),
     progress: bool = True,
 ) -> Comparison:
     """Everything about one prompt before and after an edit, to look at.
@@ -293,8 +339,12 @@ def compare(
         answer: That answer, e.g. ``"Paris"``.
         cured: The same fact edited with a restriction, e.g. ``penalty=dl.SADR()``.
         subject: By default that of the edit.
-        heads: How many heads' token-to-token attention to keep, those that drifted most.
-        sweep: Whether to patch each head, layer and window too.
+        heads: How many heads' token-to-token attention to keep, those that drifted most. By
+            default 12, on long prompts as many as 8 million bytes allow.
+        sweep: Whether to patch each head, layer and window too, and nested sets of the heads that
+            recover most alone (2, 3, 5, 10, 20, 50 and 100).
+        head_sets: Further sets of heads to restore, each as ``["L9H6", "L10H2"]`` or
+            ``[(9, 6), (10, 2)]``; the reader of the page finds their answers there.
         progress: Whether to show a bar.
 
     Returns:
@@ -309,8 +359,14 @@ def compare(
     Knowledge Editing" (ICLR 2025), on one prompt.
     """
     started = time.monotonic()
-    if heads < 1:
+    if heads is not None and heads < 1:
         raise RequestError(f"heads is {heads}.", "Keep at least one head's attention.")
+    wanted = [
+        tuple(head_name(*place) for place in resolve_heads(model, None, names))
+        for names in head_sets
+    ]
+    if wanted and not sweep:
+        raise RequestError("head_sets is given with sweep=False.", "Leave sweep on.")
     subject = subjects_of(edit, subject, 1)[0]
     new = edit.request.target_new if edit.request is not None else ""
 
@@ -329,6 +385,10 @@ def compare(
         "MLP output": experiment.activation("mlp_out"),
     }
     found = experiment.sweep(progress=progress) if sweep else None
+    nested = [] if found is None else _nested_best(model.info, found)
+    results = experiment.attention_each([*nested, *wanted]) if nested or wanted else []
+    best_heads = dict(zip(nested, results, strict=False))
+    asked = dict(zip(wanted, results[len(nested) :], strict=True))
 
     cured_readout = None
     if cured is not None:
@@ -336,10 +396,11 @@ def compare(
         with cured.applied(model):
             cured_readout = Readout(answer, score_details(model, prompt, texts))
 
-    stored = [(h.layer, h.head) for h in drift.top_heads(heads)]
     conditions = {"original": None, "edited": edit}
     if cured is not None:
         conditions["cured"] = cured
+    n_stored = heads or _heads_that_fit(len(drift.prompts[0].labels), len(conditions))
+    stored = [(h.layer, h.head) for h in drift.top_heads(n_stored)]
     by_state = {
         state: attention_patterns(model, prompt, stored, condition)
         for state, condition in conditions.items()
@@ -355,6 +416,8 @@ def compare(
         cured_drift=cured_drift,
         restored=restored,
         sweep=found,
+        best_heads=best_heads,
+        head_sets=asked,
         cured_readout=cured_readout,
         edit_success=_edit_success(model, edit, cured),
         patterns={
@@ -369,6 +432,19 @@ def restriction(edit: Edit | None) -> str:
     """The names of an edit's penalties, e.g. ``"SADR"``; ``"second edit"`` if it has none."""
     kinds = [] if edit is None else [str(p["penalty"]) for p in edit.config.get("penalties", [])]
     return " + ".join("SADR" if kind == "sadr" else kind for kind in kinds) or "second edit"
+
+
+def _heads_that_fit(tokens: int, states: int) -> int:
+    """How many heads' attention a page holds by default."""
+    size = 4 * states * tokens * (tokens + 1) // 2
+    return max(1, min(HEADS_STORED, PATTERN_BUDGET // size))
+
+
+def _nested_best(info: ModelInfo, sweep: AttentionSweep) -> list[tuple[str, ...]]:
+    """The heads that recover most alone, first few, then more, but not all."""
+    sizes = [k for k in BEST_HEADS if k < info.n_layers * info.n_heads]
+    ranked = [name for name, _ in sweep.top_heads(max(sizes, default=0))]
+    return [tuple(ranked[:k]) for k in sizes]
 
 
 def _edit_success(model: LensModel, edit: Edit, cured: Edit | None) -> dict[str, float]:

@@ -440,20 +440,8 @@ class PatchExperiment:
             raise RequestError(f"A window of {width} layers does not fit.", f"Use 1 to {n_layers}.")
         windows = [(first, first + width - 1) for first in range(n_layers - width + 1)]
         places = _sweep_places(n_layers, n_heads, windows)
-        # Patches that join the pass at the same layer stand together, so that none is early.
-        order = sorted(range(len(places)), key=lambda i: places[i][0])
-        size = self._patches_per_pass(self._first_position(queries))
-        found: list[Readout] = []
         with tqdm(total=len(places), desc="patching", unit="patch", disable=not progress) as bar:
-            for readouts in in_batches(
-                [places[i] for i in order],
-                size,
-                lambda chunk: self._attention(chunk, queries, columns, exchange),
-            ):
-                found += readouts
-                bar.update(len(readouts))
-        of_place = dict(zip(order, found, strict=True))
-        readouts = [of_place[i] for i in range(len(places))]
+            readouts = self._many(places, queries, columns, exchange, bar)
         n = n_layers * n_heads
         return AttentionSweep(
             original=self.original,
@@ -468,7 +456,52 @@ class PatchExperiment:
             engine=self.engine,
         )
 
+    def attention_each(
+        self,
+        sets: Iterable[Iterable[int | str | tuple[int, int]]],
+        *,
+        queries: Queries = "last",
+        columns: Columns = None,
+        exchange: Exchange = "pattern",
+    ) -> list[PatchResult]:
+        """What :meth:`attention` finds for each set of heads, many sets in one pass.
+
+        Raises:
+            RequestError: If a set is empty or names a head that does not exist.
+        """
+        places = [resolve_heads(self.model, None, heads) for heads in sets]
+        return [
+            self._result(readout, _describe(self.model, chosen, queries, columns, exchange))
+            for chosen, readout in zip(
+                places, self._many(places, queries, columns, exchange), strict=True
+            )
+        ]
+
     # --- how they are run ---
+
+    def _many(
+        self,
+        places: Sequence[list[tuple[int, int]]],
+        queries: Queries,
+        columns: Columns,
+        exchange: Exchange,
+        bar: tqdm | None = None,
+    ) -> list[Readout]:
+        """One patch for each list of (layer, head), in as few passes as memory allows."""
+        # Patches that join the pass at the same layer stand together, so that none is early.
+        order = sorted(range(len(places)), key=lambda i: places[i][0])
+        size = self._patches_per_pass(self._first_position(queries))
+        found: list[Readout] = []
+        for readouts in in_batches(
+            [places[i] for i in order],
+            size,
+            lambda chunk: self._attention(chunk, queries, columns, exchange),
+        ):
+            found += readouts
+            if bar is not None:
+                bar.update(len(readouts))
+        of_place = dict(zip(order, found, strict=True))
+        return [of_place[i] for i in range(len(places))]
 
     def _attention(
         self,

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from driftlens.viewer.page import PageData, State, Sweep, Table, page
+from driftlens.viewer.page import HeadSet, PageData, Restored, State, Sweep, Table, page
 
-__all__ = ["PageData", "State", "Sweep", "Table", "page"]
+__all__ = ["HeadSet", "PageData", "Restored", "State", "Sweep", "Table", "page"]

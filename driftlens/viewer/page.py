@@ -6,7 +6,7 @@ and no other file:
 
 1. the numbers go into a JSON block, rounded to five significant digits, with every
    character escaped that HTML or JavaScript could misread;
-2. ``page.css`` and ``page.js`` are put into ``page.html``, all three package data;
+2. ``page.css`` and the scripts in ``js/`` are put into ``page.html``, all package data;
 3. a content security policy allows exactly that style and that script, by hash, and
    nothing else, so that even a hostile token can neither run nor load anything.
 
@@ -26,6 +26,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,26 @@ Cell = str | int | float | None
 
 SIGNIFICANT_DIGITS = 5
 """Digits kept of every number in the page."""
+
+SCRIPTS = (
+    "basics",  # the data, elements, texts and numbers
+    "colour",  # palettes and scales
+    "views",  # what can be looked at, and what the reader is looking at
+    "map",  # a layer x head map, used twice
+    "overview",
+    "patterns",  # token-to-token numbers, and which of them are shown
+    "head",  # the matrices of one head
+    "sweep",  # what brings the answer back
+    "restore",  # several heads at once
+    "texts",  # texts and plain tables
+    "drawing",  # one description for screen, PNG and SVG
+    "pictures",  # what is saved
+    "start",
+)
+"""The scripts of the page in ``js/``, in their order: they are one program, cut by part."""
+
+_PACKING_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+"""Six bits each: base64url, none of whose characters need escaping in JSON, HTML or JavaScript."""
 
 _PROBABILITY_SLACK = 1e-2
 """How far half-precision rounding may push a probability out of [0, 1]."""
@@ -138,6 +159,97 @@ class Sweep:
         object.__setattr__(self, "windows", tuple(windows))
 
 
+@dataclass(frozen=True)
+class HeadSet:
+    """The answers with the original attention of some heads restored, all at once.
+
+    Args:
+        heads: Names such as ``"L9H6"``.
+        answer: Probability of the true answer.
+        target_new: Probability of the edit's target; NaN if it is unknown.
+    """
+
+    heads: Sequence[str]
+    answer: float
+    target_new: float = math.nan
+
+    def __post_init__(self) -> None:
+        heads = tuple(_text("HeadSet.heads", h) for h in _no_bare_text("HeadSet.heads", self.heads))
+        if not heads or len(set(heads)) != len(heads):
+            raise DataError(f"HeadSet.heads is {heads}.", "Name each head once, at least one.")
+        values = _array("HeadSet", [self.answer, self.target_new], (2,), bounds=(0.0, 1.0))
+        object.__setattr__(self, "heads", heads)
+        object.__setattr__(self, "answer", float(values[0]))
+        object.__setattr__(self, "target_new", float(values[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Restored:
+    """The probabilities behind a :class:`Sweep`, and those of sets of heads.
+
+    Every pair is (P(answer), P(target_new)) of the edited model with the original attention of
+    some heads put back; NaN where it was not computed.
+
+    Args:
+        original: The original model.
+        edited: The edited model, nothing restored.
+        everything: All heads of all layers restored.
+        heads: One head restored at a time, shape [layer, head, 2].
+        layers: All heads of one layer restored, shape [layer, 2].
+        windows: ``(start, end, P(answer), P(target_new))``: the layers ``range(start, end)``.
+        best: Nested sets: the heads that recover most alone, and more and more of them. Each
+            lists its heads with the best first, and begins with those of the set before.
+        asked: Any further sets.
+    """
+
+    original: tuple[float, float]
+    edited: tuple[float, float]
+    everything: tuple[float, float]
+    heads: FloatArray
+    layers: FloatArray
+    windows: Sequence[tuple[int, int, float, float]] = ()
+    best: Sequence[HeadSet] = ()
+    asked: Sequence[HeadSet] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("original", "edited", "everything"):
+            pair = _array(f"Restored.{name}", getattr(self, name), (2,), bounds=(0.0, 1.0))
+            object.__setattr__(self, name, tuple(pair.tolist()))
+        heads = _array("Restored.heads", self.heads, None, bounds=(0.0, 1.0))
+        if heads.ndim != 3 or heads.shape[2] != 2:
+            raise DataError(
+                f"Restored.heads has shape {heads.shape}, expected [layer, head, 2].",
+                "Pass P(answer) and P(target_new) per layer and head.",
+            )
+        layers = _array("Restored.layers", self.layers, (heads.shape[0], 2), bounds=(0.0, 1.0))
+        windows = []
+        for number, (start, end, *shown) in enumerate(self.windows):
+            name = f"Restored.windows[{number}]"
+            if not 0 <= start < end <= len(layers):
+                raise DataError(
+                    f"{name} covers layers range({start}, {end}) of {len(layers)}.",
+                    "Give windows as (start, end, P, P) with the end excluded.",
+                )
+            probabilities = _array(name, shown, (2,), bounds=(0.0, 1.0)).tolist()
+            windows.append((int(start), int(end), *probabilities))
+        for kind in ("best", "asked"):
+            sets = tuple(getattr(self, kind))
+            for number, chosen in enumerate(sets):
+                for head in chosen.heads:
+                    _check_head(f"Restored.{kind}[{number}]", head, heads.shape[:2])
+            object.__setattr__(self, kind, sets)
+        for number, (fewer, more) in enumerate(pairwise(self.best)):
+            if len(more.heads) <= len(fewer.heads) or more.heads[: len(fewer.heads)] != fewer.heads:
+                raise DataError(
+                    f"Restored.best[{number + 1}] does not begin with the heads of the set before "
+                    "and add some.",
+                    "Pass nested sets, the smallest first.",
+                )
+        object.__setattr__(self, "heads", heads)
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "windows", tuple(windows))
+
+
 @dataclass(frozen=True, eq=False)
 class PageData:
     """Everything that the page shows. Arrays may hold NaN for "not computed".
@@ -160,6 +272,8 @@ class PageData:
         patterns: Per head name such as ``"L9H6"`` and per state, the attention
             probabilities, shape [query, key]. The first one is shown when the page opens.
         sweep: What causal patching brings back, if it was run.
+        restored: The probabilities behind the sweep, and those of sets of heads, so that the
+            reader can choose heads; only with ``sweep``.
         answer: The true answer, as the reader should see it.
         target_new: The answer that the edit asks for.
         probabilities: ``(label, P(answer), P(target_new))`` on the prompt under study.
@@ -183,6 +297,7 @@ class PageData:
     kl: Mapping[str, FloatArray] = field(default_factory=dict)
     patterns: Mapping[str, Mapping[str, FloatArray]] = field(default_factory=dict)
     sweep: Sweep | None = None
+    restored: Restored | None = None
     answer: str = ""
     target_new: str = ""
     probabilities: Sequence[tuple[str, float, float]] = ()
@@ -275,6 +390,13 @@ class PageData:
                 f"sweep.heads has shape {self.sweep.heads.shape}, expected {shape} as attention.",
                 "Pass the sweep of the same model.",
             )
+        if self.restored is not None and self.sweep is None:
+            raise DataError("restored is given without sweep.", "Pass the sweep of the same run.")
+        if self.restored is not None and self.restored.heads.shape[:2] != shape:
+            raise DataError(
+                f"restored.heads has shape {self.restored.heads.shape}, expected {(*shape, 2)}.",
+                "Pass the sweep of the same model.",
+            )
         object.__setattr__(self, "states", states)
         object.__setattr__(self, "attention", attention)
         object.__setattr__(self, "kl", kl)
@@ -287,20 +409,14 @@ class PageData:
         key_position = self.subject_span[1] - 1
         patterns: dict[str, dict[str, FloatArray]] = {}
         for name, by_state in self.patterns.items():
-            match = _HEAD_NAME.fullmatch(name)
-            if not match or int(match[1]) >= layers or int(match[2]) >= heads:
-                raise DataError(
-                    f"patterns has the key {name!r}; the model has {layers} layers of "
-                    f"{heads} heads.",
-                    "Name heads like 'L9H6', counted from 0.",
-                )
+            layer, head = _check_head("patterns", name, (layers, heads))
             _same_keys(f"patterns[{name!r}]", by_state, ids)
             patterns[name] = {}
             for key in ids:
                 label = f"patterns[{name!r}][{key!r}]"
                 pattern = _array(label, by_state[key], (size, size), bounds=(0.0, 1.0))
                 seen = float(pattern[self.query, key_position])
-                said = float(self.attention[key][int(match[1]), int(match[2])])
+                said = float(self.attention[key][layer, head])
                 if abs(seen - said) > _AGREEMENT:  # False if either is NaN
                     raise DataError(
                         f"{label} is {seen:.5g} from token {self.query} to token {key_position}, "
@@ -320,7 +436,7 @@ def page(data: PageData) -> str:
     Returns:
         The document. Write it with ``encoding="utf-8"`` and ``newline="\\n"``.
     """
-    style, script = _resource("page.css"), _resource("page.js")
+    style, script = _resource("page.css"), _script()
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -353,9 +469,10 @@ def _payload(data: PageData) -> dict[str, Any]:
         "kl": {key: _rounded(values) for key, values in data.kl.items()},
         # Lists of pairs, not objects: JSON.parse would lose an order of integer-like keys.
         "patterns": [
-            [name, {key: _rounded(values) for key, values in by_state.items()}]
+            [name, {key: _packed(values) for key, values in by_state.items()}]
             for name, by_state in data.patterns.items()
         ],
+        "packing": {"alphabet": _PACKING_ALPHABET} | _extents(data),
         "sweep": None
         if sweep is None
         else {
@@ -364,6 +481,7 @@ def _payload(data: PageData) -> dict[str, Any]:
             "windows": [[start, end, _rounded(share)] for start, end, share in sweep.windows],
             "caption": sweep.caption,
         },
+        "restored": None if data.restored is None else _restored_payload(data.restored),
         "answer": data.answer,
         "targetNew": data.target_new,
         "probabilities": [
@@ -378,6 +496,24 @@ def _payload(data: PageData) -> dict[str, Any]:
             }
             for table in data.tables
         ],
+    }
+
+
+def _restored_payload(restored: Restored) -> dict[str, Any]:
+    """The same, rounded; sets as [heads, P(answer), P(target_new)]."""
+
+    def sets(chosen: Sequence[HeadSet]) -> list[Any]:
+        return [[list(s.heads), _rounded(s.answer), _rounded(s.target_new)] for s in chosen]
+
+    return {
+        "original": _rounded(list(restored.original)),
+        "edited": _rounded(list(restored.edited)),
+        "everything": _rounded(list(restored.everything)),
+        "heads": _rounded(restored.heads),
+        "layers": _rounded(restored.layers),
+        "windows": [[start, end, *_rounded(pair)] for start, end, *pair in restored.windows],
+        "best": sets(restored.best),
+        "asked": sets(restored.asked),
     }
 
 
@@ -402,6 +538,66 @@ def _rounded(value: Any) -> Any:
     return int(short) if short == 0 or short == 1 else short
 
 
+def _decimal(values: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Probabilities as m / 10^(4 + e): m is 0 or has five digits, e lies in 0 to 126.
+
+    What is smaller than 10^-126, or below 0 by rounding, becomes 0; NaN becomes 0 too.
+    """
+    known = np.where(values > 1e-126, values, 1.0)
+    e = np.clip(-np.floor(np.log10(known)).astype(np.int64), 0, 126)
+    m = np.rint(known * 10.0 ** (4 + e)).astype(np.int64)
+    carried = (m > 99_999) & (e > 0)  # 0.0999996 rounds to 0.10000
+    m, e = np.where(carried, 10_000, m), np.where(carried, e - 1, e)
+    return np.where(values > 1e-126, m, 0), np.where(values > 1e-126, e, 0)
+
+
+def _packed(matrix: FloatArray) -> str:
+    """An attention matrix to five significant digits, four characters a number.
+
+    A number is a word of 24 bits: e in the upper 7, m in the lower 17 (see :func:`_decimal`);
+    all ones for NaN. Only the lower triangle is kept, row by row, if nothing is above it.
+    """
+    upper = np.triu_indices(len(matrix), 1)
+    causal = not np.any(matrix[upper])  # NaN counts as something
+    values = matrix[np.tril_indices(len(matrix))] if causal else matrix.ravel()
+    m, e = _decimal(values)
+    words = np.where(np.isnan(values), 0xFFFFFF, e << 17 | m)
+    sextets = words[:, None] >> np.array([18, 12, 6, 0]) & 63
+    alphabet = np.frombuffer(_PACKING_ALPHABET.encode("ascii"), dtype=np.uint8)
+    return alphabet[sextets].tobytes().decode("ascii")
+
+
+def _extents(data: PageData) -> dict[str, list[list[float]]]:
+    """Lowest and highest of all stored attention and of its changes, with and without token 0.
+
+    The page would have to unpack every matrix for these; 0 is always among the numbers.
+    """
+    reference, *others = [state.id for state in data.states]
+    found = {"attention": [[0.0, 0.0], [0.0, 0.0]], "change": [[0.0, 0.0], [0.0, 0.0]]}
+
+    def include(kind: str, values: FloatArray) -> None:
+        for place, part in enumerate((values, values[1:, 1:])):
+            if part.size and not np.isnan(part).all():
+                low, high = found[kind][place]
+                found[kind][place] = [
+                    min(low, float(np.nanmin(part))),
+                    max(high, float(np.nanmax(part))),
+                ]
+
+    def as_shown(values: FloatArray) -> FloatArray:
+        m, e = _decimal(values)
+        return np.where(np.isnan(values), np.nan, m / 10.0 ** (4 + e))
+
+    for by_state in data.patterns.values():
+        before = as_shown(by_state[reference])
+        include("attention", before)
+        for key in others:
+            after = as_shown(by_state[key])
+            include("attention", after)
+            include("change", after - before)
+    return found
+
+
 def _rounded_cell(cell: Cell) -> Cell:
     """A table cell for JSON: counts stay whole, measurements are rounded."""
     if not isinstance(cell, float):
@@ -414,6 +610,12 @@ def _resource(name: str) -> str:
     """A text file of this package, with line ends as the HTML parser sees them."""
     text = (resources.files("driftlens.viewer") / name).read_text(encoding="utf-8")
     return text.replace("\r\n", "\n")
+
+
+def _script() -> str:
+    """All scripts as one program, in a scope of its own."""
+    parts = "\n".join(_resource(f"js/{name}.js") for name in SCRIPTS)
+    return f'(() => {{\n"use strict";\n\n{parts}}})();'
 
 
 def _hash(text: str) -> str:
@@ -458,6 +660,17 @@ def _cell(value: Cell) -> Cell:
     if isinstance(value, float) and math.isinf(value):
         raise DataError("Table.rows holds an infinite number.", "Use None for a missing value.")
     return value
+
+
+def _check_head(name: str, head: str, shape: Sequence[int]) -> tuple[int, int]:
+    """The layer and the number of a head such as ``"L9H6"`` that the model has."""
+    match = _HEAD_NAME.fullmatch(head)
+    if not match or int(match[1]) >= shape[0] or int(match[2]) >= shape[1]:
+        raise DataError(
+            f"{name} names the head {head!r}; the model has {shape[0]} layers of {shape[1]} heads.",
+            "Name heads like 'L9H6', counted from 0.",
+        )
+    return int(match[1]), int(match[2])
 
 
 def _same_keys(name: str, values: Mapping[str, object], ids: Sequence[str]) -> None:
