@@ -257,6 +257,9 @@ class Comparison:
         if request is not None:
             found.append(("Fact", f"{request.text} → {request.target_new}"))
         found.append(("Prompt", self.prompt))
+        fit = heads_that_fit(len(self.drift.prompts[0].labels), 2 + (self.cured is not None))
+        if len(self.patterns) == fit < HEADS_STORED:
+            found.append(("Token-to-token", f"kept for {fit} heads, as the prompt is long"))
         if self.edit_success:
             told = ", ".join(f"{name} {value:.3f}" for name, value in self.edit_success.items())
             found.append(("P(new target) on the edit prompt", told))
@@ -399,7 +402,7 @@ def compare(
     conditions = {"original": None, "edited": edit}
     if cured is not None:
         conditions["cured"] = cured
-    n_stored = heads or _heads_that_fit(len(drift.prompts[0].labels), len(conditions))
+    n_stored = heads or heads_that_fit(len(drift.prompts[0].labels), len(conditions))
     stored = [(h.layer, h.head) for h in drift.top_heads(n_stored)]
     by_state = {
         state: attention_patterns(model, prompt, stored, condition)
@@ -434,7 +437,7 @@ def restriction(edit: Edit | None) -> str:
     return " + ".join("SADR" if kind == "sadr" else kind for kind in kinds) or "second edit"
 
 
-def _heads_that_fit(tokens: int, states: int) -> int:
+def heads_that_fit(tokens: int, states: int) -> int:
     """How many heads' attention a page holds by default."""
     size = 4 * states * tokens * (tokens + 1) // 2
     return max(1, min(HEADS_STORED, PATTERN_BUDGET // size))

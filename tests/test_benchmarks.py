@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ ITEMS = ("rome_edit", "sadr_overhead", "sweep", "scoring", "covariance", "memory
 sys.path.insert(0, str(SCRIPT.parent))
 
 import speed  # noqa: E402
+import viewer as viewer_benchmark  # noqa: E402
 
 
 @pytest.mark.real
@@ -77,3 +79,28 @@ def test_stored_results_are_whole_and_equal(path: Path) -> None:
 def test_the_readme_shows_the_stored_results() -> None:
     results = [json.loads(path.read_text()) for path in STORED]
     assert speed.table(results) in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="no Chromium with its chromedriver on the PATH",
+)
+def test_the_page_is_measured() -> None:
+    result = viewer_benchmark.run((8,), repeats=1)
+    (row,) = result["rows"]
+    assert row["stored_heads"] == 12 and row["tokens"] == 8
+    assert 100_000 < row["file_bytes"] < 250_000
+    assert 0 < row["ready_ms"] < 60_000 and 0 < row["first_paint_ms"] < 60_000
+    assert 200_000 < row["heap_bytes"] < 100_000_000
+    header, rule, line = viewer_benchmark.markdown(result).splitlines()
+    assert header.count("|") == rule.count("|") == line.count("|")
+
+
+def test_the_shipped_measurements_hold_what_is_promised() -> None:
+    """Every page opens in under two seconds and stays under 15 MB."""
+    rows = json.loads((REPOSITORY / "assets" / "results" / "viewer.json").read_text())["rows"]
+    assert [row["tokens"] for row in rows] == list(viewer_benchmark.LENGTHS)
+    for row in rows:
+        assert max(row["ready_ms"], row["first_paint_ms"]) < 2000
+        assert row["file_bytes"] < 15_000_000

@@ -3,6 +3,7 @@ itself."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,8 +13,15 @@ import tiny
 from browsing import Browser, browser, chromium
 
 import driftlens as dl
-from driftlens.comparison import HEADS_STORED, restriction
+from driftlens.comparison import (
+    BEST_HEADS,
+    HEADS_STORED,
+    PATTERN_BUDGET,
+    heads_that_fit,
+    restriction,
+)
 from driftlens.errors import DataError, RequestError, TokenError
+from driftlens.patching import PatchExperiment
 
 __all__ = ["browser", "chromium"]  # fixtures
 
@@ -93,6 +101,76 @@ def test_numbers_are_those_of_the_single_calls(
     assert set(found.edit_success) == {"original", "edited", "SADR"}
 
 
+def test_sets_of_heads_on_the_page_equal_an_independent_run(
+    model: dl.LensModel, edit: dl.Edit, answer: str
+) -> None:
+    """Each set by a patch of its own, over whole sequences."""
+    asked = [["L1H0", "L0H1"], [(1, 1)], ["L0H0", "L0H1", "L0H2"]]
+    found = dl.compare(model, edit, PROMPT, answer, head_sets=asked, progress=False)
+    shown = found.page_data().restored
+    assert shown is not None and found.sweep is not None
+    plain = PatchExperiment(model, edit, PROMPT, answer=answer, engine="plain")
+
+    def pair(result: dl.PatchResult) -> tuple[float, float]:
+        return result.patched.prob, result.patched["E"].prob
+
+    n_layers, n_heads = model.info.n_layers, model.info.n_heads
+    alone = np.array(
+        [[pair(plain.attention(heads=[(y, x)])) for x in range(n_heads)] for y in range(n_layers)]
+    )
+    np.testing.assert_allclose(shown.heads, alone, rtol=1e-4)
+    order = np.argsort(-alone[:, :, 0], axis=None)
+    sizes = [k for k in BEST_HEADS if k < n_layers * n_heads]
+    assert [len(best.heads) for best in shown.best] == sizes and len(sizes) > 1
+    for best in shown.best:
+        gained = [alone[divmod(int(i), n_heads)][0] for i in order[: len(best.heads)]]
+        places = [tuple(map(int, re.findall(r"\d+", name))) for name in best.heads]
+        assert [alone[place][0] for place in places] == pytest.approx(gained, rel=1e-4)
+    for one in [*shown.best, *shown.asked]:
+        wanted = pair(plain.attention(heads=one.heads))
+        assert (one.answer, one.target_new) == pytest.approx(wanted, rel=1e-4)
+    assert [set(one.heads) for one in shown.asked] == [
+        {"L0H1", "L1H0"}, {"L1H1"}, {"L0H0", "L0H1", "L0H2"},
+    ]  # fmt: skip
+    for layer in range(n_layers):
+        np.testing.assert_allclose(
+            shown.layers[layer], pair(plain.attention(layers=layer)), rtol=1e-4
+        )
+    start, end, *values = shown.windows[-1]
+    assert values == pytest.approx(pair(plain.attention(layers=range(start, end))), rel=1e-4)
+    assert shown.everything == pytest.approx(pair(plain.attention()), rel=1e-4)
+    assert shown.edited == pytest.approx((plain.edited.prob, plain.edited["E"].prob), rel=1e-4)
+    assert shown.original == pytest.approx(
+        (plain.original.prob, plain.original["E"].prob), rel=1e-4
+    )
+    loaded = json.loads(re.findall(r'id="data">(.*?)</script>', found.html())[0])["restored"]
+    for entry, one in zip(
+        loaded["best"] + loaded["asked"], [*shown.best, *shown.asked], strict=True
+    ):
+        assert entry[0] == list(one.heads)
+        assert entry[1:] == [float(f"{one.answer:.5g}"), float(f"{one.target_new:.5g}")]
+
+
+def test_long_prompts_keep_fewer_heads() -> None:
+    assert heads_that_fit(tokens=32, states=3) == heads_that_fit(128, 3) == HEADS_STORED
+    fit = heads_that_fit(512, 3)
+    assert fit * 4 * 3 * 512 * 513 // 2 <= PATTERN_BUDGET < (fit + 1) * 4 * 3 * 512 * 513 // 2
+    assert heads_that_fit(20_000, 3) == 1
+
+
+def test_a_page_says_that_it_keeps_fewer_heads(
+    monkeypatch: pytest.MonkeyPatch, model: dl.LensModel, edit: dl.Edit, answer: str
+) -> None:
+    size = len(model.tokens.encode(PROMPT).ids)
+    monkeypatch.setattr("driftlens.comparison.PATTERN_BUDGET", 2 * 4 * 2 * size * (size + 1) // 2)
+    found = dl.compare(model, edit, PROMPT, answer, sweep=False, progress=False)
+    assert len(found.patterns) == 2
+    said = ("Token-to-token", "kept for 2 heads, as the prompt is long")
+    assert said in found.page_data().facts
+    more = dl.compare(model, edit, PROMPT, answer, heads=3, sweep=False, progress=False)
+    assert len(more.patterns) == 3 and said[0] not in dict(more.page_data().facts)
+
+
 def test_an_edit_alone_and_one_that_says_nothing(
     model: dl.LensModel, edit: dl.Edit, answer: str
 ) -> None:
@@ -125,6 +203,10 @@ def test_bad_requests(
         dl.compare(model, edit, "Berlin is located in", answer, progress=False)
     with pytest.raises(RequestError, match="no answer"):
         dl.compare(model, edit, PROMPT, "", progress=False)
+    with pytest.raises(RequestError, match="has no head L0H99"):
+        dl.compare(model, edit, PROMPT, answer, head_sets=[["L0H99"]], progress=False)
+    with pytest.raises(RequestError, match="sweep=False"):
+        dl.compare(model, edit, PROMPT, answer, sweep=False, head_sets=[["L0H0"]], progress=False)
     with pytest.raises(RequestError, match="heads is 0"):
         dl.compare(model, edit, PROMPT, answer, heads=0, progress=False)
     (tmp_path / "file").write_text("")

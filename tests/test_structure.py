@@ -53,6 +53,7 @@ ORDER = [
     "viewer.page",
     "viewer",
     "comparison",
+    "viewer.widget",
     "demo",
     "cases",
     "readers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import dataclasses
 import hashlib
@@ -11,15 +12,18 @@ import json
 import math
 import re
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from browsing import Browser, browser, chromium
 
 from driftlens.errors import DataError
-from driftlens.viewer import PageData, State, Sweep, Table, page
+from driftlens.viewer import HeadSet, PageData, Restored, State, Sweep, Table, page
+from driftlens.viewer.page import _PACKING_ALPHABET, _packed
 
 __all__ = ["browser", "chromium"]  # fixtures
 LAYERS, HEADS = 30, 9
@@ -68,6 +72,11 @@ def attention_pattern(rng: np.random.Generator, size: int, boost: float, target:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
+def headed(number: int, heads: int) -> str:
+    """The name of a head by its place in a flattened [layer, head] array."""
+    return f"L{number // heads}H{number % heads}"
+
+
 def example(
     layers: int = LAYERS,
     heads: int = HEADS,
@@ -103,6 +112,23 @@ def example(
     width = max(2, layers // 5)
     starts = range(0, layers - width + 1, max(1, width // 2))
     windows = [(s, s + width, float(by_layer[s : s + width].sum() * 0.7)) for s in starts]
+    # P(answer), P(target_new): what is recovered of 0.72, and as much taken from the target
+    pairs = np.stack([0.12 + 0.72 * share, 0.63 - 0.6 * share], axis=-1).clip(0, 1)
+    ranking = [headed(i, heads) for i in np.argsort(-np.nan_to_num(share, nan=-1), axis=None)]
+    restored = Restored(
+        original=(0.84413, 0.00021),
+        edited=(0.12119, 0.63087),
+        everything=(0.7, 0.011),
+        heads=pairs,
+        layers=np.stack([0.12 + by_layer / 10, 0.63 - by_layer / 10], axis=-1).clip(0, 1),
+        windows=[(start, end, 0.3 + start / 1000, 0.2) for start, end, _ in windows],
+        best=[
+            HeadSet(ranking[:k], 0.5 + k / 1000, 0.3 - k / 1000)
+            for k in (2, 3, 5, 10)
+            if k < layers * heads
+        ],
+        asked=[HeadSet(["L1H0", "L0H1"], 0.25431, 0.40404)],
+    )
     values: dict[str, Any] = {
         "title": "The Eiffel Tower, moved to Rome",
         "subtitle": "What one ROME edit did to the attention of SmolLM2-135M, and SADR spares.",
@@ -140,6 +166,7 @@ def example(
         },
         "sweep": Sweep(share, by_layer, windows, "The attention row of the last token was put back "
                        "as it is in the original model; the edited weights stay."),
+        "restored": restored,
         "patterns": patterns,
         "answer": "Egypt",
         "target_new": "Rome",
@@ -223,6 +250,17 @@ def unpacked(text: str, alphabet: str) -> list[float | None]:
 # --- what is refused --------------------------------------------------------------------
 
 
+def restored_of(n_layers: int = 3, n_heads: int = 2, **changes: Any) -> Restored:
+    values: dict[str, Any] = {
+        "original": (0.9, 0.0),
+        "edited": (0.1, 0.8),
+        "everything": (0.7, 0.1),
+        "heads": np.full((n_layers, n_heads, 2), 0.25),
+        "layers": np.full((n_layers, 2), 0.25),
+    }
+    return Restored(**(values | changes))
+
+
 def with_state(field: str, state: str, value: Any) -> dict[str, Any]:
     """Changes that replace one state's entry of a dictionary field."""
     return {field: {**getattr(example(), field), state: value}}
@@ -249,6 +287,8 @@ def with_state(field: str, state: str, value: Any) -> dict[str, Any]:
             "patterns['L2H2']['original']",
         ),
         ({"sweep": Sweep(np.zeros((3, 2)), np.zeros(3))}, "sweep.heads"),
+        ({"sweep": None}, "restored is given without sweep"),
+        ({"restored": restored_of(3, 2)}, "restored.heads"),
         ({"states": [State("a", "A"), State("a", "B")]}, "states"),
         ({"states": []}, "states"),
         ({"query": 20}, "query"),
@@ -296,6 +336,20 @@ def test_patterns_must_agree_with_the_overview(data: PageData) -> None:
         (lambda: Sweep(np.zeros((3, 2)), np.zeros(2)), "Sweep.layers"),
         (lambda: Sweep(np.zeros((3, 2)), np.zeros(3), [(0, 4, 0.1)]), "Sweep.windows[0]"),
         (lambda: Sweep(np.zeros((3, 2)), np.zeros(3), [(2, 2, 0.1)]), "Sweep.windows[0]"),
+        (lambda: HeadSet([], 0.5), "HeadSet.heads"),
+        (lambda: HeadSet("L0H1", 0.5), "HeadSet.heads"),
+        (lambda: HeadSet(["L0H1", "L0H1"], 0.5), "HeadSet.heads"),
+        (lambda: HeadSet(["L0H1"], 50.0), "HeadSet"),
+        (lambda: restored_of(edited=(0.1,)), "Restored.edited"),
+        (lambda: restored_of(heads=np.zeros((3, 2))), "Restored.heads"),
+        (lambda: restored_of(layers=np.zeros(3)), "Restored.layers"),
+        (lambda: restored_of(windows=[(0, 4, 0.1, 0.1)]), "Restored.windows[0]"),
+        (lambda: restored_of(asked=[HeadSet(["L3H0"], 0.1)]), "Restored.asked[0]"),
+        (lambda: restored_of(best=[HeadSet(["one"], 0.1)]), "Restored.best[0]"),
+        (
+            lambda: restored_of(best=[HeadSet(["L0H0"], 0.1), HeadSet(["L1H0", "L1H1"], 0.1)]),
+            "Restored.best[1]",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_by_name(make: Callable[[], object], named: str) -> None:
@@ -331,6 +385,35 @@ def test_numbers_survive_to_five_digits_and_nan_becomes_null(data: PageData) -> 
     np.testing.assert_allclose(share, data.sweep.heads, rtol=5e-5, atol=0)
     assert np.isnan(share).sum() == 3
     assert loaded["tables"][0]["rows"][3] == ["MEMIT", 95.8, None, 81.1, 7.7, None]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_packed_numbers_at_the_edges(size: int) -> None:
+    """Powers of ten, carries, the very small, 0, 1 and NaN; and what is above the diagonal."""
+    hard = [0.0, 1.0, 0.1, 0.099999999, 0.0999994, 1e-45, 1.17e-38, 3e-300, 0.123455, 1e-4, -1e-9]
+    values = np.resize(np.array([*hard, np.nan]), (size, size))
+    causal = np.where(np.tri(size, dtype=bool), values, 0.0)
+    for matrix, wanted in ((values, values.ravel()), (causal, values[np.tril_indices(size)])):
+        text = _packed(matrix)
+        if size == 1:
+            assert len(text) == 4
+        assert len(text) == 4 * len(wanted)
+        for found, value in zip(unpacked(text, _PACKING_ALPHABET), wanted, strict=True):
+            if np.isnan(value):
+                assert found is None
+            else:
+                assert found == (float(f"{value:.5g}") if value > 1e-126 else 0)
+
+
+def test_the_ends_of_the_scales_are_those_of_the_numbers(data: PageData) -> None:
+    packing = embedded(page(data))["packing"]
+    for place, part in enumerate((slice(None), slice(1, None))):
+        cut = {n: {s: m[part, part] for s, m in p.items()} for n, p in data.patterns.items()}
+        every = [m for p in cut.values() for m in p.values()]
+        moved = [p[s] - p["original"] for p in cut.values() for s in ("edited", "sadr")]
+        for kind, arrays in (("attention", every), ("change", moved)):
+            ends = [min(0, *(a.min() for a in arrays)), max(0, *(a.max() for a in arrays))]
+            assert packing[kind][place] == pytest.approx(ends, abs=2e-5)
 
 
 def test_hostile_texts_come_back_equal_and_leave_the_document_whole() -> None:
@@ -389,10 +472,10 @@ def test_the_policy_allows_this_style_and_this_script_only(data: PageData) -> No
 
 
 def test_the_document_stays_small(data: PageData) -> None:
-    bare = dataclasses.replace(data, patterns={}, sweep=None, kl={})
+    bare = dataclasses.replace(data, patterns={}, sweep=None, restored=None, kl={})
     assert len(page(bare).encode("utf-8")) < 125_000
     patterns = 4 * len(STORED) * 3 * len(TOKENS) * (len(TOKENS) + 1) // 2  # bytes
-    assert len(page(data).encode("utf-8")) < 126_000 + patterns + 12 * 6 * LAYERS * HEADS
+    assert len(page(data).encode("utf-8")) < 126_000 + patterns + 12 * 8 * LAYERS * HEADS
 
 
 # --- what a browser makes of it ---------------------------------------------------------
@@ -412,8 +495,8 @@ def test_the_page_opens_with_every_part(browser: Browser, data: PageData) -> Non
     assert len(browser.all("#overview-map .cell.stored")) == len(STORED)
     assert browser.text("#head-heading") == "Head L21H4, token by token"
     assert len(browser.all("#tables table")) == 2
-    fills = [fill.size["width"] for fill in browser.all(".gauge.answer .fill")]
-    track = browser.find(".gauge.answer .track").size["width"]
+    fills = [fill.size["width"] for fill in browser.all("#answers .gauge.answer .fill")]
+    track = browser.find("#answers .gauge.answer .track").size["width"]
     for width, (_, answer, _) in zip(fills, data.probabilities, strict=True):
         assert width / track == pytest.approx(answer, abs=0.02)
 
@@ -613,6 +696,14 @@ def test_hostile_texts_are_inert_and_visible(browser: Browser) -> None:
             states=[State(key, HOSTILE[2]) for key in ("original", "edited", "sadr")],
         )
     )
+    browser.choose("one", "#layouts")
+    for place in ((2, 2), (4, 4)):
+        browser.js("arguments[0].focus()", browser.cell(*place, "#sweep-map"))
+        browser.press(" ")
+    code = browser.text("#restore-readout code")
+    assert code.startswith("dl.patch_attention(model, edit, prompt, answer=")
+    assert ast.literal_eval(code.split("answer=")[1].split(", heads=")[0]) == HOSTILE[2]
+    assert "\u27e8U+202E\u27e9evil" in browser.text("#best-key")
     assert browser.js("return window.broken") is None
     assert browser.all("img") == []
     assert browser.driver.title == HOSTILE[1]
@@ -644,7 +735,12 @@ def test_the_body_never_scrolls_sideways(browser: Browser, kind: str, width: int
     }
     browser.open(example(**shapes[kind]), width=width)
     assert browser.js("return document.documentElement.scrollWidth") <= width
-    for box in ("#overview-map", "#panels"):
+    for place in ((0, 1), (1, 1)):
+        browser.js("arguments[0].focus()", browser.cell(*place, "#sweep-map"))
+        browser.press(" ")
+    assert browser.all("#restore-readout code")
+    assert browser.js("return document.documentElement.scrollWidth") <= width
+    for box in ("#overview-map", "#panels", "#best-chart", "#restore-readout code", "#best-sets"):
         right = browser.js("return arguments[0].getBoundingClientRect().right", browser.find(box))
         assert right <= width
 
@@ -668,6 +764,29 @@ def test_a_long_prompt_is_cut_to_a_window_that_says_so(browser: Browser) -> None
     assert browser.all(".panel:nth-child(2) .key-labels .lab")[-1].get_attribute(
         "data-position"
     ) == str(99)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("size", [128, 512])
+def test_very_long_prompts_open_and_every_cell_can_be_read(browser: Browser, size: int) -> None:
+    tokens = ["<s>", *[f" w{i}" for i in range(size - 2)], " in"]
+    data = example(tokens=tokens, subject_span=(5, 8), stored=("L21H4", "L9H6"))
+    browser.open(data)
+    assert f"{size} tokens; 64 are shown" in browser.text("#window")
+    assert len(browser.all(".sheet")) == 1
+    pattern = data.patterns["L21H4"]["edited"]
+    assert shown(pattern[size - 1, 7]) in browser.text("#cell-readout")
+    for field in ("firstQuery", "firstKey"):
+        browser.js(
+            "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))",
+            browser.find(f"[data-window={field}]"), size // 2,
+        )  # fmt: skip
+    row, column = size // 2 + 40, size // 2 + 3
+    browser.hover_matrix("state-edited", 40, 3, 64)
+    assert f"({row})" in browser.text("#cell-readout")
+    assert shown(pattern[row, column]) in browser.text("#cell-readout")
+    browser.press("4")
+    assert shown(data.patterns["L21H4"]["sadr"][row, column]) in browser.text("#cell-readout")
 
 
 @pytest.mark.browser
@@ -726,18 +845,259 @@ def test_one_state_and_nothing_else_is_a_page_too(browser: Browser) -> None:
 
 
 @pytest.mark.browser
+def test_matrices_are_switched_in_place(browser: Browser, data: PageData) -> None:
+    """The same node, cell, pin and scale: only what differs between two states moves."""
+    browser.open(data)
+    size, query, key = len(TOKENS), 15, 5
+    browser.choose("one", "#layouts")
+    sheet = browser.find(".sheet")
+    assert sheet.get_attribute("data-panel") == "state-edited"
+    browser.hover_matrix("state-edited", query, key, size)
+    browser.driver.execute_script("arguments[0].click()", browser.all(".query-labels .lab")[15])
+    browser.hover(browser.find("h1"))
+    assert "pinned" in browser.text("#cell-readout")
+    here, colours, spot = sheet.rect, {}, browser.find(".cross.spot").rect
+    ticks = [[tick.text for tick in browser.all("#pattern-scales .ticks span")]]
+    order = ["state-original", "state-edited", "change-edited", "state-sadr", "change-sadr"]
+    for number, panel in enumerate(order, start=1):
+        browser.press(str(number))
+        assert browser.all(".sheet") == [sheet]
+        assert sheet.get_attribute("data-panel") == panel
+        assert (sheet.rect, browser.find(".cross.spot").rect) == (here, spot)
+        colours[panel] = browser.pixel(panel, query, key, size)
+        ticks.append([tick.text for tick in browser.all("#pattern-scales .ticks span")])
+        assert "pinned" in browser.text("#cell-readout")
+        checked = browser.find("#panel-buttons input:checked").get_attribute("value")
+        assert checked == panel
+    assert ticks.count(ticks[0]) == len(ticks), "one scale whatever is shown"
+    assert len({tuple(colour) for colour in colours.values()}) == 5
+    title = browser.text(".panel:nth-child(2) h3")
+    assert title == "SADR \u2212 Original"
+    browser.press("6", "0")
+    assert sheet.get_attribute("data-panel") == "change-sadr"
+    # Typing a number, or with the keys switched off, switches nothing.
+    browser.find("#pattern-max").send_keys("1")
+    assert sheet.get_attribute("data-panel") == "change-sadr"
+    browser.js("arguments[0].click()", browser.find("#number-keys"))
+    browser.find("#panels").send_keys("1")
+    assert sheet.get_attribute("data-panel") == "change-sadr"
+    browser.js("arguments[0].click()", browser.find("#number-keys"))
+    browser.choose("beside", "#layouts")
+    assert len(browser.all(".sheet")) == 4
+    browser.find("#panels").send_keys("5")
+    assert len(browser.all(".sheet")) == 5
+    browser.choose("state-original", "#panel-buttons")
+    assert len(browser.all(".sheet")) == 4
+
+
+@pytest.mark.browser
+def test_one_matrix_stands_alone_where_several_do_not_fit(browser: Browser) -> None:
+    long = example(tokens=["<s>", *[f" w{i}" for i in range(59)]], stored=("L21H4",))
+    for width, data, layout in ((390, example(), "one"), (1280, example(), "beside"),
+                                (1280, long, "one")):  # fmt: skip
+        browser.open(data, width=width)
+        assert browser.find("#layouts input:checked").get_attribute("value") == layout
+        assert (len(browser.all(".sheet")) == 1) == (layout == "one")
+
+
+@pytest.mark.browser
+def test_heads_are_chosen_and_their_answers_read(browser: Browser, data: PageData) -> None:
+    browser.open(data)
+    restored = data.restored
+    assert restored is not None
+    readout = lambda: browser.text("#restore-readout")  # noqa: E731
+    assert readout() == "No head is chosen."
+    place = browser.cell(25, 0, "#sweep-map")
+    browser.js(
+        "arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true, shiftKey: true}))",
+        place,
+    )
+    one = restored.heads[25, 0]
+    assert readout() == f"L25H0 restored: P(Egypt) {shown(one[0])}, P(Rome) {shown(one[1])}"
+    assert "chosen" in place.get_attribute("class").split()
+    assert place.get_attribute("aria-label").endswith(", chosen")
+    assert browser.text("#head-heading") == "Head L21H4, token by token", "not opened as well"
+    browser.js("arguments[0].focus()", place)
+    browser.press("ARROW_RIGHT", " ")
+    assert readout().startswith("2 heads restored: not computed.")
+    wanted = 'dl.patch_attention(model, edit, prompt, answer="Egypt", heads=["L25H0", "L25H1"])'
+    assert [code.text for code in browser.all("#restore-readout code")] == [
+        wanted,
+        'dl.compare(..., head_sets=[["L25H0", "L25H1"]])',
+    ]
+    compile(wanted, "page", "eval")
+    browser.js("arguments[0].click()", browser.find("#click-chooses"))
+    place.click()  # chosen before, so it is left out now
+    chosen = [chip.text for chip in browser.all("#chosen-heads button")]
+    assert chosen == ["L25H1 \u00d7", "Choose none"]
+    buttons = browser.all("#best-sets button")
+    assert [button.text for button in buttons] == ["1", "2", "3", "5", "10", "all"]
+    for button, best in zip(buttons[1:5], restored.best, strict=True):
+        button.click()
+        assert shown(best.answer) in readout()
+        assert shown(best.target_new) in readout()
+        assert len(browser.all("#sweep-map .cell.chosen")) == len(best.heads)
+        assert button.get_attribute("aria-pressed") == "true"
+    for name in restored.best[3].heads:
+        layer, head = map(int, re.findall(r"\d+", name))
+        assert "chosen" in browser.cell(layer, head, "#sweep-map").get_attribute("class").split()
+    buttons[5].click()
+    assert shown(restored.everything[0]) in readout()
+    assert "and 246 more" in browser.text("#chosen-heads")
+    browser.find("#asked-sets button").click()
+    assert shown(restored.asked[0].answer) in readout()
+    assert len(browser.all("#sweep-map .cell.chosen")) == 2
+    browser.find("#sweep details summary").click()
+    rows = browser.all("#sweep-table button")
+    browser.js("arguments[0].click()", rows[-1])
+    assert shown(restored.layers[LAYERS - 1][0]) in readout()
+    assert len(browser.all("#sweep-map .cell.chosen")) == HEADS
+    browser.js("arguments[0].click()", rows[0])
+    start, end, answer, target = restored.windows[0]
+    assert shown(answer) in readout() and shown(target) in readout()
+    assert len(browser.all("#sweep-map .cell.chosen")) == (end - start) * HEADS
+    browser.find("#chosen-heads .clear").click()
+    assert readout() == "No head is chosen."
+    buttons[2].click()
+    browser.find("#reset").click()
+    assert browser.all("#sweep-map .cell.chosen") == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 820])
+def test_the_map_stays_under_the_pointer(browser: Browser, data: PageData, width: int) -> None:
+    """On a narrow screen the values stand above the map; they must not push it around."""
+    browser.open(data, width=width)
+    top = browser.js("return arguments[0].getBoundingClientRect().top + scrollY",
+                     browser.find("#overview-map"))  # fmt: skip
+    tags = set()
+    for layer, head in ((21, 4), (13, 7), (29, 8), (9, 6), (0, 0), (25, 1)):
+        cell = browser.cell(layer, head)
+        browser.js("arguments[0].focus({preventScroll: true})", cell)
+        tags.add(len(browser.all("#head-readout .tag")))
+        assert browser.text("#head-readout").startswith(f"L{layer}H{head}")
+        now = browser.js("return arguments[0].getBoundingClientRect().top + scrollY",
+                         browser.find("#overview-map"))  # fmt: skip
+        assert now == top
+    browser.choose("one", "#layouts")
+    tops = set()
+    for query, key in ((19, 5), (10, 2), (3, 9), (18, 14), (7, 7)):
+        browser.hover_matrix("state-edited", query, key, len(TOKENS))
+        assert f"({query})" in browser.text("#cell-readout")
+        tops.add(browser.js("return arguments[0].getBoundingClientRect().top + scrollY",
+                            browser.find("#panels")))  # fmt: skip
+    assert len(tops) == 1, "nor may the numbers of a cell push the matrix"
+    assert len(tags) > 1, "heads of whom more and less is said"
+
+
+@pytest.mark.browser
+def test_the_chart_of_the_best_heads(browser: Browser, data: PageData) -> None:
+    browser.open(data)
+    assert data.restored is not None
+    for kind, place, edited in (("answer", "cy", 0.12119), ("target", "y", 0.63087)):
+        dots = browser.all(f"#best-chart .dot.{kind}")
+        assert len(dots) == 7  # 0, 1, 2, 3, 5, 10 and all
+        half = 0.0 if kind == "answer" else 3.5
+        heights = [float(dot.get_attribute(place)) + half for dot in dots]
+        value = lambda y: (152 - y) / 142  # noqa: E731
+        assert value(heights[0]) == pytest.approx(edited, abs=1e-4)
+        index = 0 if kind == "answer" else 1
+        assert value(heights[-1]) == pytest.approx(data.restored.everything[index], abs=1e-4)
+    browser.hover(browser.all("#best-chart .choose")[3])
+    browser.all("#best-chart .choose")[3].click()
+    assert "3 heads restored" in browser.text("#restore-readout")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_keeps_people_out(browser: Browser, scheme: str, width: int) -> None:
+    """axe-core finds nothing serious, with a head opened, heads chosen and the tables unfolded."""
+    pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
+    axe = (resources.files("axe_playwright_python") / "axe.min.js").read_text("utf-8")
+    browser.open(example(), width=width, scheme=scheme)
+    browser.cell(17, 0).click()
+    browser.js("for (const part of document.querySelectorAll('details')) part.open = true")
+    for layout, button in (("one", 3), ("beside", 4)):
+        browser.choose(layout, "#layouts")
+        browser.js("arguments[0].click()", browser.all("#best-sets button")[button])
+        browser.js(axe)
+        found = browser.driver.execute_async_script(
+            "const done = arguments[arguments.length - 1];"
+            "axe.run(document, {resultTypes: ['violations']}).then(done)"
+        )
+        assert len(found["passes"]) > 20, "axe looked"
+        grave = [
+            (rule["id"], [node["html"][:160] for node in rule["nodes"][:3]])
+            for rule in found["violations"]
+            if rule["impact"] in ("serious", "critical")
+        ]
+        assert grave == []
+
+
+@pytest.mark.browser
 def test_pictures_can_be_saved(browser: Browser, data: PageData, tmp_path: Path) -> None:
     browser.driver.execute_cdp_cmd(
         "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
     )
     browser.open(data)
-    for name in ("overview", "pattern", "sweep"):
-        browser.js("arguments[0].click()", browser.find(f"#{name}-png"))
-    wanted = {"driftlens-change-edited.png", "driftlens-L21H4.png", "driftlens-recovered.png"}
+    for name, kind in itertools.product(("overview", "pattern", "sweep"), ("png", "svg")):
+        browser.js("arguments[0].click()", browser.find(f"#{name}-{kind}"))
+    stems = ("driftlens-change-edited", "driftlens-L21H4", "driftlens-recovered")
+    wanted = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
     wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(browser.driver, 20)
     wait.until(lambda _: wanted <= {path.name for path in tmp_path.iterdir()})
-    for name in wanted:
-        content = (tmp_path / name).read_bytes()
+    for stem in stems:
+        content = (tmp_path / f"{stem}.png").read_bytes()
         assert content.startswith(b"\x89PNG")
         width, height = (int.from_bytes(content[at : at + 4]) for at in (16, 20))
         assert min(width, height) > 600
+        drawn = ElementTree.fromstring((tmp_path / f"{stem}.svg").read_text("utf-8"))
+        assert {part.tag.split("}")[1] for part in drawn.iter()} <= VECTORS
+        assert (2 * int(drawn.get("width", 0)), 2 * int(drawn.get("height", 0))) == (width, height)
+    rects = f"{SVG}rect"
+    drawn = ElementTree.parse(tmp_path / f"{stems[0]}.svg").getroot()
+    texts = [text.text for text in drawn.iter(f"{SVG}text")]
+    assert texts[0] == "Change: Edited \u2212 Original. Layers by heads."
+    fills = [rect.get("fill") for rect in drawn.iter(rects)]
+    for layer, head in ((25, 0), (3, 3), (29, 8)):  # background first, then layer by layer
+        assert fills[1 + layer * HEADS + head] == browser.colour(browser.cell(layer, head))
+    assert len(fills) == 1 + LAYERS * HEADS + 1
+    drawn = ElementTree.parse(tmp_path / f"{stems[1]}.svg").getroot()
+    size = len(TOKENS)
+    fills = [rect.get("fill") for rect in drawn.iter(rects)]
+    assert len(fills) == 1 + 4 * size * (size + 1) // 2 + 2, "four matrices and two scales"
+    colour = browser.pixel("state-original", 1, 0, size)
+    assert fills[2] == f"rgb({colour[0]}, {colour[1]}, {colour[2]})"
+    # It opens on its own, in the colours it was saved in.
+    browser.open_html((tmp_path / f"{stems[0]}.svg").read_text("utf-8"), suffix=".svg")
+    assert browser.js("return document.documentElement.localName") == "svg"
+    assert browser.js("return document.querySelectorAll('text').length") == len(texts)
+
+
+VECTORS = {"svg", "title", "defs", "linearGradient", "stop", "rect", "line", "text"}
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.mark.browser
+def test_pictures_of_hostile_texts_and_of_one_matrix(browser: Browser, tmp_path: Path) -> None:
+    browser.driver.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+    states = [State(key, HOSTILE[2]) for key in ("original", "edited", "sadr")]
+    browser.open(example(tokens=HOSTILE, subject_span=(4, 6), states=states), scheme="dark")
+    browser.choose("one", "#layouts")
+    browser.js("arguments[0].click()", browser.find("#pattern-svg"))
+    path = tmp_path / "driftlens-L21H4-state-edited.svg"
+    wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(browser.driver, 20)
+    wait.until(lambda _: path.exists())
+    drawn = ElementTree.fromstring(path.read_text("utf-8"))
+    assert {part.tag.split("}")[1] for part in drawn.iter()} <= VECTORS
+    texts = [text.text for text in drawn.iter(f"{SVG}text")]
+    assert "</script><scri\u2026" in texts
+    assert "\u27e8U+202E\u27e9evil\u27e8U\u2026" in texts
+    assert "\ufffd" in texts
+    assert HOSTILE[2] in texts
+    rects = [rect.get("fill") for rect in drawn.iter(f"{SVG}rect")]
+    assert rects[0] == "#15181b", "the colours of the dark theme"
+    assert len(rects) == 1 + len(HOSTILE) * (len(HOSTILE) + 1) // 2 + 1

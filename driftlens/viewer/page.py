@@ -50,6 +50,7 @@ SCRIPTS = (
     "head",  # the matrices of one head
     "sweep",  # what brings the answer back
     "restore",  # several heads at once
+    "host",  # what a notebook widget is told and asked
     "texts",  # texts and plain tables
     "drawing",  # one description for screen, PNG and SVG
     "pictures",  # what is saved
@@ -223,15 +224,15 @@ class Restored:
             )
         layers = _array("Restored.layers", self.layers, (heads.shape[0], 2), bounds=(0.0, 1.0))
         windows = []
-        for number, (start, end, *shown) in enumerate(self.windows):
+        for number, (start, end, *values) in enumerate(self.windows):
             name = f"Restored.windows[{number}]"
             if not 0 <= start < end <= len(layers):
                 raise DataError(
                     f"{name} covers layers range({start}, {end}) of {len(layers)}.",
                     "Give windows as (start, end, P, P) with the end excluded.",
                 )
-            probabilities = _array(name, shown, (2,), bounds=(0.0, 1.0)).tolist()
-            windows.append((int(start), int(end), *probabilities))
+            answer, target_new = _array(name, values, (2,), bounds=(0.0, 1.0)).tolist()
+            windows.append((int(start), int(end), answer, target_new))
         for kind in ("best", "asked"):
             sets = tuple(getattr(self, kind))
             for number, chosen in enumerate(sets):
@@ -545,7 +546,12 @@ def _decimal(values: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """
     known = np.where(values > 1e-126, values, 1.0)
     e = np.clip(-np.floor(np.log10(known)).astype(np.int64), 0, 126)
-    m = np.rint(known * 10.0 ** (4 + e)).astype(np.int64)
+    scaled = known * 10.0 ** (4 + e)
+    m = np.rint(scaled).astype(np.int64)
+    # So close to the middle of two digits that the product's own rounding could decide.
+    for at in np.flatnonzero(np.abs(np.abs(scaled - np.floor(scaled)) - 0.5) < 1e-6):
+        digits, exponent = f"{known.flat[at]:.4e}".split("e")
+        m.flat[at] = round(float(digits) * 10.0 ** (int(exponent) + 4 + e.flat[at]))
     carried = (m > 99_999) & (e > 0)  # 0.0999996 rounds to 0.10000
     m, e = np.where(carried, 10_000, m), np.where(carried, e - 1, e)
     return np.where(values > 1e-126, m, 0), np.where(values > 1e-126, e, 0)

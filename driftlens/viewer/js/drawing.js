@@ -162,7 +162,7 @@ const SVG_WRITERS = {
         "font-size": size,
         "font-weight": weight,
         fill,
-        style: "white-space: pre",
+        "xml:space": "preserve", // a style attribute would be against the policy
       },
       text,
     );

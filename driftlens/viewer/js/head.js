@@ -11,6 +11,7 @@ function drawSelection() {
   byId("head-body").hidden = !patterns.has(name);
   drawStored(name);
   if (patterns.has(name)) buildPanels();
+  tellOpened();
 }
 
 function headNote(name) {
@@ -373,7 +374,7 @@ function drawCellReadout(query, key) {
   );
   const where = el(
     "span",
-    { class: "pair" },
+    { class: "where" },
     "From ",
     el("b", {}, el("bdi", { text: quoted(query) })),
     ` (${query}) to `,
@@ -381,7 +382,11 @@ function drawCellReadout(query, key) {
     ` (${key})`,
     pattern.pinned && !pattern.hovered ? ", pinned" : "",
   );
-  byId("cell-readout").replaceChildren(where, ...values);
+  // Columns of one width: no number may be so long that the matrices below move.
+  const longest = Math.max(...panels.map((panel) => panel.label.length));
+  const box = el("span", { class: "values" }, values);
+  box.style.setProperty("--column", `${longest + 13}ch`);
+  byId("cell-readout").replaceChildren(where, box);
 }
 
 /** The prompt once per state, shaded by the attention from the current row. */

@@ -106,14 +106,49 @@ function drawHeadReadout() {
     );
     return;
   }
-  const { layer, head } = at;
-  const name = headName(layer, head);
-  const tags = [
+  box.replaceChildren(...readoutParts(at));
+}
+
+/** What is said about a head besides its numbers. */
+function headTags(layer, head) {
+  return [
     ...others
       .filter((state) => overAttends(state, layer, head))
       .map((state) => `over-attends: ${inert(state.label)}`),
-    patterns.has(name) ? "pattern stored" : "values only, no pattern stored",
+    patterns.has(headName(layer, head)) ? "pattern stored" : "values only, no pattern stored",
   ];
+}
+
+/**
+ * Keep room for the tallest readout: on a narrow screen it stands above the map, which must not
+ * move away under the pointer when another head is pointed at.
+ */
+function reserveReadout() {
+  const length = ({ layer, head }) => headTags(layer, head).join("  ").length;
+  const heads = range(0, layerCount).flatMap((layer) =>
+    range(0, headCount).map((head) => ({ layer, head })),
+  );
+  const tallest = heads.reduce((best, at) => (length(at) > length(best) ? at : best));
+  const box = byId("head-readout");
+  box.style.minHeight = "";
+  box.replaceChildren(...readoutParts(tallest), matricesButton());
+  box.style.minHeight = `${box.offsetHeight}px`;
+  drawHeadReadout();
+}
+
+function matricesButton() {
+  const go = el("button", { type: "button", text: "See its matrices below" });
+  go.addEventListener("click", () =>
+    byId("head").scrollIntoView({ behavior: calm.matches ? "auto" : "smooth" }),
+  );
+  return go;
+}
+
+/** A head's name, its tags, and its numbers in every state. */
+function readoutParts(at) {
+  const { layer, head } = at;
+  const name = headName(layer, head);
+  const tags = headTags(layer, head);
   const kl = others.some((state) => data.kl[state.id]);
   const rows = data.states.map((state) => [
     inert(state.label),
@@ -132,14 +167,8 @@ function drawHeadReadout() {
       el("p", { class: "recovers", text: `Restoring this head alone recovers: ${format(share)}` }),
     );
   }
-  if (sameHead(at, ui.selected) && patterns.has(name)) {
-    const go = el("button", { type: "button", text: "See its matrices below" });
-    go.addEventListener("click", () =>
-      byId("head").scrollIntoView({ behavior: calm.matches ? "auto" : "smooth" }),
-    );
-    children.push(go);
-  }
-  box.replaceChildren(...children);
+  if (sameHead(at, ui.selected) && patterns.has(name)) children.push(matricesButton());
+  return children;
 }
 
 function simpleTable(columns, rows, className) {
@@ -152,7 +181,9 @@ function simpleTable(columns, rows, className) {
       el(
         "tr",
         {},
-        columns.map((text, i) => el("th", { scope: "col", class: i ? "number" : null, text })),
+        columns.map((text, i) =>
+          text ? el("th", { scope: "col", class: i ? "number" : null, text }) : el("td"),
+        ),
       ),
     ),
     el(
@@ -163,7 +194,7 @@ function simpleTable(columns, rows, className) {
           "tr",
           {},
           cells.map((text, i) =>
-            i ? el("td", { class: "number", text }) : el("th", { scope: "row", text }),
+            i ? el("td", { class: "number", text }) : el("th", { scope: "row" }, text),
           ),
         ),
       ),

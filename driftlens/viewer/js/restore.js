@@ -9,6 +9,8 @@ const isChosen = (layer, head) => chosen.has(headNumber(layer, head));
 const setKey = (numbers) => [...numbers].sort((a, b) => a - b).join();
 const headsOfLayers = (start, end) => range(start * headCount, end * headCount);
 
+const sortedChosen = () => [...chosen].sort((a, b) => a - b);
+
 function numbersOf(names) {
   return names.map((name) => {
     const { layer, head } = parseHead(name);
@@ -98,6 +100,7 @@ function choose(numbers) {
   for (const number of numbers) chosen.add(number);
   sweepMap.paint();
   drawRestored();
+  tellChosen();
 }
 
 const MAX_CHIPS = 24; // chosen heads that are listed one by one
@@ -108,7 +111,7 @@ function drawRestored() {
   for (const button of byId("restore").querySelectorAll("[data-set]")) {
     button.setAttribute("aria-pressed", String(button.dataset.set === key));
   }
-  const numbers = [...chosen].sort((a, b) => a - b);
+  const numbers = sortedChosen();
   const chips = numbers.slice(0, MAX_CHIPS).map((number) => {
     const name = nameOfNumber(number);
     const button = el("button", { type: "button", "aria-label": `Leave ${name} out` }, `${name} \u00d7`);
@@ -163,11 +166,13 @@ function drawRestoredAnswers(numbers, pair) {
   } else {
     const names = numbers.map(nameOfNumber).map(pythonText).join(", ");
     box.replaceChildren(
-      `${label} restored: not computed. This call computes it:`,
+      `${label} restored: not computed.`,
+      ...askingParts(numbers),
+      el("span", { class: "how", text: "This call computes it:" }),
       el("code", {
         text: `dl.patch_attention(model, edit, prompt, answer=${pythonText(data.answer)}, heads=[${names}])`,
       }),
-      "With this argument, the page will hold it:",
+      el("span", { class: "how", text: "With this argument, the page will hold it:" }),
       el("code", { text: `dl.compare(..., head_sets=[[${names}]])` }),
     );
   }

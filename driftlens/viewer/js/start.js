@@ -53,6 +53,7 @@ function reset() {
   drawOverview();
   drawSelection();
   drawSweep();
+  tellChosen();
 }
 
 /** Escape lets go of the innermost thing that is held: a pinned cell, then the head. */
@@ -73,6 +74,7 @@ function layOut() {
   const beside = window.matchMedia("(min-width: 861px)").matches ? 340 : 0;
   overviewMap.fit(room - beside);
   sweepMap?.fit(room - beside);
+  reserveReadout();
   buildPanels();
   drawSweep();
 }
@@ -103,6 +105,7 @@ function start() {
   watchExport();
   watchTheme();
   watchSize();
+  watchHost();
   byId("reset").addEventListener("click", reset);
   document.addEventListener("keydown", release);
   performance.mark("driftlens-ready"); // from here on, everything answers

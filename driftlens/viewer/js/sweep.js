@@ -32,8 +32,8 @@ function makeSweep() {
     simpleTable(
       ["Restored", "Recovered share"],
       [
-        ...windows.map(([start, end, share]) => [windowLabel(start, end), format(share)]),
-        ...layers.map((share, layer) => [`layer ${layer}`, format(share)]),
+        ...windows.map(([start, end, share]) => [setButton(start, end), format(share)]),
+        ...layers.map((share, layer) => [setButton(layer, layer + 1), format(share)]),
       ],
       "small",
     ),
