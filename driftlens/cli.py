@@ -694,7 +694,6 @@ def _write(path: Path | None, text: Callable[[], str]) -> None:
 
 
 def _figure_html(figure: Any) -> str:
-
     return str(figure.to_html(include_plotlyjs=True, full_html=True))
 
 

@@ -97,6 +97,10 @@ class Comparison:
             found[self._cured_label] = self.cured_readout
         return found
 
+    def target_prob(self, readout: Readout) -> float:
+        """Probability of what the edit asks for; ``nan`` if it does not say."""
+        return readout[self.target_new].prob if self.target_new else float("nan")
+
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each condition: ``condition``, probability ``answer``, ``target_new`` (NaN if
         unknown), and ``recovered_share``, the part of the lost probability that is back (NaN if
@@ -106,7 +110,7 @@ class Comparison:
             {
                 "condition": name,
                 "answer": readout.prob,
-                "target_new": readout[self.target_new].prob if self.target_new else np.nan,
+                "target_new": self.target_prob(readout),
                 "recovered_share": replace(pattern, patched=readout).recovered_share,
             }
             for name, readout in self.readouts().items()
@@ -159,8 +163,8 @@ class Comparison:
             answer=self.answer,
             target_new=self.target_new,
             probabilities=[
-                (name, r.prob, r[self.target_new].prob if self.target_new else np.nan)
-                for name, r in self.readouts().items()
+                (name, readout.prob, self.target_prob(readout))
+                for name, readout in self.readouts().items()
             ],
             tables=[*self._head_tables(), *tables],
         )  # fmt: skip
@@ -283,8 +287,7 @@ class Comparison:
             return None
 
         def pair(readout: Readout) -> tuple[float, float]:
-            target = readout[self.target_new].prob if self.target_new else np.nan
-            return readout.prob, target
+            return readout.prob, self.target_prob(readout)
 
         def sets(found: dict[tuple[str, ...], PatchResult]) -> list[HeadSet]:
             return [HeadSet(heads, *pair(result.patched)) for heads, result in found.items()]

@@ -8,21 +8,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from driftlens import figures
-from driftlens.bench import UNEDITED, Arm, BenchResult, arm_from_dict
+from driftlens.bench import UNEDITED, BenchResult, arm_from_dict
 from driftlens.cases import ALL_METRICS, METRICS, Case, Metric, Probe
 from driftlens.comparison import Comparison, compare
 from driftlens.documents import Frame, Section, TableOf, document
 from driftlens.editing.methods import edit
 from driftlens.edits import Edit
 from driftlens.errors import ModelError, RequestError
-from driftlens.evaluation import Answer
+from driftlens.evaluation import Answer, Rate
 from driftlens.models import LensModel
 
 ABOUT_THE_SUBJECT: tuple[Metric, ...] = ("DNS", "RS", "distractor", "distract-relation")
@@ -85,9 +85,10 @@ def telling_prompts(
         held = next((one["name"] for one in of_same if one["penalties"]), None)
         held = None if held == arm else held
 
+    answers = {name: result.answers(name) for name in (UNEDITED, arm, held) if name is not None}
     found = []
     for case in result.cases.values():
-        prompts = list(_prompts(result, case, arm, held))
+        prompts = list(_prompts(result, case, arm, held, answers))
         found += [max(prompts, key=lambda prompt: prompt.score)] if prompts else []
     found = [prompt for prompt in found if prompt.score > 0]
     return sorted(found, key=lambda prompt: -prompt.score)[:n]
@@ -110,12 +111,7 @@ def look_into(model: LensModel, result: BenchResult, prompt: Telling) -> Compari
     seed = int(result.plan["setting"]["seed"])
 
     def again(name: str) -> Edit:
-        arm: Arm = arms[name]
-        assert arm.method is not None
-        return edit(
-            model, prompt.case.request, arm.method, config=arm.config, penalty=arm.penalties,
-            seed=seed, progress=False,
-        )  # fmt: skip
+        return edit(model, prompt.case.request, **arms[name].edit_options(seed))
 
     cured = None if prompt.held is None else again(prompt.held)
     return compare(
@@ -144,7 +140,10 @@ def report(
         )
     if result.failed:
         lead.append(f"{len(result.failed)} edits failed; they are listed below and not counted.")
-    sections = [_overall(result), *_differences(result), *_magnitudes(result), *_controls(result)]
+    rows = result.table()
+    sections = [
+        _overall(result, rows), *_differences(result), *_magnitudes(result), *_controls(rows)
+    ]  # fmt: skip
     if shown:
         sections.append(_prompts_shown(shown))
     sections.append(_provenance(result))
@@ -156,8 +155,7 @@ def report(
 # --- sections ---
 
 
-def _overall(result: BenchResult) -> Section:
-    rows = result.table()
+def _overall(result: BenchResult, rows: pd.DataFrame) -> Section:
     charts = []
     if len(rows):
         asked = set(rows["metric"])
@@ -177,27 +175,24 @@ def _overall(result: BenchResult) -> Section:
         ],
         figures=charts,
         tables=[
-            TableOf("Success (%), and seconds for each edit", _wide(result)),
+            TableOf("Success (%), and seconds for each edit", _wide(result, rows)),
             TableOf("All metrics, a row each", rows, folded=True),
         ],
     )
 
 
-def _wide(result: BenchResult) -> pd.DataFrame:
-    """A row for each arm, with intervals."""
-    rows = []
-    for arm, own in result.table().groupby("arm", sort=False):
+def _wide(result: BenchResult, rows: pd.DataFrame) -> pd.DataFrame:
+    """A row for each arm, with intervals, from a row for each arm and metric."""
+    fields = list(Rate.__dataclass_fields__)
+    wide = []
+    for arm, own in rows.groupby("arm", sort=False):
         cells = {
-            row["metric"]: f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+            row["metric"]: str(Rate(*(row[name] for name in fields)))
             for row in own.to_dict("records")
         }
-        order = ["Avg. S", *(name for name in cells if name != "Avg. S")]
-        rows.append(
-            {"arm": arm}
-            | {name: cells[name] for name in order if name in cells}
-            | {"seconds": result.seconds(str(arm))}
-        )
-    return pd.DataFrame(rows)
+        first = {"Avg. S": cells.pop("Avg. S")} if "Avg. S" in cells else {}
+        wide.append({"arm": arm, **first, **cells, "seconds": result.seconds(str(arm))})
+    return pd.DataFrame(wide)
 
 
 def _differences(result: BenchResult) -> list[Section]:
@@ -208,8 +203,12 @@ def _differences(result: BenchResult) -> list[Section]:
         if one["method"] is None:
             continue
         if one["penalties"]:
-            same = {"method": one["method"], "config": one["config"], "penalties": []}
-            pairs += [(name, n) for n, o in known.items() if {k: o[k] for k in same} == same]
+            pairs += [
+                (name, other)
+                for other, plain in known.items()
+                if not plain["penalties"]
+                and (plain["method"], plain["config"]) == (one["method"], one["config"])
+            ]
         elif UNEDITED in known:
             pairs.append((name, UNEDITED))
     rows = [
@@ -247,11 +246,10 @@ def _magnitudes(result: BenchResult) -> list[Section]:
     return [Section("magnitudes", "Magnitudes", texts=[text], figures=[chart], tables=tables)]
 
 
-def _controls(result: BenchResult) -> list[Section]:
+def _controls(rows: pd.DataFrame) -> list[Section]:
     """What the context alone does to the unedited model."""
-    if UNEDITED not in result.arms:
-        return []
-    found: dict[str, float] = {m: rate.value for m, rate in result.rates(UNEDITED).items()}
+    of_unedited = rows[rows["arm"] == UNEDITED]
+    found = dict(zip(of_unedited["metric"], of_unedited["value"], strict=True))
     parts = [
         f"{what}: {found[alone]:.1f} alone, {found[edited]:.1f} behind the edited sentence, "
         f"{found[lead]:.1f} behind an unrelated one"
@@ -323,16 +321,18 @@ def _provenance(result: BenchResult) -> Section:
 # --- prompts ---
 
 
-def _prompts(result: BenchResult, case: Case, arm: str, held: str | None) -> Iterator[Telling]:
-    """All prompts of a case that hold its subject, under the arms that are looked at."""
-    metrics = result.plan["setting"]["metrics"]
-    found: dict[str, list[Answer]] = {}
-    for name in (UNEDITED, arm, *([held] if held else [])):
-        record = result.records[name].get(case.id, {})
-        if "answers" not in record:
-            return
-        found[name] = [Answer(**answer) for answer in record["answers"]]
-    for i, probe in enumerate(case.probes(metrics)):
+def _prompts(
+    result: BenchResult,
+    case: Case,
+    arm: str,
+    held: str | None,
+    answers: Mapping[str, Mapping[str, Sequence[Answer]]],
+) -> Iterator[Telling]:
+    """All prompts of a case that hold its subject, if all arms that are looked at have it."""
+    if any(case.id not in of_arm for of_arm in answers.values()):
+        return
+    found = {name: of_arm[case.id] for name, of_arm in answers.items()}
+    for i, probe in enumerate(case.probes(result.plan["setting"]["metrics"])):
         if probe.metric in ABOUT_THE_SUBJECT:
             yield Telling(
                 case, probe, arm, held,

@@ -22,9 +22,9 @@ from driftlens.assets import asset
 from driftlens.bench import UNEDITED, Arm, BenchResult, Setting, make_arms, run_bench, units
 from driftlens.bench.results import CASES, PLAN, UNITS
 from driftlens.bench.units import identity
-from driftlens.cases import ALL_METRICS, Case, Cloze
+from driftlens.cases import ALL_METRICS, Case, Cloze, Metric
 from driftlens.errors import DataError, EditError, ModelError, RequestError
-from driftlens.evaluation import answers, average, harmonic_mean, rates
+from driftlens.evaluation import Answer, answers, average, harmonic_mean, rates
 from driftlens.readers import read_cases
 
 QUICK = dl.FtConfig(layer=1, steps=3, lr=1e-2)
@@ -125,6 +125,41 @@ def test_avg_s_has_an_interval_over_cases(whole: BenchResult) -> None:
     assert same.low == same.high == same.value
     assert average([[a for a in groups[0] if a.metric != "RS"]]) is None
     assert average([]) is None
+
+
+def test_the_trade_off_is_two_means_with_their_intervals(
+    whole: BenchResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def won(metric: Metric, *wins: bool) -> list[Answer]:
+        return [Answer(metric, -0.5 if win else -2.0, -1.0) for win in wins]
+
+    first = [*won("ES", True), *won("PS", True, False), *won("NS", True), *won("RS", False)]
+    groups = {
+        "a": [*first, *won("DNS", True, True)],
+        "b": [*won("ES", False), *won("PS", True), *won("NS", False), *won("RS", False, True)],
+    }
+    monkeypatch.setattr(whole, "answers", lambda arm: groups)
+    kept = whole.trade_off().set_index("arm")
+    assert list(kept.index) == ["ft", "ft + sadr"]  # the unedited model keeps no edit
+    row = kept.loc["ft"]
+    assert row["edit"] == pytest.approx((50 + 200 / 3) / 2)
+    assert row["others"] == pytest.approx((50 + 100 / 3 + 100) / 3)
+    # The first case drawn twice, both, or the second twice.
+    assert (row["edit_low"], row["edit_high"]) == (50.0, 75.0)
+    assert row["others_low"] == pytest.approx((50 + 0 + 100) / 3)  # DNS is not asked in b
+    assert row["others_high"] == pytest.approx((100 + 0 + 100) / 3)
+
+
+def test_a_trade_off_of_what_was_asked(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path
+) -> None:
+    neighbours = bench(model, cases[:2], tmp_path / "ns", setting=Setting(metrics=("ES", "NS")))
+    kept = neighbours.trade_off().set_index("arm")
+    found = neighbours.rates("ft")
+    assert kept.loc["ft", "edit"] == found["ES"].value
+    assert kept.loc["ft", "others"] == found["NS"].value
+    edits = bench(model, cases[:2], tmp_path / "es", setting=Setting(metrics=("ES",)))
+    assert list(edits.trade_off().columns) == ["arm", "edit", "edit_low", "edit_high"]
 
 
 def test_texts_are_told_beside_answers(

@@ -26,7 +26,7 @@ from driftlens.cases import (
     tuning_split,
 )
 from driftlens.errors import DataError
-from driftlens.evaluation import Answer, answers, compare, harmonic_mean, rates
+from driftlens.evaluation import Answer, answers, combined, compare, harmonic_mean, rates
 from driftlens.experiments import many, tuning
 from driftlens.experiments.paper import TABLE_3
 from driftlens.journal import Journal
@@ -181,6 +181,25 @@ def test_paired_differences_by_hand() -> None:
     assert np.isnan(same.effect)
     with pytest.raises(ValueError, match="same prompts"):
         compare({"a": [good]}, {"a": [good, good]})
+
+
+def test_a_mean_of_several_metrics_by_hand() -> None:
+    """Case 1 has 1 of 2 relations and its neighbour right, case 2 its relation but no neighbour."""
+    good, bad = answer("RS", -0.5), answer("RS", -2.0)
+    groups = [[good, bad, answer("NS", -0.5)], [good, answer("NS", -2.0)]]
+    found = combined(groups, ["RS", "NS"])
+    assert found is not None
+    assert found.value == pytest.approx((100 * 2 / 3 + 50) / 2)
+    assert (found.prompts, found.cases) == (5, 2)
+    # A draw has the first case twice, both, or the second twice: 75, 58.3 and 50.
+    assert (found.low, found.high) == (50.0, 75.0)
+    of_cases = combined(groups, ["RS", "NS"], by="case")
+    assert of_cases is not None
+    assert of_cases.value == pytest.approx((75 + 50) / 2)
+    highest = combined(groups, ["RS", "NS"], max)
+    assert highest is not None
+    assert highest.value == pytest.approx(100 * 2 / 3)
+    assert combined(groups, ["RS", "PS"]) is None
 
 
 @pytest.fixture(scope="module")

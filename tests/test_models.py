@@ -177,14 +177,27 @@ def test_logits_at_chosen_positions_are_those_of_the_full_pass(architecture: str
         torch.testing.assert_close(chosen[row], full[row, at[row]], atol=1e-5, rtol=1e-5)
 
 
+@architectures
+def test_logits_at_single_places_are_those_of_the_full_pass(architecture: str) -> None:
+    """Some sequences are read several times, some not at all."""
+    model, ids = lens(architecture), some_ids(3)
+    rows, positions = torch.tensor([2, 0, 2, 2]), torch.tensor([10, 4, 0, 7])
+    found = run(model, ids, at=models.Places(rows, positions))
+    assert found.shape == (1, 4, tiny.VOCAB)
+    torch.testing.assert_close(found[0], run(model, ids)[rows, positions], atol=1e-5, rtol=1e-5)
+
+
 def test_positions_are_gathered_also_where_the_unembedding_cannot_be_spared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, ids = lens("llama"), some_ids()
     at = torch.tensor([[10, 2], [0, 7]])
     expected = run(model, ids, at=at)
+    places = models.Places(torch.tensor([1, 1]), torch.tensor([7, 0]))
+    at_places = run(model, ids, at=places)
     monkeypatch.setattr(model, "gathers_before_unembed", False)
     torch.testing.assert_close(run(model, ids, at=at), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(model, ids, at=places), at_places, atol=1e-5, rtol=1e-5)
 
 
 @architectures

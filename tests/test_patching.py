@@ -21,7 +21,8 @@ from oracles import Attention, watched_attention
 import driftlens as dl
 from driftlens import reuse
 from driftlens.interventions import down_out_name, pattern_name, replace_heads, values_name
-from driftlens.patching import recovered_share
+from driftlens.patching import Readout, recovered_share
+from driftlens.scoring import ContinuationScore
 
 PROMPT = "The Eiffel Tower is in"
 SUBJECT = "Eiffel Tower"
@@ -844,3 +845,12 @@ def test_weights_are_untouched_also_when_any_pass_fails(
     passes, failing = 0, -1
     assert CALLS[call](model, edit) == expected
     assert_untouched()
+
+
+def test_a_readout_tells_what_it_holds() -> None:
+    scores = {
+        "Paris": ContinuationScore("Paris", (-1.0, -2.0), (0, 7)),
+        "Rome": ContinuationScore("Rome", (-0.5,), (0,)),
+    }
+    found = Readout("Paris", scores)
+    assert repr(found) == "Readout(P('Paris') 0.0498, P('Rome') 0.6065; rank of 'Paris': 7)"

@@ -169,10 +169,11 @@ class BenchResult:
             asked = {answer.metric for group in groups for answer in group}
             row: dict[str, Any] = {"arm": arm["name"]}
             for name, metrics in KEPT.items():
-                found = combined(groups, [m for m in metrics if m in asked]) if asked else None
+                chosen = [metric for metric in metrics if metric in asked]
+                found = combined(groups, chosen) if chosen else None
                 if found is not None:
                     row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-            if len(row) > len(KEPT):
+            if len(row) > 1:
                 rows.append(row)
         return pd.DataFrame(rows)
 

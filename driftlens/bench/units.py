@@ -51,6 +51,17 @@ class Arm:
             "penalties": [penalty.to_dict() for penalty in self.penalties],
         }
 
+    def edit_options(self, seed: int) -> dict[str, Any]:
+        """Arguments of :func:`~driftlens.edit` and its like that make this arm's edits.
+
+        Args:
+            seed: Of the sampled contexts.
+        """
+        return {
+            "method": self.method, "config": self.config, "penalty": self.penalties, "seed": seed,
+            "progress": False,
+        }  # fmt: skip
+
 
 def arm_from_dict(record: Mapping[str, Any]) -> Arm:
     """An arm from what :meth:`Arm.to_dict` gives, and its ``name``.
@@ -190,19 +201,15 @@ def _edits(
     if arm.method is None:
         yield from ((case, None) for case in job.cases)
         return
-    options: dict[str, Any] = {
-        "config": arm.config, "penalty": arm.penalties, "seed": setting.seed, "progress": False,
-    }  # fmt: skip
+    options = arm.edit_options(setting.seed)
     requests = [case.request for case in job.cases]
     try:
-        together: list[Edit] | None = list(
-            edit_each(model, requests, arm.method, store=store, **options)
-        )
+        together: list[Edit] | None = list(edit_each(model, requests, store=store, **options))
     except DriftLensError:  # one of them cannot be edited: find out which
         together = None
     for i, case in enumerate(job.cases):
         try:
-            made = together[i] if together else edit(model, case.request, arm.method, **options)
+            made = together[i] if together else edit(model, case.request, **options)
             yield case, made
         except DriftLensError as error:
             yield case, error

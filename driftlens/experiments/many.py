@@ -51,7 +51,7 @@ def batch(
     model: dl.LensModel, cases: Sequence[Case], arm: Arm, seed: int, progress: bool
 ) -> dict[str, Any]:
     """All facts at once."""
-    edit = dl.edit(model, requests(cases), **_options(arm, seed))
+    edit = dl.edit(model, requests(cases), **arm.edit_options(seed))
     with edit.applied(model):
         found = asked(model, cases, f"{arm.name}, batch", progress)
     return {"rates": found, "seconds": edit.info["seconds"], "rank": edit.rank}
@@ -73,7 +73,7 @@ def sequence(
             spent += time.monotonic() - begun
 
     with tqdm(desc=arm.name, total=len(cases), disable=not progress, leave=False) as bar:
-        edit = dl.edit_sequence(model, requests(cases), after_each=look, **_options(arm, seed))
+        edit = dl.edit_sequence(model, requests(cases), after_each=look, **arm.edit_options(seed))
     return {
         "rates": checkpoints[str(len(cases))],
         "checkpoints": checkpoints,
@@ -151,13 +151,6 @@ def run(
     target = out / f"many-{name}.json"
     write_result(target, json.dumps(result, indent=1) + "\n")
     return target
-
-
-def _options(arm: Arm, seed: int) -> dict[str, Any]:
-    return {
-        "method": arm.method, "config": arm.config, "penalty": arm.penalties, "seed": seed,
-        "progress": False,
-    }  # fmt: skip
 
 
 def markdown(result: dict[str, Any]) -> str:

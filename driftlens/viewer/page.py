@@ -148,11 +148,7 @@ class Sweep:
         windows = []
         for number, (start, end, share) in enumerate(self.windows):
             name = f"Sweep.windows[{number}]"
-            if not 0 <= start < end <= len(layers):
-                raise DataError(
-                    f"{name} covers layers range({start}, {end}) of {len(layers)}.",
-                    "Give windows as (start, end, share) with the end excluded.",
-                )
+            _check_window(name, start, end, len(layers), "(start, end, share)")
             windows.append((int(start), int(end), float(_array(name, share, ()))))
         _text("Sweep.caption", self.caption)
         object.__setattr__(self, "heads", heads)
@@ -226,11 +222,7 @@ class Restored:
         windows = []
         for number, (start, end, *values) in enumerate(self.windows):
             name = f"Restored.windows[{number}]"
-            if not 0 <= start < end <= len(layers):
-                raise DataError(
-                    f"{name} covers layers range({start}, {end}) of {len(layers)}.",
-                    "Give windows as (start, end, P, P) with the end excluded.",
-                )
+            _check_window(name, start, end, len(layers), "(start, end, P, P)")
             answer, target_new = _array(name, values, (2,), bounds=(0.0, 1.0)).tolist()
             windows.append((int(start), int(end), answer, target_new))
         for kind in ("best", "asked"):
@@ -666,6 +658,14 @@ def _cell(value: Cell) -> Cell:
     if isinstance(value, float) and math.isinf(value):
         raise DataError("Table.rows holds an infinite number.", "Use None for a missing value.")
     return value
+
+
+def _check_window(name: str, start: int, end: int, layers: int, form: str) -> None:
+    if not 0 <= start < end <= layers:
+        raise DataError(
+            f"{name} covers layers range({start}, {end}) of {layers}.",
+            f"Give windows as {form} with the end excluded.",
+        )
 
 
 def _check_head(name: str, head: str, shape: Sequence[int]) -> tuple[int, int]:

@@ -86,7 +86,7 @@ def _widget_class() -> Any:
                     self._model, found.edit, found.prompt, answer=found.answer
                 )
             result = self._experiment.attention(heads=places)
-            target = result.patched[found.target_new].prob if found.target_new else math.nan
+            target = found.target_prob(result.patched)
             self.send(
                 {
                     "kind": "restored",

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from driftlens import figures
@@ -114,10 +113,9 @@ def fig7(study: Study) -> Finding:
         arms += found.values()
     result = study.bench(arms)
     rows = result.table()
-    text = " ".join(_best_of_each_kind(rows, method) for method in methods)
-    figure = figures.trade_off(
-        result.trade_off(), title="What restrictions cost, and what they keep"
-    )
+    kept = result.trade_off()
+    text = " ".join(_best_of_each_kind(rows, kept, method) for method in methods)
+    figure = figures.trade_off(kept, title="What restrictions cost, and what they keep")
     paper = "Varying gamma dominates varying steps, learning rate or KL weight (figure 7, GPT-J)."
     return Finding("fig7", "Trade-offs: gamma, steps, learning rate, KL", rows, figure, text, paper)
 
@@ -214,9 +212,10 @@ def _paper_gains() -> str:
     return f"{'; '.join(found)} (table 3)."
 
 
-def _best_of_each_kind(rows: pd.DataFrame, method: str) -> str:
+def _best_of_each_kind(rows: pd.DataFrame, trade_off: pd.DataFrame, method: str) -> str:
     """For each thing that was varied, its best setting among those that keep the edit."""
     value = _values(rows)
+    others = dict(zip(trade_off["arm"], trade_off["others"], strict=True))
     arms = [arm for arm in dict.fromkeys(rows["arm"]) if arm.startswith(f"{method},")]
     plain = value[method, "ES"]
     parts = []
@@ -226,17 +225,13 @@ def _best_of_each_kind(rows: pd.DataFrame, method: str) -> str:
         if not kept:
             parts.append(f"no setting of {kind} keeps ES within a point")
             continue
-        best = max(kept, key=lambda arm: _others(value, arm))
+        best = max(kept, key=others.__getitem__)
         parts.append(
-            f"{best.split(', ')[1]} (mean of NS, RS and DNS {_others(value, best):.1f}, PS "
+            f"{best.split(', ')[1]} (mean of NS, RS and DNS {others[best]:.1f}, PS "
             f"{value[best, 'PS']:.1f})"
         )
     return (
-        f"{method} alone: mean of NS, RS and DNS {_others(value, method):.1f}, PS "
+        f"{method} alone: mean of NS, RS and DNS {others[method]:.1f}, PS "
         f"{value[method, 'PS']:.1f}. Best settings that keep ES within a point: "
         f"{'; '.join(parts)}."
     )
-
-
-def _others(value: Mapping[tuple[str, str], float], arm: str) -> float:
-    return float(np.mean([value[arm, m] for m in ("NS", "RS", "DNS") if (arm, m) in value]))

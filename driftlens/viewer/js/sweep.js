@@ -93,15 +93,6 @@ function shareAxis(low, high) {
   };
 }
 
-function svgEl(svg, name, attributes, text) {
-  // The element in the page knows its namespace, so that no address is written here.
-  const node = document.createElementNS(svg.namespaceURI, name);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (text !== undefined) node.textContent = text;
-  svg.append(node);
-  return node;
-}
-
 function chartFrame(svg, axis) {
   const width = Math.max(240, svg.parentElement.clientWidth);
   const box = { left: 40, right: width - 6, top: 8, bottom: 152 };

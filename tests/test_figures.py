@@ -1,0 +1,69 @@
+"""Charts of rates: what is drawn is what was measured."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from driftlens import figures
+
+RATES = pd.DataFrame(
+    [
+        ("rome", "ES", 90.0, 80.0, 95.0),
+        ("rome", "RS", 30.0, 20.0, 45.0),
+        ("rome + sadr", "ES", 88.0, 79.0, 93.0),
+        ("<b>memit</b>", "RS", 40.0, 30.0, 50.0),
+    ],
+    columns=["arm", "metric", "value", "low", "high"],
+)
+
+
+def test_bars_are_values_with_their_intervals() -> None:
+    figure = figures.rate_bars(RATES, ["RS", "ES"], title="T", unit="points", top=110)
+    plain, held, other = figure.data
+    assert [plain.name, held.name, other.name] == [
+        "rome", "rome + sadr", "&lt;b&gt;memit&lt;/b&gt;",
+    ]  # fmt: skip
+    assert list(plain.x) == ["RS", "ES"]
+    assert list(plain.y) == [30.0, 90.0]
+    assert list(plain.error_y.array) == [15.0, 5.0]
+    assert list(plain.error_y.arrayminus) == [10.0, 10.0]
+    assert pd.isna(held.y[0]) and held.y[1] == 88.0  # not asked: no bar
+    # An editor keeps its colour, restricted or not, and only the restricted one is hatched.
+    assert plain.marker.color == held.marker.color != other.marker.color
+    assert (plain.marker.pattern.shape, held.marker.pattern.shape) == ("", "/")
+    assert figure.layout.yaxis.title.text == "points"
+    assert tuple(figure.layout.yaxis.range) == (0, 110)
+    assert figures.rate_bars(RATES, ["ES"], title="T", top=None).layout.yaxis.range is None
+
+
+def test_trade_offs_join_what_differs_in_its_number() -> None:
+    kept = pd.DataFrame(
+        [
+            ("rome", 97.0, 95.0, 98.0, 50.0, 40.0, 55.0),
+            ("rome, gamma 0.2", 96.0, 93.0, 97.0, 55.0, 50.0, 65.0),
+            ("rome, gamma 0.8", 90.0, 85.0, 96.0, 60.0, 52.0, 64.0),
+            ("rome, KL 4", 91.0, 90.0, 92.0, 51.0, 50.0, 52.0),
+        ],
+        columns=["arm", "edit", "edit_low", "edit_high", "others", "others_low", "others_high"],
+    )
+    figure = figures.trade_off(kept, title="T")
+    plain, gamma, kl = figure.data
+    assert [plain.name, gamma.name, kl.name] == ["rome", "rome, gamma", "rome, KL"]
+    assert (list(gamma.x), list(gamma.y)) == ([96.0, 90.0], [55.0, 60.0])
+    assert list(gamma.text) == ["rome, gamma 0.2", "rome, gamma 0.8"]
+    assert list(gamma.error_x.array) == [1.0, 6.0]
+    assert list(gamma.error_x.arrayminus) == [3.0, 5.0]
+    assert list(gamma.error_y.array) == [10.0, 4.0]
+    assert list(gamma.error_y.arrayminus) == [5.0, 8.0]
+    assert "lines" in gamma.mode
+    assert figure.layout.xaxis.title.text == "mean of ES and PS, %"
+
+
+@pytest.mark.parametrize("name", ["value", "others"])
+def test_intervals_are_lengths_and_not_ends(name: str) -> None:
+    ends = ("low", "high") if name == "value" else ("others_low", "others_high")
+    frame = pd.DataFrame({name: [5.0, 7.0], ends[0]: [4.0, 7.0], ends[1]: [8.0, 7.5]})
+    bars = figures.interval(frame, name)
+    assert list(bars["array"]) == [3.0, 0.5]
+    assert list(bars["arrayminus"]) == [1.0, 0.0]
