@@ -78,7 +78,7 @@ class Section:
 
 
 def document(title: str, lead: Sequence[str], command: str, sections: Sequence[Section]) -> str:
-    """HTML of a page.
+    """HTML of a page; its charts can be saved as PNG and SVG there.
 
     Args:
         title: Its heading.
@@ -88,9 +88,7 @@ def document(title: str, lead: Sequence[str], command: str, sections: Sequence[S
     """
     charts = {
         section.id: [
-            Figure(figure).to_html(
-                full_html=False, include_plotlyjs=False, div_id=f"{section.id}-{i}"
-            )
+            (name := f"{section.id}-{i}", _chart(figure, name))
             for i, figure in enumerate(section.figures)
         ]
         for section in sections
@@ -106,6 +104,10 @@ def document(title: str, lead: Sequence[str], command: str, sections: Sequence[S
         title=title, lead=lead, command=command, sections=sections, charts=charts,
         plotly=plotly.offline.get_plotlyjs() if any(charts.values()) else "",
     )  # fmt: skip
+
+
+def _chart(figure: go.Figure, name: str) -> str:
+    return Figure(figure).to_html(full_html=False, include_plotlyjs=False, div_id=name)
 
 
 def _shown(cell: object) -> str:

@@ -84,7 +84,8 @@ def test_update_is_that_of_the_released_code(
     last = edit.trace[-1]
     total, nll, kl, decay, attention, key = expected[f"{run}_loss"]
     found = [last["loss"], last["nll"], last["kl"], last["decay"], last.get("sadr", 0.0), 0.0]
-    np.testing.assert_allclose(found, [total, nll, kl, decay, attention, key], rtol=1e-4, atol=1e-7)
+    # A log-probability is a difference of float32 logits of about 20, known to 1e-6 each.
+    np.testing.assert_allclose(found, [total, nll, kl, decay, attention, key], rtol=1e-4, atol=5e-6)
     assert last["target_prob"] == pytest.approx(float(expected[f"{run}_prob"]), rel=1e-4)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -143,6 +144,26 @@ def test_the_page_in_a_browser(
     browser.driver.implicitly_wait(0)
     browser.driver.switch_to.default_content()
     browser.js("document.body.style.width = '360px'")
+
+
+@pytest.mark.browser
+def test_charts_can_be_saved(result: BenchResult, browser: Browser, tmp_path: Path) -> None:  # noqa: F811
+    browser.driver.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+    browser.open_html(report(result))
+    buttons = browser.all("#results button[data-chart]")
+    assert [button.text for button in buttons] == ["PNG", "SVG"] * 2
+    for button in buttons[:2]:
+        browser.js("arguments[0].click()", button)
+    png, svg = tmp_path / "results-0.png", tmp_path / "results-0.svg"
+    wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(browser.driver, 30)
+    wait.until(lambda _: png.exists() and svg.exists())
+    assert png.read_bytes().startswith(b"\x89PNG")
+    drawn = ElementTree.fromstring(svg.read_text("utf-8"))
+    assert drawn.tag == "{http://www.w3.org/2000/svg}svg"
+    told = " ".join("".join(text.itertext()) for text in drawn.iter(f"{drawn.tag[:-3]}text"))
+    assert "Success, with 95 % intervals" in told and "ft + sadr" in told
 
 
 class Chance:
