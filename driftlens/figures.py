@@ -348,6 +348,89 @@ def trade_off(kept: pd.DataFrame, *, title: str) -> go.Figure:
     return fig
 
 
+def window_lines(rows: pd.DataFrame, name: str, *, title: str) -> go.Figure:
+    """Changes by window of layers with their intervals, a panel for each kind of prompt and a
+    line for each thing that was patched.
+
+    Args:
+        rows: Columns ``kind``, ``patched``, ``layers`` (such as ``"3-8"``; ``"all"`` is left
+            out), ``low``, ``high``, and the change.
+        name: Column of the change, and title of its axis.
+    """
+    shown = rows[rows["layers"] != "all"].rename(columns={name: "value"})
+    kinds, patched = (list(dict.fromkeys(shown[column])) for column in ("kind", "patched"))
+    names = [html.escape(str(kind)) for kind in kinds]
+    fig = make_subplots(1, max(1, len(kinds)), subplot_titles=names, shared_yaxes=True)
+    for (kind, what), own in shown.groupby(["kind", "patched"], sort=False):
+        fig.add_scatter(
+            row=1,
+            col=kinds.index(kind) + 1,
+            x=own["layers"],
+            y=own["value"],
+            error_y=interval(own),
+            name=html.escape(str(what)),
+            legendgroup=str(what),
+            showlegend=kind == kinds[0],
+            mode="lines+markers",
+            line={"color": COLOURS[patched.index(what) % len(COLOURS)]},
+            hovertemplate="layers %{x}: %{y:+.3f}<extra>%{fullData.name}</extra>",
+        )
+    fig.update_xaxes(title_text="layers", type="category", tickangle=-60)
+    fig.update_yaxes(title_text=name, col=1)
+    fig.update_layout({**LAYOUT, **_header(title, 460 * max(2, len(kinds)), room=50)})
+    return Figure(fig)
+
+
+def fitted_scatter(
+    points: pd.DataFrame, lines: pd.DataFrame, x_title: str, y_title: str, *, title: str
+) -> go.Figure:
+    """Points with a line and its interval, a panel for each kind.
+
+    Args:
+        points: Columns ``kind``, ``x``, ``y`` and ``text``, which is shown at the pointer.
+        lines: Columns ``kind``, ``x``, ``y``, and the interval's ``low`` and ``high``; kinds that
+            have none get no line.
+        x_title: Of all x axes, with units.
+        y_title: Of the y axis.
+    """
+    kinds = list(dict.fromkeys(points["kind"]))
+    names = [html.escape(str(kind)) for kind in kinds]
+    fig = make_subplots(1, max(1, len(kinds)), subplot_titles=names, shared_yaxes=True)
+    for column, kind in enumerate(kinds, 1):
+        own, line = points[points["kind"] == kind], lines[lines["kind"] == kind]
+        colour = COLOURS[(column - 1) % len(COLOURS)]
+        common = {"row": 1, "col": column, "showlegend": False}
+        fig.add_scatter(
+            x=[*line["x"], *line["x"][::-1]],
+            y=[*line["high"], *line["low"][::-1]],
+            name="95 % interval",
+            fill="toself",
+            fillcolor=colour,
+            opacity=0.2,
+            line={"width": 0},
+            hoverinfo="skip",
+            **common,
+        )
+        fig.add_scatter(
+            x=line["x"], y=line["y"], name="least squares", mode="lines",
+            line={"color": colour}, hoverinfo="skip", **common,
+        )  # fmt: skip
+        fig.add_scatter(
+            x=own["x"],
+            y=own["y"],
+            text=[html.escape(text) for text in own["text"]],
+            name=names[column - 1],
+            mode="markers",
+            marker={"color": colour, "opacity": 0.6},
+            hovertemplate="%{text}<br>%{x:.3f}, %{y:.3f}<extra></extra>",
+            **common,
+        )
+    fig.update_xaxes(title_text=x_title)
+    fig.update_yaxes(title_text=y_title, col=1)
+    fig.update_layout({**LAYOUT, **_header(title, 460 * max(2, len(kinds)), room=50)})
+    return Figure(fig)
+
+
 def interval(rates: pd.DataFrame, name: str = "value") -> dict[str, Any]:
     """Error bars of a trace from columns of values, and of the lower and upper ends: ``value``,
     ``low`` and ``high``, or ``NAME``, ``NAME_low`` and ``NAME_high``."""

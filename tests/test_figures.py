@@ -67,3 +67,46 @@ def test_intervals_are_lengths_and_not_ends(name: str) -> None:
     bars = figures.interval(frame, name)
     assert list(bars["array"]) == [3.0, 0.5]
     assert list(bars["arrayminus"]) == [1.0, 0.0]
+
+
+def test_windows_have_intervals_and_a_panel_for_each_kind() -> None:
+    rows = pd.DataFrame(
+        [
+            ("relation", "pattern", "0-3", 0.1, 0.0, 0.3),
+            ("relation", "pattern", "2-5", 0.2, 0.1, 0.25),
+            ("relation", "pattern", "all", 0.9, 0.8, 1.0),
+            ("relation", "values", "0-3", 0.4, 0.3, 0.5),
+            ("<i>other</i>", "values", "0-3", -0.1, -0.2, 0.1),
+        ],
+        columns=["kind", "patched", "layers", "change", "low", "high"],
+    )
+    figure = figures.window_lines(rows, "change", title="T")
+    pattern, values, other = figure.data
+    assert (list(pattern.x), list(pattern.y)) == (["0-3", "2-5"], [0.1, 0.2])
+    assert list(pattern.error_y.array) == pytest.approx([0.2, 0.05])
+    assert list(pattern.error_y.arrayminus) == pytest.approx([0.1, 0.1])
+    assert values.line.color == other.line.color != pattern.line.color
+    assert (values.xaxis, other.xaxis) == ("x", "x2")
+    assert (values.showlegend, other.showlegend) == (True, False)
+    assert figure.layout.xaxis.type == "category"  # 2-5 is not a date
+    assert [note.text for note in figure.layout.annotations] == [
+        "relation", "&lt;i&gt;other&lt;/i&gt;",
+    ]  # fmt: skip
+
+
+def test_a_line_and_its_interval_lie_on_its_own_points() -> None:
+    points = pd.DataFrame(
+        {"kind": ["a", "a", "b"], "x": [0.0, 1.0, 5.0], "y": [1.0, 2.0, 7.0], "text": ["<", "", ""]}
+    )
+    lines = pd.DataFrame(
+        {"kind": "a", "x": [0.0, 1.0], "y": [1.0, 2.0], "low": [0.5, 1.0], "high": [1.5, 3.0]}
+    )
+    figure = figures.fitted_scatter(points, lines, "drift", "fall", title="T")
+    band, line, dots, *_, alone = figure.data
+    assert (list(band.x), list(band.y)) == ([0.0, 1.0, 1.0, 0.0], [1.5, 3.0, 1.0, 0.5])
+    assert (list(line.x), list(line.y)) == ([0.0, 1.0], [1.0, 2.0])
+    assert (list(dots.x), list(dots.y)) == ([0.0, 1.0], [1.0, 2.0])
+    assert dots.text[0] == "&lt;"
+    assert (alone.xaxis, list(alone.x), list(alone.y)) == ("x2", [5.0], [7.0])
+    assert [len(trace.x) for trace in figure.data[3:5]] == [0, 0]  # b has no line
+    assert figure.layout.xaxis2.title.text == "drift"

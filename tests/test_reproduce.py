@@ -166,6 +166,22 @@ def test_intervals_of_correlations_are_those_of_resampled_cases() -> None:
         assert (found[f"{name}_low"], found[f"{name}_high"]) == pytest.approx((low, high))
 
 
+def test_lines_are_numpys_and_their_intervals_those_of_resampled_cases() -> None:
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=40)
+    y, cases = 3 - 2 * x + rng.normal(size=40), [str(i // 4) for i in range(40)]
+    line = inside._line(x, y, cases, seed=3, draws=300)
+    assert (line["x"].min(), line["x"].max()) == (x.min(), x.max())
+    assert line["y"].to_numpy() == pytest.approx(np.polyval(np.polyfit(x, y, 1), line["x"]))
+    chosen = np.random.default_rng(3).integers(0, 10, (300, 10))
+    samples = [np.concatenate([np.arange(4 * c, 4 * c + 4) for c in row]) for row in chosen]
+    drawn = [np.polyval(np.polyfit(x[rows], y[rows], 1), line["x"]) for rows in samples]
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    assert line["low"].to_numpy() == pytest.approx(low)
+    assert line["high"].to_numpy() == pytest.approx(high)
+    assert inside._line(np.ones(4), np.arange(4.0), ["a", "b", "c", "d"], 0).empty
+
+
 def test_no_variation_is_no_correlation() -> None:
     found = inside._correlation(np.ones(4), np.arange(4.0), ["a", "b", "c", "d"], 0)
     assert all(np.isnan(value) for value in found.values())
@@ -185,6 +201,8 @@ def test_quick_runs_of_all_experiments(model: dl.LensModel, cases: list[Case], t
         assert record["text"] == finding.text
         assert f'<section id="{finding.name}"' in shown
         assert finding.figure.data
+        edited = [arm for arm in record["arms"] if arm["method"] is not None]
+        assert edited and all(arm["config"] for arm in edited)
     assert "A quick run" in shown
     # Nothing is computed again.
     monkeypatch.setattr(finding_module, "edit", None)

@@ -214,9 +214,10 @@ class BenchResult:
         self.to_dataframe().to_parquet(buffer, index=False)
         write_result(Path(path), buffer.getvalue())
 
-    def summary(self) -> dict[str, Any]:
-        """Everything but single answers, JSON-ready: how it was made, and the table."""
-        arms = [
+    def conditions(self) -> list[dict[str, Any]]:
+        """Each arm with its configuration, the number of its finished cases, and the median
+        seconds of its edits, JSON-ready."""
+        return [
             {
                 **arm,
                 "finished": len(self.records[arm["name"]]),
@@ -224,11 +225,14 @@ class BenchResult:
             }
             for arm in self.plan["arms"]
         ]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but single answers, JSON-ready: how it was made, and the table."""
         failed = [{"arm": a, "case": c, "reason": reason} for a, c, reason in self.failed]
         return {
             **{name: self.plan[name] for name in ("command", "model", "versions", "setting")},
             "cases": list(self.cases),
-            "arms": arms,
+            "arms": self.conditions(),
             "failed": failed,
             "table": self.table().to_dict("records"),
         }

@@ -48,7 +48,8 @@ def table1(study: Study) -> Finding:
         rows, [m for m in shown if m in set(rows["metric"])], title="Specificity failure"
     )
     paper = "GPT-J: ROME RS 79.73 to 11.94, DNS 61.99 to 30.42, NS 82.43 to 80.26 (table 3)."
-    return Finding("table1", "Specificity failure of each editor", rows, figure, text, paper)
+    title = "Specificity failure of each editor"
+    return Finding("table1", title, rows, figure, text, paper, result.conditions())
 
 
 def table3(study: Study) -> Finding:
@@ -61,7 +62,8 @@ def table3(study: Study) -> Finding:
     rows.insert(0, "model", study.model.info.name)
     text = " ".join(_gain(result, method, f"{method} + sadr") for method in methods)
     figure = figures.rate_bars(rows, [*METRICS, "Avg. S"], title="Editors without and with SADR")
-    return Finding("table3", "Editors without and with SADR", rows, figure, text, _paper_gains())
+    title, made = "Editors without and with SADR", result.conditions()
+    return Finding("table3", title, rows, figure, text, _paper_gains(), made)
 
 
 def fig6(study: Study) -> Finding:
@@ -90,7 +92,8 @@ def fig6(study: Study) -> Finding:
     text = f"Selected heads against all heads: {'; '.join(words)}."
     figure = figures.trade_off(result.trade_off(), title="Selective and blanket restriction")
     paper = "Restricting all heads costs edit success and helps less, at every gamma (figure 6)."
-    return Finding("fig6", "Selective against blanket restriction", rows, figure, text, paper)
+    title = "Selective against blanket restriction"
+    return Finding("fig6", title, rows, figure, text, paper, result.conditions())
 
 
 def fig7(study: Study) -> Finding:
@@ -117,7 +120,8 @@ def fig7(study: Study) -> Finding:
     text = " ".join(_best_of_each_kind(rows, kept, method) for method in methods)
     figure = figures.trade_off(kept, title="What restrictions cost, and what they keep")
     paper = "Varying gamma dominates varying steps, learning rate or KL weight (figure 7, GPT-J)."
-    return Finding("fig7", "Trade-offs: gamma, steps, learning rate, KL", rows, figure, text, paper)
+    title = "Trade-offs: gamma, steps, learning rate, KL"
+    return Finding("fig7", title, rows, figure, text, paper, result.conditions())
 
 
 def rules(study: Study) -> Finding:
@@ -175,7 +179,7 @@ def _comparison(
     ]
     paper = "The paper does not report this; its reviewers ask for it."
     figure = figures.trade_off(result.trade_off(), title=title)
-    return Finding(name, title, rows, figure, " ".join(words), paper)
+    return Finding(name, title, rows, figure, " ".join(words), paper, result.conditions())
 
 
 def _values(rows: pd.DataFrame) -> dict[tuple[str, str], float]:

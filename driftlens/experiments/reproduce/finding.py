@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ class Finding:
         figure: Their picture.
         text: A paragraph computed from them.
         paper: What the paper reports.
+        arms: Editors and restrictions with their configurations, JSON-ready.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Finding:
     figure: go.Figure = field(repr=False)
     text: str
     paper: str
+    arms: Sequence[Mapping[str, Any]] = ()
 
     def to_dict(self, study: Study, seconds: float) -> dict[str, Any]:
         """JSON-ready: how it was made, and the numbers."""
@@ -104,6 +106,7 @@ class Finding:
             "command": study.command,
             "seconds_of_last_run": round(seconds),
             "versions": versions(),
+            "arms": list(self.arms),
             "rows": json.loads(self.rows.to_json(orient="records")),
         }
 

@@ -79,7 +79,8 @@ def fig3(study: Study) -> Finding:
         "GPT-J, windows of 6 layers: attention output costs 3.74 points of P(answer), MLP output "
         "4.59, the residual stream 5.26 (figure 3)."
     )
-    return Finding("fig3", title, rows, _window_lines(rows, title), text, paper)
+    figure = figures.window_lines(rows, "change of P(answer)", title=title)
+    return Finding("fig3", title, rows, figure, text, paper, _rome(study))
 
 
 def fig4(study: Study) -> Finding:
@@ -114,7 +115,9 @@ def fig4(study: Study) -> Finding:
         "relation (table 2)."
     )
     title = "Attention drift against damage, prompt by prompt"
-    return Finding("fig4", title, rows, _scatter(prompts, title), text, paper)
+    return Finding(
+        "fig4", title, rows, _scatter(prompts, title, study.seed), text, paper, _rome(study)
+    )
 
 
 def fig5(study: Study) -> Finding:
@@ -163,7 +166,8 @@ def fig5(study: Study) -> Finding:
         "10 layers (figure 5)."
     )
     text = f"{'. '.join(words)}.{told}"
-    return Finding("fig5", title, rows, _window_lines(rows, title), text, paper)
+    figure = figures.window_lines(rows, "change of P(answer)", title=title)
+    return Finding("fig5", title, rows, figure, text, paper, _rome(study))
 
 
 # --- measuring ---
@@ -193,6 +197,11 @@ def _measured(study: Study, name: str, measure: Measure) -> list[dict[str, Any]]
             "Give other cases, or more of them.",
         )
     return prompts
+
+
+def _rome(study: Study) -> list[dict[str, Any]]:
+    """The editor, for the record."""
+    return [{"name": arm.name, **arm.to_dict()} for arm in study.arms(("rome",))[1:]]
 
 
 def _units(study: Study) -> list[dict[str, Any]]:
@@ -303,12 +312,7 @@ def _correlation(
 ) -> dict[str, float]:
     """Pearson and Spearman, with 95 % intervals by bootstrap over cases; not a number where one
     of the two does not vary."""
-    names = list(dict.fromkeys(cases))
-    of_prompt = np.array([names.index(case) for case in cases])
-    chosen = np.random.default_rng(seed).integers(0, len(names), (draws, len(names)))
-    times = np.stack([np.bincount(row, minlength=len(names)) for row in chosen]).astype(float)
-    # First all prompts once, then each draw, in which a prompt counts as often as its case.
-    weights = np.concatenate([np.ones((1, len(x))), times[:, of_prompt]])
+    weights = _draws(cases, seed, draws)
     found: dict[str, float] = {}
     for name, values in (
         ("pearson", (x, y)),
@@ -319,6 +323,36 @@ def _correlation(
         low, high = np.quantile(finite, [0.025, 0.975])
         found |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
     return found
+
+
+def _draws(cases: Sequence[str], seed: int, draws: int) -> np.ndarray:
+    """How often each prompt counts, ``[1 + draw, prompt]``: first once, then, in each draw of the
+    bootstrap, as often as its case."""
+    names = list(dict.fromkeys(cases))
+    of_prompt = np.array([names.index(case) for case in cases])
+    chosen = np.random.default_rng(seed).integers(0, len(names), (draws, len(names)))
+    times = np.stack([np.bincount(row, minlength=len(names)) for row in chosen]).astype(float)
+    return np.concatenate([np.ones((1, len(cases))), times[:, of_prompt]])
+
+
+def _line(
+    x: np.ndarray, y: np.ndarray, cases: Sequence[str], seed: int, draws: int = 2000
+) -> pd.DataFrame:
+    """The least-squares line at 50 places, columns ``x``, ``y`` and its 95 % interval ``low``,
+    ``high`` by bootstrap over cases; no rows where ``x`` does not vary."""
+    weights = _draws(cases, seed, draws)
+    total = weights.sum(-1)
+    x_mean, y_mean = (weights @ x) / total, (weights @ y) / total
+    spread = (weights @ x**2) / total - x_mean**2
+    varies = spread > 1e-12 * max(float(np.abs(x).max()) ** 2, 1e-300)
+    if not varies[0]:
+        return pd.DataFrame(columns=["x", "y", "low", "high"])
+    common = (weights @ (x * y)) / total - x_mean * y_mean
+    slope = (common[varies] / spread[varies])[:, None]
+    at = np.linspace(x.min(), x.max(), 50)
+    lines = y_mean[varies, None] + slope * (at - x_mean[varies, None])
+    low, high = np.quantile(lines[1:], [0.025, 0.975], axis=0)
+    return pd.DataFrame({"x": at, "y": lines[0], "low": low, "high": high})
 
 
 def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -354,41 +388,15 @@ def _best_heads(prompts: Sequence[dict[str, Any]], k: int = 5) -> str:
     return ", ".join(f"{head_name(int(y), int(x))} {gains[y, x]:+.3f}" for y, x in places)
 
 
-def _window_lines(rows: pd.DataFrame, title: str) -> go.Figure:
-    """Change of P(answer) by window, a line for each kind of prompt and of patch."""
-    fig = figures.Figure()
-    windows = rows[rows["layers"] != "all"]
-    for i, (kind, of_kind) in enumerate(windows.groupby("kind", sort=False)):
-        for j, (what, own) in enumerate(of_kind.groupby("patched", sort=False)):
-            fig.add_scatter(
-                x=own["layers"],
-                y=own["change of P(answer)"],
-                name=f"{kind}: {what}",
-                mode="lines+markers",
-                line={"color": figures.COLOURS[j], "dash": ("solid", "dot")[i % 2]},
-                hovertemplate="layers %{x}: %{y:+.3f}<extra>%{fullData.name}</extra>",
-            )
-    fig.update_xaxes(title_text="layers")
-    fig.update_yaxes(title_text="change of P(answer)")
-    fig.update_layout({**figures.LAYOUT, "title": title, "height": 480})
-    return fig
-
-
-def _scatter(prompts: Sequence[dict[str, Any]], title: str) -> go.Figure:
+def _scatter(prompts: Sequence[dict[str, Any]], title: str, seed: int) -> go.Figure:
     """Drift of the largest head against the fall of P(answer), a point for each prompt."""
-    fig = figures.Figure()
-    for i, kind in enumerate(dict.fromkeys(p["kind"] for p in prompts)):
+    points, lines = [], []
+    for kind in dict.fromkeys(p["kind"] for p in prompts):
         own = [p for p in prompts if p["kind"] == kind]
-        fig.add_scatter(
-            x=[p["drift"]["max head"] for p in own],
-            y=_damages(own)["fall of P(answer)"],
-            text=[p["prompt"] for p in own],
-            name=kind,
-            mode="markers",
-            marker={"color": figures.COLOURS[i], "opacity": 0.7},
-            hovertemplate="%{text}<br>drift %{x:.3f}, fall %{y:.3f}<extra></extra>",
-        )
-    fig.update_xaxes(title_text=DRIFTS["max head"])
-    fig.update_yaxes(title_text="fall of P(answer)")
-    fig.update_layout({**figures.LAYOUT, "title": title, "height": 480})
-    return fig
+        x, y = np.array([p["drift"]["max head"] for p in own]), _damages(own)["fall of P(answer)"]
+        texts = [p["prompt"] for p in own]
+        points.append(pd.DataFrame({"kind": kind, "x": x, "y": y, "text": texts}))
+        lines.append(_line(x, y, [p["case"] for p in own], seed).assign(kind=kind))
+    return figures.fitted_scatter(
+        pd.concat(points), pd.concat(lines), DRIFTS["max head"], "fall of P(answer)", title=title
+    )

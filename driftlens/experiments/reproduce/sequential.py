@@ -39,7 +39,8 @@ def sequential(study: Study) -> Finding:
     table = pd.DataFrame(rows)
     title = "Edits one after another"
     paper = "The paper edits one fact at a time; its reviewers ask what happens in a sequence."
-    return Finding("sequential", title, table, _curves(table), " ".join(texts), paper)
+    made = [{"name": arm.name, **arm.to_dict()} for arm in arms]
+    return Finding("sequential", title, table, _curves(table), " ".join(texts), paper, made)
 
 
 def _rows(arm: str, count: int, rates: dict[str, Any]) -> list[dict[str, Any]]:
