@@ -310,9 +310,11 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def rate_cells(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def rate_cells(
+    found: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = METRICS
+) -> list[str]:
     """Cells of a table, one for each metric, from rates as records."""
-    return [str(Rate(**found[metric])) if metric in found else "-" for metric in METRICS]
+    return [str(Rate(**found[metric])) if metric in found else "-" for metric in metrics]
 
 
 def harmonic_mean(values: Iterable[float]) -> float:

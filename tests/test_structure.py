@@ -78,6 +78,7 @@ ORDER = [
     "experiments.reproduce.sequential",
     "experiments.reproduce.page",
     "experiments.reproduce",
+    "experiments.gather",
     "cli",
 ]
 

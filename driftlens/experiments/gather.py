@@ -1,0 +1,113 @@
+"""What `driftlens reproduce` found on several models, as one file for each experiment.
+
+    python -m driftlens.experiments.gather results/smollm2-135m results/gemma-3-270m
+
+Each ``NAME.json`` then holds ``rows``, with the model in each, and ``runs``: how each model's were
+made, with which configurations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from driftlens.cases import METRICS
+from driftlens.errors import DataError, DriftLensError
+from driftlens.evaluation import rate_cells
+from driftlens.experiments.reproduce import EXPERIMENTS
+from driftlens.records import write_result
+
+
+def gather(folders: Sequence[Path], out: Path) -> list[Path]:
+    """Write one file for each experiment that is in any of the folders.
+
+    Args:
+        folders: That `driftlens reproduce` wrote to, each with another model.
+        out: Where the files go.
+
+    Raises:
+        DataError: If a folder has no results, a file is damaged or of a quick run, two are of one
+            model, or nothing can be written.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        there = [name for name in EXPERIMENTS if (folder / f"{name}.json").is_file()]
+        if not there:
+            raise DataError(
+                f"{folder} holds no results.", "Give the folder that `driftlens reproduce` wrote."
+            )
+        for name in there:
+            found.setdefault(name, []).append(_read(folder / f"{name}.json"))
+    written = []
+    for name, records in found.items():
+        models = [record["model"]["name"] for record in records]
+        if len(set(models)) < len(models):
+            raise DataError(f"Two results of {name} are of one model.", "Give each model once.")
+        written.append(out / f"{name}.json")
+        write_result(written[-1], json.dumps(_merged(records), indent=1, ensure_ascii=False) + "\n")
+    return written
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if record["quick"]:
+            raise DataError(f"{path} is of a quick run.", "Run the experiment without --quick.")
+        _merged([record])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged.", "Run the experiment again.") from error
+    return record
+
+
+def _merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first = records[0]
+    of_run = (
+        "model", "fingerprint", "command", "seed", "versions", "seconds_of_last_run", "text",
+        "arms", "cases",
+    )  # fmt: skip
+    return {
+        **{name: first[name] for name in ("name", "title", "paper")},
+        "runs": [{name: record[name] for name in of_run} for record in records],
+        "rows": [
+            {"model": record["model"]["name"], **row}
+            for record in records
+            for row in record["rows"]
+        ],
+    }
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Success by model and arm, in per cent with 95 % intervals, of a file that was written."""
+    shown = ("Avg. S", *METRICS)
+    lines = [f"| model | arm | {' | '.join(shown)} |", "|---" * (2 + len(shown)) + "|"]
+    arms: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        rate = {name: row[name] for name in ("value", "low", "high", "prompts", "cases")}
+        arms.setdefault((row["model"], row["arm"]), {})[row["metric"]] = rate
+    for (model, arm), rates in arms.items():
+        lines.append(f"| {model} | {arm} | {' | '.join(rate_cells(rates, shown))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("assets/results"))
+    options = parser.parse_args()
+    try:
+        written = gather(options.folders, options.out)
+    except DriftLensError as error:
+        sys.exit(f"Error: {error}")
+    for path in written:
+        if path.stem == "table3":
+            sys.stdout.write(markdown(json.loads(path.read_text("utf-8"))) + "\n")
+        sys.stdout.write(f"wrote {path}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Findings of several models in one file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from driftlens.errors import DataError
+from driftlens.experiments import gather
+
+
+def finding(folder: Path, model: str, name: str = "table3", **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    rates = {"value": 50.0, "low": 40.0, "high": 60.0, "prompts": 4, "cases": 2}
+    record = {
+        "name": name, "title": "T", "text": f"What {model} does.", "paper": "P",
+        "model": {"name": model}, "fingerprint": "f", "cases": ["a", "b"], "quick": False,
+        "seed": 0, "command": "driftlens reproduce table3", "seconds_of_last_run": 3,
+        "versions": {"torch": "2"}, "arms": [{"name": "rome", "config": {"layer": 1}}],
+        "rows": [{"arm": "rome", "metric": metric, **rates} for metric in ("ES", "RS", "Avg. S")],
+        **changes,
+    }  # fmt: skip
+    (folder / f"{name}.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_rows_of_all_models_with_how_they_were_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = finding(tmp_path / "one", "small")
+    other = finding(finding(tmp_path / "other", "large"), "large", "fig6")
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(sys, "argv", ["gather", str(one), str(other), "--out", str(out)])
+    gather.main()
+    table = json.loads((out / "table3.json").read_text())
+    assert [run["model"]["name"] for run in table["runs"]] == ["small", "large"]
+    assert [run["text"] for run in table["runs"]] == ["What small does.", "What large does."]
+    assert table["runs"][0]["arms"][0]["config"] == {"layer": 1}
+    assert [(row["model"], row["metric"]) for row in table["rows"]] == [
+        (model, metric) for model in ("small", "large") for metric in ("ES", "RS", "Avg. S")
+    ]
+    assert len(json.loads((out / "fig6.json").read_text())["runs"]) == 1
+    shown = capsys.readouterr().out
+    cell = "50.0 [40.0, 60.0]"
+    assert f"| large | rome | {cell} | {cell} | - | - | {cell} | - |" in shown
+
+
+def test_what_cannot_be_gathered_is_said(tmp_path: Path) -> None:
+    one = finding(tmp_path / "one", "small")
+    with pytest.raises(DataError, match="holds no results"):
+        gather.gather([one, tmp_path], tmp_path)
+    with pytest.raises(DataError, match="are of one model"):
+        gather.gather([one, finding(tmp_path / "again", "small")], tmp_path)
+    with pytest.raises(DataError, match="quick run"):
+        gather.gather([finding(tmp_path / "quick", "large", quick=True)], tmp_path)
+    (one / "table3.json").write_text("{")
+    with pytest.raises(DataError, match="is damaged"):
+        gather.gather([one], tmp_path)
+    (one / "table3.json").write_text(json.dumps({"quick": False}))
+    with pytest.raises(DataError, match="is damaged"):
+        gather.gather([one], tmp_path)
+    assert not list(tmp_path.glob("*.json"))
