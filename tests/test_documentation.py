@@ -52,7 +52,8 @@ def stand_in(
     tiny_smollm2: Any, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The tiny model under the real one's name, few steps, and a few texts for Wikipedia."""
-    load, leads = dl.load_model, asset("facts.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+    load, lines = dl.load_model, asset("facts.jsonl").read_text(encoding="utf-8").splitlines()
+    leads = [line[:150] for line in lines[:8]]  # a token for each character
 
     def load_stand_in(source: Any, tokenizer: Any = None, **options: Any) -> dl.LensModel:
         if source == "smollm2-135m":
