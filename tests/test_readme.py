@@ -12,6 +12,7 @@ from documents import REPOSITORY, run_python
 import driftlens as dl
 from driftlens.assets import survey_result
 from driftlens.editing.methods import METHODS
+from driftlens.experiments import many
 from driftlens.experiments.survey import markdown
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -97,6 +98,16 @@ def test_the_table_of_editors_is_the_result_file():
     assert len(table) == 1 + 2 * len(METHODS)
     for arm, cells in table.items():
         assert shown[arm][1:7] == [cells[column] for column in columns]
+
+
+def test_the_table_of_many_facts_is_the_result_file():
+    text = (REPOSITORY / "docs" / "editors.md").read_text(encoding="utf-8")
+    result = json.loads((REPOSITORY / "assets/results/many-smollm2-135m.json").read_text())
+    ways = [("batch", "sequence") if m.takes_several else ("sequence",) for m in METHODS.values()]
+    wanted = [(name, way) for name, own in zip(METHODS, ways, strict=True) for way in own]
+    assert [(row["arm"], row["way"]) for row in result["rows"]] == wanted
+    assert many.markdown(result) in text
+    assert result["command"] in " ".join(text.replace("\\\n", " ").split())
 
 
 def table_cells(line: str) -> list[str]:
