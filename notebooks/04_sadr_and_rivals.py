@@ -25,7 +25,7 @@ import driftlens as dl
 from driftlens import figures
 from driftlens.assets import asset
 from driftlens.bench import UNEDITED, Arm, make_arms, run_bench
-from driftlens.cases import balanced, tuning_split
+from driftlens.cases import balanced
 from driftlens.readers import read_cases
 
 model = dl.load_model("smollm2-135m")
@@ -61,8 +61,7 @@ drift.plot(cured=dl.measure_drift(model, cured, prompt))
 # rivals` does the same with 150.
 
 # %%
-_, held_back = tuning_split(read_cases(asset("facts.jsonl")))
-cases = balanced(held_back, 4)
+cases = balanced(read_cases(asset("facts.jsonl")), 4)
 rome = make_arms(model, ["rome"], ["none"])[1]
 penalties = {
     "gamma 0.2": (dl.SADR(gamma=0.2),),

@@ -30,12 +30,11 @@ import driftlens as dl
 from driftlens import figures
 from driftlens.assets import asset
 from driftlens.bench import BenchResult, make_arms, run_bench
-from driftlens.cases import ALL_METRICS, balanced, tuning_split
+from driftlens.cases import ALL_METRICS, balanced
 from driftlens.readers import read_cases
 
 model = dl.load_model("smollm2-135m")
-_, held_back = tuning_split(read_cases(asset("facts.jsonl")))
-cases = balanced(held_back, 6)
+cases = balanced(read_cases(asset("facts.jsonl")), 6)
 folder = Path(tempfile.mkdtemp())
 run_bench(model, cases, make_arms(model, ["rome", "memit"]), folder)
 
