@@ -370,7 +370,7 @@ def bench(
     retry_failed: Annotated[bool, typer.Option(help="Try failed cases again.")] = False,
     device: Annotated[str | None, typer.Option(help="Of the model, e.g. cuda.")] = None,
     executor: Annotated[
-        str, typer.Option(help="'local', or 'ray': workers with a model each (driftlens[ray]).")
+        str, typer.Option(help="'local', or 'ray': workers with a model each (extra ray).")
     ] = "local",
     workers: Annotated[
         int | None, typer.Option(help="Of Ray; by default as many as there is room for.")

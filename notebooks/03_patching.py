@@ -68,7 +68,8 @@ pd.DataFrame(
 # what one exchange repairs, another may repair as well.
 #
 # "Both" at all layers is a control: with everything that the last token reads from elsewhere put
-# back, nearly everything must come back. If it does not, the harness is wrong, not the theory.
+# back, nearly everything must come back. If it does not, either the edit acts at the last token
+# itself (a prompt that ends with the subject), or the harness is wrong.
 #
 # ## Restore and contaminate
 #
@@ -138,8 +139,8 @@ sweep.plot()
 
 # %% [markdown]
 # Do the heads that drift most bring back most? If drift is the cause, large drift and large recovery
-# should go together, head by head. On one prompt this is an impression; `driftlens reproduce fig4`
-# measures it over many, with intervals.
+# should go together, head by head. On one prompt this is an impression; `driftlens reproduce fig4
+# --out my-results` asks the related question over many: whether prompts with more drift lose more.
 
 # %%
 drift = dl.measure_drift(model, edit, prompt)

@@ -172,5 +172,5 @@ def test_bad_numbers(model: dl.LensModel) -> None:
 
 def test_without_ray(model: dl.LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(RequestError, match=r"pip install \"driftlens\[ray\]\""):
+    with pytest.raises(RequestError, match=r"pip install \"ray>=2"):
         RayExecutor(lambda: model, model.fingerprint())

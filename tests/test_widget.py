@@ -39,7 +39,7 @@ def test_without_anywidget_the_remedy_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "anywidget", None)
     module._widget_class.cache_clear()
-    with pytest.raises(RequestError, match=r"driftlens\[widget\]"):
+    with pytest.raises(RequestError, match="anywidget>=0.9"):
         module.widget(model, found)
 
 

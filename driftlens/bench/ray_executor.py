@@ -1,4 +1,4 @@
-"""Jobs on many machines: Ray workers, each with a model of its own (extra ``driftlens[ray]``)."""
+"""Jobs on many machines: Ray workers, each with a model of its own (extra ``ray``)."""
 
 from __future__ import annotations
 
@@ -253,6 +253,6 @@ def _import_ray() -> Any:
         import ray.exceptions
     except ImportError as error:
         raise RequestError(
-            "The Ray executor needs Ray.", 'Install it: pip install "driftlens[ray]".'
+            "The Ray executor needs Ray.", 'Run pip install "ray>=2.40" (the extra ray).'
         ) from error
     return ray

@@ -2,7 +2,7 @@
 
 The page itself holds finished numbers. Inside this widget it tells Python which head is open and
 which are chosen, and a click on "Restore them now" patches exactly these heads and shows the
-answer in the page. Needs ``pip install "driftlens[widget]"`` and a running kernel; everything else
+answer in the page. Needs the extra ``widget`` (anywidget) and a running kernel; everything else
 of the page works without.
 """
 
@@ -53,7 +53,7 @@ def _widget_class() -> Any:
         import traitlets
     except ImportError as error:
         raise RequestError(
-            "anywidget is not installed.", 'Run pip install "driftlens[widget]".'
+            "anywidget is not installed.", 'Run pip install "anywidget>=0.9" (the extra widget).'
         ) from error
 
     class LivePage(anywidget.AnyWidget):  # type: ignore[misc]
