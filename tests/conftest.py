@@ -25,11 +25,6 @@ LONG = ("test_real_editors.py", "test_real_engines.py", "test_editors.py", "test
 """Files of long tests: they begin first, so that no process is left alone with one."""
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores: some tests wait for browsers, builds and clusters."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, the others in their order."""
     places = {name: place for place, name in enumerate(LONG)}

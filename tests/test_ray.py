@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -118,7 +119,7 @@ def test_a_job_that_kills_its_workers_is_recorded_as_failed(
     assert found.is_complete
     [(arm, case, reason)] = found.failed
     assert (arm, case) == (ARMS[0].name, cases[1].id)
-    assert "1 workers died of it" in reason
+    assert re.match(r"[12] workers died of it", reason)  # twice if the first took both cases along
     for name in (cases[0].id, cases[2].id):
         assert records(found)[arm][name] == records(expected)[arm][name]
 

@@ -38,9 +38,15 @@ class _Running:
     received: set[str] = field(default_factory=set)
 
     @property
+    def missing(self) -> list[str]:
+        """Ids of the cases that did not come back, in the job's order."""
+        missing = self.job.missing - self.received
+        return [case.id for case in self.job.cases if case.id in missing]
+
+    @property
     def rest(self) -> Job:
         """The job without what came back."""
-        return replace(self.job, missing=self.job.missing - self.received)
+        return replace(self.job, missing=frozenset(self.missing))
 
 
 class RayExecutor:
@@ -56,7 +62,8 @@ class RayExecutor:
         workers: How many; by default one for each GPU of the cluster, or, without any, for each
             ``threads`` CPUs.
         threads: Of each worker; by default those of this process.
-        attempts: How many workers may die of a job before its cases are recorded as failed.
+        attempts: How many workers may die of a job before its cases are asked about one by one,
+            and the one that workers die of, even alone, is recorded as failed.
         address: Of a running cluster, or ``"auto"`` for the one of this machine; by default one
             is started here, unless Ray is initialised already.
 
@@ -186,12 +193,15 @@ class RayExecutor:
         part.attempts += 1
         part.jobs[0] = lost.rest
         if part.attempts >= self.attempts:
-            reason = f"{part.attempts} workers died of it: {str(error).splitlines()[0]}"
-            for case in lost.job.cases:
-                if case.id in lost.rest.missing:
-                    yield lost.job, case, {"error": reason}
-            part.jobs.popleft()
-            part.attempts = 0
+            del part.jobs[0]
+            alone = [replace(lost.job, missing=frozenset({name})) for name in lost.missing]
+            if len(alone) > 1:  # which of them is it?
+                part.jobs.extendleft(reversed(alone))
+            else:
+                reason = f"{part.attempts} workers died of it: {str(error).splitlines()[0]}"
+                for job in alone:
+                    yield job, _case(job, *job.missing), {"error": reason}
+                part.attempts = 0
         if part.jobs:
             waiting.appendleft(part)
 
