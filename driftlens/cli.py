@@ -322,7 +322,7 @@ def _executor(
     from driftlens.bench.ray_executor import RayExecutor
 
     load = functools.partial(_load, model, device)
-    return RayExecutor(load, lens.fingerprint(), workers=workers, address=address)
+    return RayExecutor(load, lens.identity(), workers=workers, address=address)
 
 
 def _named(given: str, known: Mapping[Any, str], what: str) -> Any:
@@ -499,6 +499,7 @@ def reproduce(
         bool, typer.Option("--quick", help="Few cases and conditions: does everything run?")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the sampled contexts.")] = 0,
+    retry_failed: Annotated[bool, typer.Option(help="Try again what failed before.")] = False,
     device: Annotated[str | None, typer.Option(help="Of the model, e.g. cuda.")] = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -524,6 +525,7 @@ def reproduce(
         out,
         quick=quick,
         seed=seed,
+        retry_failed=retry_failed,
         progress=not quiet,
         command=" ".join(["driftlens", *sys.argv[1:]]),
     )

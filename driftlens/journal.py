@@ -21,11 +21,16 @@ class Journal:
 
     Args:
         path: The file; made at the first record.
+
+    Raises:
+        DataError: If the file cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._records = {self._key(record["unit"]): record for record in self._read()}
+        self._records = {
+            self._key(record["unit"]): record for record in self._read() if "unit" in record
+        }
 
     def __contains__(self, unit: Any) -> bool:
         return self._key(unit) in self._records
@@ -43,7 +48,7 @@ class Journal:
             DataError: If the file cannot be written; what was in it stays.
         """
         record = json.loads(json.dumps({"unit": unit, **fields}, ensure_ascii=False))
-        line = json.dumps({**record, CHECKSUM: _checksum(record)}, ensure_ascii=False) + "\n"
+        line = json.dumps({**record, CHECKSUM: digest(record)}, ensure_ascii=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A line that was cut off must not swallow the next one.
@@ -71,12 +76,16 @@ class Journal:
         """Whole records; what was cut off or overwritten is left out."""
         if not self.path.is_file():
             return
-        for line in self.path.read_bytes().splitlines():
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and record.pop(CHECKSUM, None) == _checksum(record):
+            if isinstance(record, dict) and record.pop(CHECKSUM, None) == digest(record):
                 yield record
 
     @staticmethod
@@ -84,6 +93,7 @@ class Journal:
         return json.dumps(unit, sort_keys=True, ensure_ascii=False)
 
 
-def _checksum(record: Any) -> str:
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
+def digest(value: Any) -> str:
+    """Of anything that can be written as JSON, 16 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -239,6 +239,14 @@ class LensModel:
             known = self.memo["fingerprint"] = (state, fingerprint(originals))
         return known[1]
 
+    def identity(self) -> dict[str, Any]:
+        """Everything about the model that determines what it answers, JSON-ready."""
+        return {
+            "model": self.fingerprint(), "dtype": self.info.dtype, "device": self.device.type,
+            "prepends_bos": self.info.prepends_bos, "separator": self.tokens.separator,
+            "tokenizer": self.tokens.digest,
+        }  # fmt: skip
+
     def run(
         self,
         ids: Int[torch.Tensor, "batch pos"],

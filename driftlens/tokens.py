@@ -11,8 +11,10 @@ Three decisions live here and nowhere else:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from jaxtyping import Int
 
 from driftlens.errors import TokenError
 from driftlens.facts import occurrences
+from driftlens.journal import digest
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,12 @@ class Tokens:
                 "prepend_bos=True, but the tokenizer has no BOS token.",
                 "Leave prepend_bos out, or set tokenizer.bos_token.",
             )
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the tokenizer, 16 hexadecimal digits; how it pads and truncates does not matter."""
+        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return digest({k: v for k, v in state.items() if k not in ("padding", "truncation")})
 
     @property
     def pad_id(self) -> int:

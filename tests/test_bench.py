@@ -204,7 +204,7 @@ def test_texts_are_told_beside_answers(
         replace(setting, seed=1),
         Setting(("ES",)),
     ]
-    units = [identity("f", model, writing[0], ARMS[0], other) for other in others]
+    units = [identity(model.identity(), writing[0], ARMS[0], other) for other in others]
     assert all(unit not in units[:i] for i, unit in enumerate(units))
     # Without texts the unit is another one, and nothing is told.
     plain = bench(model, writing, tmp_path, setting=Setting(("ES",)))
@@ -253,23 +253,26 @@ def test_more_cases_and_arms_add_to_it(
         {"case": {"neighbours": (Cloze("Oslo is in", "Norway"),)}},
         {"setting": Setting(seed=1)},
         {"setting": Setting(metrics=("ES",))},
-        {"fingerprint": "other"},
+        {"case": {"relations": ()}},
+        {"model": {"model": "other"}},
+        {"model": {"tokenizer": "other"}},
+        {"model": {"separator": ""}},
     ],
 )
 def test_what_determines_a_result_is_in_its_identity(
     model: dl.LensModel, cases: list[Case], change: dict[str, Any]
 ) -> None:
     arm, case, setting = ARMS[2], cases[0], Setting()
-    plain = identity("model", model, case, arm, setting)
+    known = model.identity()
+    plain = identity(known, case, arm, setting)
     other = identity(
-        change.get("fingerprint", "model"),
-        model,
+        known | change.get("model", {}),
         replace(case, **change.get("case", {})),
         replace(arm, **{k: v for k, v in change.items() if k in ("config", "penalties", "method")}),
         change.get("setting", setting),
     )
     assert plain != other
-    assert plain == identity("model", model, case, replace(arm, name="renamed"), setting)
+    assert plain == identity(known, case, replace(arm, name="renamed"), setting)
 
 
 def test_a_case_that_fails_does_not_stop_the_others(

@@ -296,13 +296,16 @@ def test_many_facts_at_once_and_in_a_row(
         target = many.run(model, cases, ["ft-m", "grace"], tmp_path)
     result = json.loads(target.read_text())
     assert [(r["method"], r["way"]) for r in result["rows"]] == [
-        ("ft-m", "batch"), ("ft-m", "sequence"), ("grace", "sequence")
+        (None, "unedited"), ("ft-m", "batch"), ("ft-m", "sequence"), ("grace", "sequence")
     ]  # fmt: skip
     for row in result["rows"]:
         assert row["rates"]["ES"]["prompts"] == 2
-    assert list(result["rows"][1]["checkpoints"]) == ["1", "2"]
-    assert result["rows"][1]["checkpoints"]["2"] == result["rows"][1]["rates"]
-    assert many.markdown(result).count("\n") == 4
+    assert list(result["rows"][2]["checkpoints"]) == ["1", "2"]
+    assert result["rows"][2]["checkpoints"]["2"] == result["rows"][2]["rates"]
+    before = [answers(model, case) for case in cases]
+    for count, found in result["rows"][0]["checkpoints"].items():
+        assert found == many.rated(before[: int(count)])
+    assert many.markdown(result).count("\n") == 5
     monkeypatch.setattr(many.dl, "edit", None)  # nothing is edited again
     monkeypatch.setattr(many.dl, "edit_sequence", None)
     with pytest.warns(UserWarning, match="known to be good"):

@@ -96,9 +96,7 @@ def test_results_equal_those_of_a_local_run_though_workers_die(
 ) -> None:  # fmt: skip
     pids = tmp_path / "pids"
     pids.mkdir()
-    executor = Killing(
-        pids, load=partial(load, str(pids)), fingerprint=model.fingerprint(), threads=1
-    )
+    executor = Killing(pids, load=partial(load, str(pids)), identity=model.identity(), threads=1)
     executor.kills = 1
     found = bench(model, cases, tmp_path / "out", executor)
     assert found.is_complete
@@ -111,7 +109,7 @@ def test_a_job_that_kills_its_workers_is_recorded_as_failed(
     cluster: Any, model: dl.LensModel, cases: Any, expected: BenchResult, tmp_path: Path
 ) -> None:
     load_deadly = partial(load, str(tmp_path), cases[1].id)
-    executor = RayExecutor(load_deadly, model.fingerprint(), threads=1, workers=1, attempts=1)
+    executor = RayExecutor(load_deadly, model.identity(), threads=1, workers=1, attempts=1)
     found = run_bench(
         model, cases[:3], ARMS[:1], tmp_path / "out", cases_at_once=2, executor=executor,
         progress=False,
@@ -128,14 +126,14 @@ def test_what_ends_a_local_run_ends_this_one(
     cluster: Any, model: dl.LensModel, cases: Any, tmp_path: Path
 ) -> None:
     other = partial(load, str(tmp_path), seed=2)
-    executor = RayExecutor(other, model.fingerprint(), threads=1, workers=1)
-    with pytest.raises(ModelError, match="other weights"):
+    executor = RayExecutor(other, model.identity(), threads=1, workers=1)
+    with pytest.raises(ModelError, match="differs from the run's in model"):
         bench(model, cases, tmp_path / "out", executor)
 
 
 def test_workers_without_room_are_refused(model: dl.LensModel) -> None:
     def room(nodes: list[dict[str, float]], **options: Any) -> tuple[int, float]:
-        count, taken = RayExecutor(lambda: model, "", **options)._room(nodes)
+        count, taken = RayExecutor(lambda: model, {}, **options)._room(nodes)
         assert taken["num_cpus"] == options["threads"]
         return count, taken["num_gpus"]
 
@@ -156,7 +154,7 @@ def test_workers_without_room_are_refused(model: dl.LensModel) -> None:
 def test_a_run_without_room_ends_at_once(
     cluster: Any, model: dl.LensModel, cases: Any, tmp_path: Path
 ) -> None:
-    executor = RayExecutor(lambda: model, model.fingerprint(), threads=1, workers=4)
+    executor = RayExecutor(lambda: model, model.identity(), threads=1, workers=4)
     with pytest.raises(RequestError, match="room for 2 workers"):
         bench(model, cases, tmp_path / "out", executor)
 
@@ -168,10 +166,10 @@ def test_bad_numbers(model: dl.LensModel) -> None:
         ({"attempts": 0}, "attempts is 0"),
     ):
         with pytest.raises(RequestError, match=text):
-            RayExecutor(lambda: model, model.fingerprint(), **options)
+            RayExecutor(lambda: model, model.identity(), **options)
 
 
 def test_without_ray(model: dl.LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RequestError, match=r"pip install \"ray>=2"):
-        RayExecutor(lambda: model, model.fingerprint())
+        RayExecutor(lambda: model, model.identity())

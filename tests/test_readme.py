@@ -104,7 +104,8 @@ def test_the_table_of_many_facts_is_the_result_file():
     text = (REPOSITORY / "docs" / "editors.md").read_text(encoding="utf-8")
     result = json.loads((REPOSITORY / "assets/results/many-smollm2-135m.json").read_text())
     ways = [("batch", "sequence") if m.takes_several else ("sequence",) for m in METHODS.values()]
-    wanted = [(name, way) for name, own in zip(METHODS, ways, strict=True) for way in own]
+    wanted = [("unedited", "unedited")]
+    wanted += [(name, way) for name, own in zip(METHODS, ways, strict=True) for way in own]
     assert [(row["arm"], row["way"]) for row in result["rows"]] == wanted
     assert many.markdown(result) in text
     assert result["command"] in " ".join(text.replace("\\\n", " ").split())

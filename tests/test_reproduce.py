@@ -256,8 +256,9 @@ def test_edits_that_pile_up(study: Study, tmp_path: Path, monkeypatch: pytest.Mo
         edits.close()
         assert f"after {len(study.cases)} facts ES {found['ES'].value:.1f}" in finding.text
     assert study.model.fingerprint() == weights
-    before = rates([answers(study.model, case) for case in study.cases])
-    assert table.loc[("unedited", 0, "RS")]["value"] == before["RS"].value
+    for count in (1, len(study.cases)):  # the same prompts of the unedited model
+        before = rates([answers(study.model, case) for case in study.cases[:count]])
+        assert table.loc[("unedited", count, "RS")]["value"] == before["RS"].value
     # Nothing is computed again.
     monkeypatch.setattr("driftlens.experiments.many.WAYS", {})
     pd.testing.assert_frame_equal(EXPERIMENTS["sequential"](quick).rows, finding.rows)
@@ -266,15 +267,28 @@ def test_edits_that_pile_up(study: Study, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_sequence_that_fails_says_why(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*args: Any) -> dict[str, Any]:
-        raise dl.EditError("enough")
+    sequence = dl.edit_sequence
 
-    monkeypatch.setattr("driftlens.experiments.many.WAYS", {"sequence": failing})
-    finding = EXPERIMENTS["sequential"](
-        Study(study.model, study.cases[:1], tmp_path, quick=True, progress=False)
-    )
-    assert "rome + sadr: enough" in finding.text
-    assert set(finding.rows["arm"]) == {"unedited"}
+    def failing(model: Any, requests: Any, *, after_each: Any, **options: Any) -> Any:
+        def look(n: int, current: Any) -> None:
+            after_each(n, current)
+            raise dl.EditError("enough")
+
+        return sequence(model, requests, after_each=look, **options)
+
+    monkeypatch.setattr(dl, "edit_sequence", failing)
+    quick = Study(study.model, study.cases[:2], tmp_path, quick=True, progress=False)
+    finding = EXPERIMENTS["sequential"](quick)
+    assert "rome + sadr: after 1 fact ES" in finding.text  # what was seen before is kept
+    assert "rome + sadr ended: enough" in finding.text
+    seen = finding.rows.groupby("arm")["facts"].unique().map(list).to_dict()
+    assert seen == {"unedited": [1, 2], "rome": [1], "rome + sadr": [1]}
+    # Nothing is tried again, unless it is asked for.
+    monkeypatch.setattr(dl, "edit_sequence", sequence)
+    assert "ended: enough" in EXPERIMENTS["sequential"](quick).text
+    again = EXPERIMENTS["sequential"](replace(quick, retry_failed=True))
+    assert "ended" not in again.text
+    assert "rome + sadr: after 1 fact ES" in again.text
 
 
 def test_bad_requests(study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ class RayExecutor:
 
     Args:
         load: Makes a worker's model, e.g. ``functools.partial(dl.load_model, "smollm2-135m")``.
-        fingerprint: Of the model that the run is about; a worker with another one is refused.
+        identity: Of the model that the run is about (:meth:`~driftlens.LensModel.identity`); a
+            worker with other weights, another type of number or another tokenizer is refused. It
+            may run on another kind of device.
         workers: How many; by default one for each GPU of the cluster, or, without any, for each
             ``threads`` CPUs.
         threads: Of each worker; by default those of this process.
@@ -74,7 +76,7 @@ class RayExecutor:
     def __init__(
         self,
         load: Callable[[], LensModel],
-        fingerprint: str,
+        identity: Mapping[str, Any],
         *,
         workers: int | None = None,
         threads: int | None = None,
@@ -83,7 +85,7 @@ class RayExecutor:
     ) -> None:
         self._ray = _import_ray()
         self._load = load
-        self._fingerprint = fingerprint
+        self._identity = identity
         self.threads = torch.get_num_threads() if threads is None else threads
         self._address = address
         self.attempts = attempts
@@ -117,7 +119,7 @@ class RayExecutor:
 
         def hire() -> Any:
             return worker_class.options(**resources).remote(
-                self._load, self._fingerprint, self.threads, setting
+                self._load, self._identity, self.threads, setting
             )
 
         waiting = deque(_parts(jobs))
@@ -216,10 +218,14 @@ class _Worker:
     """A process with a model."""
 
     def __init__(
-        self, load: Callable[[], LensModel], fingerprint: str, threads: int, setting: Setting
+        self,
+        load: Callable[[], LensModel],
+        identity: Mapping[str, Any],
+        threads: int,
+        setting: Setting,
     ) -> None:
         torch.set_num_threads(threads)
-        self._load, self._fingerprint, self._setting = load, fingerprint, setting
+        self._load, self._identity, self._setting = load, identity, setting
         self._runner: JobRunner | None = None
 
     def run(self, job: Job) -> Iterator[tuple[str, Record]]:
@@ -231,10 +237,15 @@ class _Worker:
 
     def _prepare(self) -> JobRunner:
         model = self._load()
-        if model.fingerprint() != self._fingerprint:
+        found = model.identity()
+        other = [
+            name for name in self._identity
+            if name != "device" and self._identity[name] != found.get(name)
+        ]  # fmt: skip
+        if other:
             raise ModelError(
-                "A worker's model has other weights than the run's.",
-                "Give every machine the same files.",
+                f"A worker's model differs from the run's in {', '.join(other)}.",
+                "Give every machine the same files, and load them alike.",
             )
         return JobRunner(model, self._setting)
 

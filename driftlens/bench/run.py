@@ -61,7 +61,7 @@ def run_bench(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         raise DataError(
             f"Another run is writing to {folder}.", "Wait for it, or choose another folder."
@@ -70,10 +70,10 @@ def run_bench(
         raise DataError(
             f"The folder {folder} cannot be written to: {error.strerror or error}."
         ) from error
-    with lock:
-        fingerprint = model.fingerprint()
+    with held:
+        known = model.identity()
         units = {
-            (case.id, arm.name): identity(fingerprint, model, case, arm, setting)
+            (case.id, arm.name): identity(known, case, arm, setting)
             for arm in arms
             for case in cases
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +20,13 @@ from driftlens.edits import Edit
 from driftlens.errors import DriftLensError, ModelError, RequestError
 from driftlens.evaluation import answers
 from driftlens.generation import measure_texts
+from driftlens.journal import digest
 from driftlens.models import LensModel
 
 UNEDITED = "unedited"
 """The arm that leaves the model as it is."""
+COVARIANCE = f"{DEFAULT_TOKENS} tokens of wikipedia-leads"
+"""What keys' second moments are estimated from."""
 
 
 @dataclass(frozen=True)
@@ -126,22 +128,24 @@ class Setting:
     text_length: int = 100
 
 
-def identity(
-    fingerprint: str, model: LensModel, case: Case, arm: Arm, setting: Setting
-) -> dict[str, Any]:
-    """Everything that determines a unit's result, JSON-ready."""
+def identity(model: Mapping[str, Any], case: Case, arm: Arm, setting: Setting) -> dict[str, Any]:
+    """Everything that determines a unit's result, JSON-ready.
+
+    Args:
+        model: What :meth:`~driftlens.LensModel.identity` gives.
+        case: What is asked about.
+        arm: The condition.
+        setting: What all units have in common.
+    """
     found: dict[str, Any] = {
-        "model": fingerprint,
-        "dtype": model.info.dtype,
-        "device": model.device.type,
-        "prepends_bos": model.info.prepends_bos,
+        **model,
         "case": case.id,
-        "content": _digest([case.to_record(), UNRELATED]),
+        "content": content_digest([case]),
         "metrics": list(setting.metrics),
         **arm.to_dict(),
     }
     if arm.method is not None:
-        found |= {"seed": setting.seed, "covariance": f"{DEFAULT_TOKENS} tokens of wikipedia-leads"}
+        found |= {"seed": setting.seed, "covariance": COVARIANCE}
     if setting.texts:
         found |= {"texts": list(setting.texts), "text_length": setting.text_length}
         found |= {"text_seed": setting.seed}
@@ -149,8 +153,9 @@ def identity(
     return plain
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def content_digest(cases: Sequence[Case]) -> str:
+    """A digest of what cases ask, and of what the project asks with them."""
+    return digest([*(case.to_record() for case in cases), UNRELATED])
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
     python -m driftlens.experiments.many --data FILE --facts 100
 
 For each editor: a batch (where the method takes several facts) and a sequence of the same facts,
-and how many of them the model then answers, with paraphrases, neighbours and relations. Each
-(editor, restriction, way) is written as soon as it is finished.
+and how many of them the model then answers, with paraphrases, neighbours and relations. The
+first row is the unedited model's. Each (editor, restriction, way) is written as soon as it is
+finished.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import driftlens as dl
-from driftlens.bench import Arm, make_arms
+from driftlens.bench import COVARIANCE, UNEDITED, Arm, content_digest, make_arms
 from driftlens.cases import METRICS, Case, balanced, tuning_split
 from driftlens.editing.methods import METHODS
 from driftlens.errors import DriftLensError
-from driftlens.evaluation import answers, rate_cells, rates
+from driftlens.evaluation import Answer, answers, rate_cells, rates
 from driftlens.experiments.options import arguments
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
@@ -40,11 +41,25 @@ def requests(cases: Sequence[Case]) -> list[dl.EditRequest]:
 
 def asked(
     model: dl.LensModel, cases: Sequence[Case], title: str, progress: bool = True
-) -> dict[str, Any]:
-    """Rates over cases, of the model as it is now."""
+) -> list[list[Answer]]:
+    """Answers to each case, of the model as it is now."""
     bar = tqdm(cases, desc=title, leave=False, disable=not progress)
-    found = rates([answers(model, case) for case in bar])
-    return {metric: asdict(rate) for metric, rate in found.items()}
+    return [answers(model, case) for case in bar]
+
+
+def rated(found: Sequence[list[Answer]]) -> dict[str, Any]:
+    """Rates of metrics, JSON-ready."""
+    return {metric: asdict(rate) for metric, rate in rates(found).items()}
+
+
+def unedited(
+    model: dl.LensModel, cases: Sequence[Case], arm: Arm, seed: int, progress: bool
+) -> dict[str, Any]:
+    """No fact; what a sequence is to be compared with after each number of facts."""
+    found = asked(model, cases, arm.name, progress)
+    counts = [n for n in CHECKPOINTS if n < len(cases)]
+    checkpoints = {str(n): rated(found[:n]) for n in (*counts, len(cases))}
+    return {"rates": rated(found), "checkpoints": checkpoints}
 
 
 def batch(
@@ -53,14 +68,14 @@ def batch(
     """All facts at once."""
     edit = dl.edit(model, requests(cases), **arm.edit_options(seed))
     with edit.applied(model):
-        found = asked(model, cases, f"{arm.name}, batch", progress)
+        found = rated(asked(model, cases, f"{arm.name}, batch", progress))
     return {"rates": found, "seconds": edit.info["seconds"], "rank": edit.rank}
 
 
 def sequence(
     model: dl.LensModel, cases: Sequence[Case], arm: Arm, seed: int, progress: bool
 ) -> dict[str, Any]:
-    """One fact after another, asked about on the way."""
+    """One fact after another; those so far are asked about on the way."""
     started, spent = time.monotonic(), 0.0
     checkpoints: dict[str, Any] = {}
 
@@ -69,11 +84,17 @@ def sequence(
         bar.update()
         if n in CHECKPOINTS or n == len(cases):
             begun = time.monotonic()
-            checkpoints[str(n)] = asked(current, cases[:n], f"{arm.name}, after {n}", progress)
+            found = asked(current, cases[:n], f"{arm.name}, after {n}", progress)
+            checkpoints[str(n)] = rated(found)
             spent += time.monotonic() - begun
 
     with tqdm(desc=arm.name, total=len(cases), disable=not progress, leave=False) as bar:
-        edit = dl.edit_sequence(model, requests(cases), after_each=look, **arm.edit_options(seed))
+        try:
+            edit = dl.edit_sequence(
+                model, requests(cases), after_each=look, **arm.edit_options(seed)
+            )
+        except DriftLensError as error:
+            return {"error": str(error), "checkpoints": checkpoints}
     return {
         "rates": checkpoints[str(len(cases))],
         "checkpoints": checkpoints,
@@ -82,7 +103,7 @@ def sequence(
     }
 
 
-WAYS = {"batch": batch, "sequence": sequence}
+WAYS = {"batch": batch, "sequence": sequence, UNEDITED: unedited}
 
 
 def measure(
@@ -93,6 +114,7 @@ def measure(
     journal: Journal,
     *,
     seed: int = 0,
+    retry_failed: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """What is answered after all facts, edited in one of the `WAYS`, or why they cannot be.
@@ -101,20 +123,22 @@ def measure(
         model: The unedited model.
         cases: The facts, in order.
         arm: The editor and its restrictions.
-        way: ``"batch"`` or ``"sequence"``.
+        way: ``"batch"``, ``"sequence"`` or ``"unedited"``.
         journal: Where the result is kept, and found if it is there already.
         seed: Of the sampled contexts.
+        retry_failed: Try again what failed before.
         progress: Whether to show bars.
 
     Returns:
         ``rates`` of metrics after all facts, ``seconds``, ``rank`` and, of a sequence,
-        ``checkpoints``: the rates over the facts so far after some of them. Or ``error``.
+        ``checkpoints``: the rates over the facts so far after some of them; of the unedited
+        model the rates over the same facts. Or ``error``, with the checkpoints before it.
     """
     unit = {
-        "model": model.fingerprint()[:16], "dtype": model.info.dtype, **arm.to_dict(), "way": way,
-        "seed": seed, "cases": [case.id for case in cases],
+        **model.identity(), **arm.to_dict(), "way": way, "seed": seed, "covariance": COVARIANCE,
+        "cases": [case.id for case in cases], "content": content_digest(cases), "metrics": METRICS,
     }  # fmt: skip
-    if unit not in journal:
+    if unit not in journal or (retry_failed and "error" in journal[unit]):
         try:
             record = WAYS[way](model, cases, arm, seed, progress)
         except DriftLensError as error:
@@ -129,15 +153,15 @@ def run(
     methods: Sequence[str],
     out: Path,
     penalties: Sequence[str] = ("none",),
+    retry_failed: bool = False,
 ) -> Path:
     """Everything that is not in the journal yet, and a file with what is."""
     name = model.info.name
     journal = Journal(out / f"many-{name}.jsonl")
     rows = []
-    for arm in make_arms(model, methods, penalties)[1:]:
-        assert arm.method is not None
-        for way in WAYS if METHODS[arm.method].takes_several else ("sequence",):
-            found = measure(model, cases, arm, way, journal)
+    for arm in make_arms(model, methods, penalties):
+        for way in _ways(arm):
+            found = measure(model, cases, arm, way, journal, retry_failed=retry_failed)
             rows.append({"arm": arm.name, **arm.to_dict(), "way": way, **found})
     result = {
         "model": model.info.to_dict(),
@@ -153,6 +177,12 @@ def run(
     return target
 
 
+def _ways(arm: Arm) -> tuple[str, ...]:
+    if arm.method is None:
+        return (UNEDITED,)
+    return ("batch", "sequence") if METHODS[arm.method].takes_several else ("sequence",)
+
+
 def markdown(result: dict[str, Any]) -> str:
     """Success in per cent after all facts, with 95 % intervals over facts."""
     lines = [
@@ -164,7 +194,8 @@ def markdown(result: dict[str, Any]) -> str:
             cells = [row["error"], *[""] * (len(METRICS) - 1)]
         else:
             cells = rate_cells(row["rates"])
-        lines.append(f"| {row['arm']} | {row['way']} | {' | '.join(cells)} |")
+        way = "-" if row["way"] == UNEDITED else row["way"]
+        lines.append(f"| {row['arm']} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -172,12 +203,15 @@ def main() -> None:
     """Command line."""
     parser = arguments(__doc__ or "", 100, Path("assets/results"), "facts")
     parser.add_argument("--penalties", nargs="+", default=["none"], help="none, or names")
+    parser.add_argument("--retry-failed", action="store_true", help="try again what failed")
     options = parser.parse_args()
     try:
         _, reported = tuning_split(read_cases(options.data))
         cases = balanced(reported, options.facts)
         model = dl.load_model(options.model)
-        target = run(model, cases, options.methods, options.out, options.penalties)
+        target = run(
+            model, cases, options.methods, options.out, options.penalties, options.retry_failed
+        )
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
     sys.stdout.write(markdown(json.loads(target.read_text("utf-8"))) + f"\nwrote {target}\n")

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 import driftlens as dl
 from driftlens.assets import asset
+from driftlens.bench import COVARIANCE, content_digest
 from driftlens.cases import Case
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import resolve_config
@@ -200,7 +201,10 @@ def run(model_name: str, cases: Sequence[Case], out: Path, gamma: float | None) 
     }
     journal = Journal(out / f"survey-{model_name}.facts.jsonl")
     started = time.monotonic()
-    units = [{**key, "id": case.id} for case in cases]
+    common = {
+        **model.identity(), "config": key["config"], "gamma": gamma, "covariance": COVARIANCE,
+    }  # fmt: skip
+    units = [{**common, "id": case.id, "content": content_digest([case])} for case in cases]
     for unit, case in zip(units, tqdm(cases, desc="facts"), strict=True):
         if unit not in journal:
             journal.add(unit, **survey_case(model, case, gamma))

@@ -17,6 +17,7 @@ others on half of them.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import driftlens as dl
-from driftlens.bench import Arm, Job, Setting, run_job
+from driftlens.bench import COVARIANCE, Arm, Job, Setting, content_digest, run_job
 from driftlens.cases import METRICS, Case, balanced, tuning_split
 from driftlens.editing.configs import ValueSearch
 from driftlens.editing.defaults import KNOWN, Values, by_depth
@@ -136,7 +137,11 @@ class Search:
     def trial(self, config: Any, gamma: float | None = None, whole: bool = False) -> dict[str, Any]:
         """Rates of one setting on half of the cases, or on all."""
         cases = self.cases if whole else balanced(self.cases, (len(self.cases) + 1) // 2)
-        unit = {"config": asdict(config), "gamma": gamma, "cases": [case.id for case in cases]}
+        unit = {
+            **self.model.identity(), "method": self.method, "config": asdict(config),
+            "gamma": gamma, "cases": [case.id for case in cases], "content": content_digest(cases),
+            "metrics": METRICS, "seed": Setting().seed, "covariance": COVARIANCE,
+        }  # fmt: skip
         if unit not in self.journal:
             penalties = () if gamma is None else (dl.SADR(gamma=gamma),)
             arm = Arm(f"{self.method} gamma {gamma}", self.method, config, penalties)
@@ -181,7 +186,7 @@ class Search:
         def worth(gamma: float) -> tuple[bool, float]:
             found = self.trial(config, gamma, whole=True)
             if "rates" not in found:
-                return False, -1.0
+                return False, -math.inf
             is_cheap = not lost(found, "ES", 1.0) and not lost(found, "PS", 4.0)
             return is_cheap, value_of(found)[-1]
 
@@ -212,7 +217,7 @@ def value_of(trial: dict[str, Any]) -> tuple[bool, bool, float]:
     other knowledge less what both are short of."""
     found = trial.get("rates")
     if found is None:
-        return False, False, -1.0
+        return False, False, -math.inf
     reached = {metric: found[metric] >= wanted for metric, wanted in WANTED.items()}
     others = statistics.fmean(rate for metric, rate in found.items() if metric not in WANTED)
     short = sum(max(0.0, wanted - found[metric]) for metric, wanted in WANTED.items())

@@ -29,6 +29,7 @@ class Study:
         cases: Held back from tuning.
         out: Folder of results; finished units in it are not done again.
         quick: Fewer conditions, to see that everything runs.
+        retry_failed: Try again what failed before.
         seed: Of the sampled contexts, and of the bootstrap.
         progress: Whether to show bars.
         command: How to run this again, for the record.
@@ -39,6 +40,7 @@ class Study:
     out: Path
     quick: bool = False
     seed: int = 0
+    retry_failed: bool = False
     progress: bool = True
     command: str = ""
     _edits: dict[EditRequest, Edit] = field(default_factory=dict, repr=False, compare=False)
@@ -61,7 +63,7 @@ class Study:
         setting = Setting(metrics=tuple(metrics), seed=self.seed)
         return run_bench(
             self.model, self.cases, arms, self.out / "bench", setting=setting,
-            command=self.command, progress=self.progress,
+            retry_failed=self.retry_failed, command=self.command, progress=self.progress,
         )  # fmt: skip
 
     def arms(self, methods: Sequence[str], penalties: Sequence[str] = ("none",)) -> list[Arm]:

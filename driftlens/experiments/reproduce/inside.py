@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from driftlens import figures
 from driftlens.attention import head_name
+from driftlens.bench import COVARIANCE
 from driftlens.cases import Case, Metric, Probe
 from driftlens.drift import measure_drift
 from driftlens.editing.methods import resolve_config
@@ -183,7 +184,7 @@ def _measured(study: Study, name: str, measure: Measure) -> list[dict[str, Any]]
     units = _units(study)
     bar = tqdm(study.cases, desc=name, unit="case", disable=not study.progress)
     for unit, case in zip(units, bar, strict=True):
-        if unit not in journal:
+        if unit not in journal or (study.retry_failed and "error" in journal[unit]):
             try:
                 found = list(_of_case(study, case, measure))
             except DriftLensError as error:
@@ -207,9 +208,8 @@ def _rome(study: Study) -> list[dict[str, Any]]:
 def _units(study: Study) -> list[dict[str, Any]]:
     """What determines the record of each case."""
     common = {
-        "model": study.model.fingerprint(),
-        "dtype": study.model.info.dtype,
-        "device": study.model.device.type,
+        **study.model.identity(),
+        "covariance": COVARIANCE,
         "config": asdict(resolve_config(study.model, "rome")),
         "seed": study.seed,
         "quick": study.quick,

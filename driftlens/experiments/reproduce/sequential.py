@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -9,9 +10,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from driftlens import figures
-from driftlens.bench import UNEDITED
+from driftlens.bench import UNEDITED, Arm
 from driftlens.cases import METRICS
-from driftlens.experiments.many import asked, measure
+from driftlens.experiments.many import measure
 from driftlens.experiments.reproduce.finding import Finding, Study
 from driftlens.journal import Journal
 
@@ -21,26 +22,26 @@ SHOWN = ("ES", "RS", "DNS")
 def sequential(study: Study) -> Finding:
     """Open question: edits one after another, without and with SADR."""
     methods = ("rome",) if study.quick else ("rome", "memit", "alphaedit")
-    arms = study.arms(methods, ("none", "sadr"))[1:]
+    arms = study.arms(methods, ("none", "sadr"))
     journal = Journal(study.out / "sequences.jsonl")
-    rows = _rows(UNEDITED, 0, asked(study.model, study.cases, "unedited", study.progress))
-    texts = []
+    rows, texts = [], []
     for arm in arms:
         found = measure(
-            study.model, study.cases, arm, "sequence", journal,
-            seed=study.seed, progress=study.progress,
+            study.model, study.cases, arm, UNEDITED if arm.method is None else "sequence", journal,
+            seed=study.seed, retry_failed=study.retry_failed, progress=study.progress,
         )  # fmt: skip
-        if "error" in found:
-            texts.append(f"{arm.name}: {found['error']}")
-            continue
-        for count, rates in found["checkpoints"].items():
+        checkpoints = found.get("checkpoints", {})
+        for count, rates in checkpoints.items():
             rows += _rows(arm.name, int(count), rates)
-        texts.append(_told(arm.name, found["checkpoints"]))
+        if checkpoints:
+            texts.append(_told(arm.name, checkpoints))
+        if "error" in found:
+            texts.append(f"{arm.name} ended: {found['error']}")
     table = pd.DataFrame(rows)
     title = "Edits one after another"
     paper = "The paper edits one fact at a time; its reviewers ask what happens in a sequence."
-    made = [{"name": arm.name, **arm.to_dict()} for arm in arms]
-    return Finding("sequential", title, table, _curves(table), " ".join(texts), paper, made)
+    made = [{"name": arm.name, **arm.to_dict()} for arm in arms[1:]]
+    return Finding("sequential", title, table, _curves(table, arms), " ".join(texts), paper, made)
 
 
 def _rows(arm: str, count: int, rates: dict[str, Any]) -> list[dict[str, Any]]:
@@ -59,11 +60,19 @@ def _told(arm: str, checkpoints: dict[str, Any]) -> str:
     return f"{arm}: {'; '.join(parts)}."
 
 
-def _curves(table: pd.DataFrame) -> go.Figure:
-    """Rates over the number of facts so far, a colour for each arm."""
+def _dash(arm: Arm) -> str:
+    if arm.method is None:
+        return "dot"
+    return "dash" if arm.penalties else "solid"
+
+
+def _curves(table: pd.DataFrame, arms: Sequence[Arm]) -> go.Figure:
+    """Rates over the number of facts so far, a colour for each editor; those of the unedited
+    model are over the same facts."""
     fig = make_subplots(1, len(SHOWN), subplot_titles=SHOWN, shared_yaxes=True)
-    edited = table[table["arm"] != UNEDITED]
-    for index, (arm, own) in enumerate(edited.groupby("arm", sort=False)):
+    methods = list(dict.fromkeys(arm.method for arm in arms))
+    for arm in arms:
+        own = table[table["arm"] == arm.name]
         for place, metric in enumerate(SHOWN, 1):
             found = own[own["metric"] == metric]
             fig.add_scatter(
@@ -71,13 +80,13 @@ def _curves(table: pd.DataFrame) -> go.Figure:
                 col=place,
                 x=found["facts"],
                 y=found["value"],
-                name=str(arm),
-                legendgroup=str(arm),
+                name=arm.name,
+                legendgroup=arm.name,
                 showlegend=place == 1,
                 mode="lines+markers",
                 line={
-                    "color": figures.COLOURS[index // 2 % len(figures.COLOURS)],
-                    "dash": "dash" if "sadr" in str(arm) else "solid",
+                    "color": figures.COLOURS[methods.index(arm.method) % len(figures.COLOURS)],
+                    "dash": _dash(arm),
                 },
                 error_y=figures.interval(found),
                 hovertemplate="after %{x} facts: %{y:.1f}<extra>%{fullData.name}</extra>",
