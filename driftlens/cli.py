@@ -530,7 +530,7 @@ def reproduce(
         command=" ".join(["driftlens", *sys.argv[1:]]),
     )
     for finding in run(study, experiments):
-        print(f"{finding.title}\n  {finding.text}\n  The paper: {finding.paper}\n")
+        print(f"{finding.title}\n  {finding.paragraph}\n  The paper: {finding.paper}\n")
     print(f"wrote {out / 'index.html'}")
 
 

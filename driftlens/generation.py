@@ -14,11 +14,19 @@ from typing import Any
 
 import torch
 from nltk.tokenize import NLTKWordTokenizer
+from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 from driftlens.cases import TEXT_METRICS, Case, TextMetric
 from driftlens.editing.statistics import wikipedia_leads
 from driftlens.errors import RequestError
 from driftlens.models import LensModel
+
+PLAIN: dict[str, Any] = {
+    "num_beams": 1, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "temperature": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+}  # fmt: skip
+"""Sampling as it is defined, whatever a checkpoint's own generation settings say."""
 
 N_GRAMS = {2: 2 / 3, 3: 4 / 3}
 """Lengths of n-grams, and the weights of their entropies in the mean."""
@@ -60,8 +68,7 @@ def generate(
         torch.manual_seed(seed)
         written = model.hf_model.generate(
             ids.to(model.device), attention_mask=mask.to(model.device), do_sample=True, top_k=top_k,
-            top_p=1.0, temperature=1.0, max_new_tokens=length - min(map(len, rows)),
-            pad_token_id=pad,
+            max_new_tokens=length - min(map(len, rows)), pad_token_id=pad, **PLAIN,
         )  # fmt: skip
     return [
         model.tokens.decode(_text(model, out[width - len(row) :].tolist(), len(row), length))
@@ -110,9 +117,12 @@ def measure_texts(
 def ngram_entropy(text: str) -> float:
     """Mean of the weighted entropies of a text's 2- and 3-grams of words, in bits.
 
-    ``(2/3 H_2 + 4/3 H_3) / 2``; text that repeats itself has little. 0 where there is none.
+    ``(2/3 H_2 + 4/3 H_3) / 2``; text that repeats itself has little. 0 where there is none. Words
+    are those of ``nltk.word_tokenize``, sentence by sentence, but for abbreviations: sentences are
+    split by Punkt without its English training, which would have to be downloaded.
     """
-    words = NLTKWordTokenizer().tokenize(text)
+    tokenize = NLTKWordTokenizer().tokenize
+    words = [word for part in PunktSentenceTokenizer().tokenize(text) for word in tokenize(part)]
     total = 0.0
     for n, weight in N_GRAMS.items():
         counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))

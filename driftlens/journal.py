@@ -74,7 +74,7 @@ class Journal:
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """Whole records; what was cut off or overwritten is left out."""
-        if not self.path.is_file():
+        if not self.path.exists():
             return
         try:
             lines = self.path.read_bytes().splitlines()

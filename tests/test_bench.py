@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from filelock import FileLock
 
 import driftlens as dl
 from driftlens import generation
@@ -25,6 +26,7 @@ from driftlens.bench.units import identity
 from driftlens.cases import ALL_METRICS, Case, Cloze, Metric
 from driftlens.errors import DataError, EditError, ModelError, RequestError
 from driftlens.evaluation import Answer, answers, average, harmonic_mean, rates
+from driftlens.journal import Journal
 from driftlens.readers import read_cases
 
 QUICK = dl.FtConfig(layer=1, steps=3, lr=1e-2)
@@ -159,7 +161,9 @@ def test_a_trade_off_of_what_was_asked(
     assert kept.loc["ft", "edit"] == found["ES"].value
     assert kept.loc["ft", "others"] == found["NS"].value
     edits = bench(model, cases[:2], tmp_path / "es", setting=Setting(metrics=("ES",)))
-    assert list(edits.trade_off().columns) == ["arm", "edit", "edit_low", "edit_high"]
+    kept = edits.trade_off()
+    assert kept["edit"].notna().all()
+    assert kept["others"].isna().all()
 
 
 def test_texts_are_told_beside_answers(
@@ -343,9 +347,42 @@ def test_bad_requests(
         bench(model, cases, tmp_path / "file" / "bench")
     with pytest.raises(DataError, match="holds no results"):
         BenchResult(tmp_path)
-    (tmp_path / PLAN).write_text("{")
-    with pytest.raises(DataError, match="is damaged"):
+    plan = {"arms": [], "units": [], "command": "", "model": {}, "versions": {}}
+    for damaged in (
+        "{", "[" * 100_000, "[]", "{}", '{"units": 1}', '{"units": [1]}', '{"units": [{}]}',
+        json.dumps(plan), json.dumps(plan | {"setting": []}), json.dumps(plan | {"arms": [1]}),
+        json.dumps(plan | {"units": [{"arm": "a", "case": "c", "identity": {}}]}),
+    ):  # fmt: skip
+        (tmp_path / PLAN).write_text(damaged)
+        with pytest.raises(DataError, match="is damaged"):
+            BenchResult(tmp_path)
+
+
+def test_files_of_different_runs(
+    model: dl.LensModel, cases: list[Case], whole: BenchResult, tmp_path: Path
+) -> None:
+    bench(model, cases[:2], tmp_path)
+    (tmp_path / PLAN).write_bytes((whole.folder / PLAN).read_bytes())
+    with pytest.raises(DataError, match=f"{cases[2].id} is missing"):
         BenchResult(tmp_path)
+    (tmp_path / UNITS).unlink()
+    (tmp_path / UNITS).mkdir()
+    with pytest.raises(DataError, match="cannot be read"):
+        Journal(tmp_path / UNITS)
+
+
+def test_the_folder_is_free_after_an_interrupt(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped:
+        def run(self, jobs: Any, setting: Setting) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench(model, cases[:2], tmp_path, executor=Stopped())
+    lock = FileLock(tmp_path / ".lock")
+    with lock.acquire(timeout=0):
+        assert lock.lock_counter == 1
 
 
 def test_arms_by_name(model: dl.LensModel) -> None:

@@ -82,6 +82,21 @@ def test_only_the_likeliest_tokens_are_sampled() -> None:
     assert 1 in ranks
 
 
+def test_settings_of_a_checkpoint_do_not_matter() -> None:
+    model = loaded("gpt2", scale=2.0)
+    text = generation.generate(model, PROMPTS, length=30)
+    settings = {
+        "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "temperature": 9.0, "top_p": 0.01,
+        "min_p": 0.9, "typical_p": 0.01, "num_beams": 2, "min_new_tokens": 20,
+        "epsilon_cutoff": 0.5, "eta_cutoff": 0.5,
+    }  # fmt: skip
+    for name, value in settings.items():
+        kept = getattr(model.hf_model.generation_config, name)
+        setattr(model.hf_model.generation_config, name, value)
+        assert generation.generate(model, PROMPTS, length=30) == text, name
+        setattr(model.hf_model.generation_config, name, kept)
+
+
 def test_bad_requests_for_texts() -> None:
     model = loaded("gpt2")
     with pytest.raises(RequestError, match="no prompt"):
@@ -105,6 +120,8 @@ def test_entropy_by_hand() -> None:
     assert generation.ngram_entropy("one") == 0
     # Words are tokenized as nltk does: the full stop is a word, and so is n't.
     assert generation.ngram_entropy("I don't.") == generation.ngram_entropy("1 2 3 4")
+    # A full stop is a word of its own after each sentence, not only after the last.
+    assert generation.ngram_entropy("It is. She was.") == generation.ngram_entropy("1 2 3 4 5 3")
     assert generation.fluency(["a b a b a b", "a a a"]) == pytest.approx(
         50 * generation.ngram_entropy("a b a b a b")
     )

@@ -61,22 +61,32 @@ class BenchResult:
         self.folder = Path(self.folder)
         try:
             self.plan = json.loads((self.folder / PLAN).read_text("utf-8"))
-            units = self.plan["units"]
+            units = [(u["arm"], u["case"], u["identity"]) for u in self.plan["units"]]
+            self.records = {arm["name"]: {} for arm in self.plan["arms"]}
+            if {arm for arm, _, _ in units} - set(self.records):
+                raise ValueError("a unit of no arm")
+            for name in ("command", "model", "versions"):
+                self.plan[name]
+            self.plan["setting"]["metrics"]
         except OSError as error:
             raise DataError(
                 f"{self.folder} holds no results: {error.strerror or error}.",
                 "Give the folder that `driftlens bench --out` wrote.",
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"{self.folder / PLAN} is damaged.", "Run the same command again: units are kept."
             ) from error
         self.cases = {case.id: case for case in read_cases(self.folder / CASES, "driftlens")}
         journal = Journal(self.folder / UNITS)
-        self.records = {arm["name"]: {} for arm in self.plan["arms"]}
-        for unit in units:
-            if unit["identity"] in journal:
-                self.records[unit["arm"]][unit["case"]] = journal[unit["identity"]]
+        for arm, case, identity in units:
+            if case not in self.cases:
+                raise DataError(
+                    f"{self.folder / CASES} is not of this run: {case} is missing.",
+                    "Run the same command again: units are kept.",
+                )
+            if identity in journal:
+                self.records[arm][case] = journal[identity]
 
     @property
     def arms(self) -> list[str]:
@@ -160,22 +170,25 @@ class BenchResult:
     def trade_off(self) -> pd.DataFrame:
         """What each editor keeps: columns ``arm``, ``edit`` (mean success of ES and PS, %) and
         ``others`` (that of NS, RS and DNS), each with its 95 % interval ``_low``, ``_high``.
-        Metrics that were not asked are left out; so is the unedited model."""
+        ``nan`` where none of these metrics was asked; the unedited model is left out."""
         rows: list[dict[str, Any]] = []
         for arm in self.plan["arms"]:
             if arm["method"] is None:
                 continue
             groups = list(self.answers(arm["name"]).values())
             asked = {answer.metric for group in groups for answer in group}
+            if not asked:
+                continue
             row: dict[str, Any] = {"arm": arm["name"]}
             for name, metrics in KEPT.items():
                 chosen = [metric for metric in metrics if metric in asked]
                 found = combined(groups, chosen) if chosen else None
                 if found is not None:
                     row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-            if len(row) > 1:
-                rows.append(row)
-        return pd.DataFrame(rows)
+            rows.append(row)
+        ends = ("", "_low", "_high")
+        columns = ["arm", *(f"{name}{end}" for name in KEPT for end in ends)]
+        return pd.DataFrame(rows, columns=columns)
 
     def seconds(self, arm: str) -> float:
         """Median seconds of an edit; ``nan`` for the unedited model."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 
 from driftlens import figures
 from driftlens.bench import UNEDITED, Arm, BenchResult
@@ -29,27 +30,28 @@ def table1(study: Study) -> Finding:
     result = study.bench(arms, tuple(ALL_METRICS))
     rows = result.table()
     value = _values(rows)
-    texts = []
-    for arm in result.arms[1:]:
-        fall = {m: value[UNEDITED, m] - value[arm, m] for m in ("NS", "RS", "DNS")}
-        texts.append(
-            f"{arm}: RS falls by {fall['RS']:.1f} points, DNS by {fall['DNS']:.1f}, NS, whose "
-            f"prompts do not hold the subject, by {fall['NS']:.1f}"
+    lost = [
+        f"{arm} {_list(_fall(value, arm, metric) for metric in ('RS', 'DNS', 'NS'))}"
+        for arm in result.arms[1:]
+    ]
+    text = f"Points lost: {'; '.join(lost)}."
+    contexts = [
+        f"{value[UNEDITED, 'NS'] - value[UNEDITED, metric]:.1f} behind {what}"
+        for metric, what in (("DNS", "the edited sentence"), ("lead-neighbour", "an unrelated one"))
+        if {(UNEDITED, "NS"), (UNEDITED, metric)} <= value.keys()
+    ]
+    if contexts:
+        text += (
+            f" On the unedited model, the prompts of NS lose {_list(contexts)}: that much is no "
+            "damage of the edit."
         )
-    control = value[UNEDITED, "NS"] - value[UNEDITED, "lead-neighbour"]
-    context = value[UNEDITED, "NS"] - value[UNEDITED, "DNS"]
-    text = (
-        f"{'; '.join(texts)}. On the unedited model, the same neighbour prompts lose "
-        f"{context:.1f} points behind the edited sentence and {control:.1f} behind an unrelated "
-        "one: that much is no damage of the edit."
-    )
     shown = ("ES", "PS", "NS", "lead-neighbour", "DNS", "RS", "lead-relation", "distract-relation")
     figure = figures.rate_bars(
         rows, [m for m in shown if m in set(rows["metric"])], title="Specificity failure"
     )
     paper = "GPT-J: ROME RS 79.73 to 11.94, DNS 61.99 to 30.42, NS 82.43 to 80.26 (table 3)."
     title = "Specificity failure of each editor"
-    return Finding("table1", title, rows, figure, text, paper, result.conditions())
+    return _finding("table1", title, result, figure, text, paper)
 
 
 def table3(study: Study) -> Finding:
@@ -62,8 +64,8 @@ def table3(study: Study) -> Finding:
     rows.insert(0, "model", study.model.info.name)
     text = " ".join(_gain(result, method, f"{method} + sadr") for method in methods)
     figure = figures.rate_bars(rows, [*METRICS, "Avg. S"], title="Editors without and with SADR")
-    title, made = "Editors without and with SADR", result.conditions()
-    return Finding("table3", title, rows, figure, text, _paper_gains(), made)
+    title = "Editors without and with SADR"
+    return _finding("table3", title, result, figure, text, _paper_gains(), rows)
 
 
 def fig6(study: Study) -> Finding:
@@ -83,17 +85,18 @@ def fig6(study: Study) -> Finding:
     value = _values(rows)
     words = []
     for gamma in gammas:
-        selected, every = (f"{rule}, gamma {gamma:g}" for rule in rules)
-        words.append(
-            f"at gamma {gamma:g}, Avg. S {value[selected, 'Avg. S']:.1f} against "
-            f"{value[every, 'Avg. S']:.1f} (ES {value[selected, 'ES']:.1f} against "
-            f"{value[every, 'ES']:.1f})"
-        )
+        names = [f"{rule}, gamma {gamma:g}" for rule in rules]
+        told = [
+            f"{metric} {value[names[0], metric]:.1f} against {value[names[1], metric]:.1f}"
+            for metric in ("Avg. S", "ES", "RS", "DNS")
+            if all((name, metric) in value for name in names)
+        ]
+        words.append(f"at gamma {gamma:g}, {_list(told)}")
     text = f"Selected heads against all heads: {'; '.join(words)}."
     figure = figures.trade_off(result.trade_off(), title="Selective and blanket restriction")
     paper = "Restricting all heads costs edit success and helps less, at every gamma (figure 6)."
     title = "Selective against blanket restriction"
-    return Finding("fig6", title, rows, figure, text, paper, result.conditions())
+    return _finding("fig6", title, result, figure, text, paper, rows)
 
 
 def fig7(study: Study) -> Finding:
@@ -121,7 +124,7 @@ def fig7(study: Study) -> Finding:
     figure = figures.trade_off(kept, title="What restrictions cost, and what they keep")
     paper = "Varying gamma dominates varying steps, learning rate or KL weight (figure 7, GPT-J)."
     title = "Trade-offs: gamma, steps, learning rate, KL"
-    return Finding("fig7", title, rows, figure, text, paper, result.conditions())
+    return _finding("fig7", title, result, figure, text, paper, rows)
 
 
 def rules(study: Study) -> Finding:
@@ -170,7 +173,6 @@ def _comparison(
 ) -> Finding:
     """ROME under several restrictions, told by their paired gains and their cost in time."""
     result = study.bench(_rome_arms(study, penalties))
-    rows = result.table()
     base = result.seconds("rome")
     words = [
         f"{_gain(result, 'rome', arm)} Its edits take {result.seconds(arm) / base:.2f} times as "
@@ -179,11 +181,36 @@ def _comparison(
     ]
     paper = "The paper does not report this; its reviewers ask for it."
     figure = figures.trade_off(result.trade_off(), title=title)
-    return Finding(name, title, rows, figure, " ".join(words), paper, result.conditions())
+    return _finding(name, title, result, figure, " ".join(words), paper)
+
+
+def _finding(
+    name: str,
+    title: str,
+    result: BenchResult,
+    figure: go.Figure,
+    text: str,
+    paper: str,
+    rows: pd.DataFrame | None = None,
+) -> Finding:
+    """What a bench told; by default the numbers are its table."""
+    rows = result.table() if rows is None else rows
+    return Finding(name, title, rows, figure, text, paper, result.conditions(), result.failed)
 
 
 def _values(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
     return {(row["arm"], row["metric"]): row["value"] for row in rows.to_dict("records")}
+
+
+def _fall(value: Mapping[tuple[str, str], float], arm: str, metric: str) -> str:
+    """What an edit takes of a metric; nothing if it was not asked."""
+    if not {(UNEDITED, metric), (arm, metric)} <= value.keys():
+        return ""
+    return f"{metric} {value[UNEDITED, metric] - value[arm, metric]:.1f}"
+
+
+def _list(parts: Iterable[str]) -> str:
+    return ", ".join(part for part in parts if part) or "nothing to compare"
 
 
 def _gain(result: BenchResult, plain: str, held: str) -> str:
@@ -195,10 +222,10 @@ def _gain(result: BenchResult, plain: str, held: str) -> str:
         if metric not in found:
             continue
         share = ""
-        if metric in ("RS", "DNS") and before[metric].value > 0:
+        if metric in ("RS", "DNS") and before[metric].low > 0:  # else a share of next to nothing
             share = f", {100 * found[metric].value / before[metric].value:+.0f} % relative"
         parts.append(f"{metric} {found[metric]}{share}")
-    return f"{held} less {plain}, in points: {'; '.join(parts)}."
+    return f"{held} less {plain}, in points: {'; '.join(parts) or 'nothing to compare'}."
 
 
 def _paper_gains() -> str:
@@ -220,22 +247,27 @@ def _best_of_each_kind(rows: pd.DataFrame, trade_off: pd.DataFrame, method: str)
     """For each thing that was varied, its best setting among those that keep the edit."""
     value = _values(rows)
     others = dict(zip(trade_off["arm"], trade_off["others"], strict=True))
-    arms = [arm for arm in dict.fromkeys(rows["arm"]) if arm.startswith(f"{method},")]
-    plain = value[method, "ES"]
+    told = {arm for arm, number in others.items() if number == number and (arm, "ES") in value}
+    if method not in told:
+        return f"{method}: nothing to compare."
+    kinds: dict[str, list[str]] = {}
+    for arm in others:
+        if arm.startswith(f"{method},"):
+            kinds.setdefault(arm.split(", ")[1].split()[0], []).append(arm)
     parts = []
-    for kind in dict.fromkeys(arm.split(", ")[1].split()[0] for arm in arms):
-        of_kind = [arm for arm in arms if arm.split(", ")[1].split()[0] == kind]
-        kept = [arm for arm in of_kind if value[arm, "ES"] >= plain - 1.0]
-        if not kept:
-            parts.append(f"no setting of {kind} keeps ES within a point")
-            continue
-        best = max(kept, key=others.__getitem__)
-        parts.append(
-            f"{best.split(', ')[1]} (mean of NS, RS and DNS {others[best]:.1f}, PS "
-            f"{value[best, 'PS']:.1f})"
-        )
+    for kind, arms in kinds.items():
+        kept = [a for a in arms if a in told and value[a, "ES"] >= value[method, "ES"] - 1.0]
+        if kept:
+            best = max(kept, key=others.__getitem__)
+            parts.append(f"{best.split(', ')[1]} ({_kept(others, value, best)})")
+        else:
+            parts.append(f"no setting of {kind}")
     return (
-        f"{method} alone: mean of NS, RS and DNS {others[method]:.1f}, PS "
-        f"{value[method, 'PS']:.1f}. Best settings that keep ES within a point: "
-        f"{'; '.join(parts)}."
+        f"{method} alone: {_kept(others, value, method)}. Best settings that keep ES within a "
+        f"point: {'; '.join(parts)}."
     )
+
+
+def _kept(others: Mapping[str, float], value: Mapping[tuple[str, str], float], arm: str) -> str:
+    paraphrases = f", PS {value[arm, 'PS']:.1f}" if (arm, "PS") in value else ""
+    return f"mean of NS, RS and DNS {others[arm]:.1f}{paraphrases}"

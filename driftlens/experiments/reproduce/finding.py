@@ -83,6 +83,7 @@ class Finding:
         text: A paragraph computed from them.
         paper: What the paper reports.
         arms: Editors and restrictions with their configurations, JSON-ready.
+        failed: Arm, case and reason of each unit that failed; it is left out of the numbers.
     """
 
     name: str
@@ -92,13 +93,25 @@ class Finding:
     text: str
     paper: str
     arms: Sequence[Mapping[str, Any]] = ()
+    failed: Sequence[tuple[str, str, str]] = ()
+
+    @property
+    def paragraph(self) -> str:
+        """The text, and what is missing."""
+        if not self.failed:
+            return self.text
+        arm, case, reason = self.failed[0]
+        return (
+            f"{self.text} Left out are {len(self.failed)} that failed; the first, {arm} on {case}: "
+            f"{reason}"
+        )
 
     def to_dict(self, study: Study, seconds: float) -> dict[str, Any]:
         """JSON-ready: how it was made, and the numbers."""
         return {
             "name": self.name,
             "title": self.title,
-            "text": self.text,
+            "text": self.paragraph,
             "paper": self.paper,
             "model": study.model.info.to_dict(),
             "fingerprint": study.model.fingerprint(),
@@ -109,6 +122,7 @@ class Finding:
             "seconds_of_last_run": round(seconds),
             "versions": versions(),
             "arms": list(self.arms),
+            "failed": [{"arm": a, "case": c, "reason": r} for a, c, r in self.failed],
             "rows": json.loads(self.rows.to_json(orient="records")),
         }
 

@@ -41,6 +41,7 @@ PER_KIND = 3
 """Prompts of each kind that are taken of a case."""
 
 Pair = dict[str, float]
+Failure = tuple[str, str, str]
 Measure = Callable[[LensModel, Edit, Probe], dict[str, Any]]
 
 
@@ -63,7 +64,7 @@ def fig3(study: Study) -> Finding:
             }
         }
 
-    prompts = _measured(study, "fig3", measure)
+    prompts, failed = _measured(study, "fig3", measure)
     rows = _window_rows(prompts, COMPONENTS, from_state="original")
     worst = rows.loc[rows.groupby(["kind", "patched"])["change of P(answer)"].idxmin()]
     words = [
@@ -81,7 +82,7 @@ def fig3(study: Study) -> Finding:
         "4.59, the residual stream 5.26 (figure 3)."
     )
     figure = figures.window_lines(rows, "change of P(answer)", title=title)
-    return Finding("fig3", title, rows, figure, text, paper, _rome(study))
+    return Finding("fig3", title, rows, figure, text, paper, _rome(study), failed)
 
 
 def fig4(study: Study) -> Finding:
@@ -98,7 +99,7 @@ def fig4(study: Study) -> Finding:
             }
         }
 
-    prompts = _measured(study, "fig4", measure)
+    prompts, failed = _measured(study, "fig4", measure)
     rows = pd.DataFrame(_correlations(prompts, study.seed))
     known = rows.dropna(subset="pearson")
     strongest = known.loc[known.groupby(["kind", "damage"], sort=False)["pearson"].idxmax()]
@@ -117,7 +118,7 @@ def fig4(study: Study) -> Finding:
     )
     title = "Attention drift against damage, prompt by prompt"
     return Finding(
-        "fig4", title, rows, _scatter(prompts, title, study.seed), text, paper, _rome(study)
+        "fig4", title, rows, _scatter(prompts, title, study.seed), text, paper, _rome(study), failed
     )
 
 
@@ -144,20 +145,20 @@ def fig5(study: Study) -> Finding:
             found["heads"] = [[readout.prob for readout in layer] for layer in sweep.heads]
         return found
 
-    prompts = _measured(study, "fig5", measure)
+    prompts, failed = _measured(study, "fig5", measure)
     rows = _window_rows(prompts, EXCHANGES, from_state="edited")
     words = []
     for kind in dict.fromkeys(rows["kind"]):
         own = rows[rows["kind"] == kind]
-        lost = float(own["lost P(answer)"].iloc[0])
+        lost, low = (float(own[name].iloc[0]) for name in ("lost P(answer)", "lost low"))
         whole = own[own["layers"] == "all"].set_index("patched")["change of P(answer)"]
         windowed = own[(own["layers"] != "all") & (own["patched"] == "pattern")]
         best = windowed.loc[windowed["change of P(answer)"].idxmax()]
-        shares = ", ".join(f"{what} {_percent(gain, lost)}" for what, gain in whole.items())
+        shares = ", ".join(f"{what} {_share(gain, lost, low)}" for what, gain in whole.items())
         words.append(
             f"{kind}: of {lost:.3f} that P(answer) lost, all layers bring back {shares}; the best "
             f"window of patterns, layers {best['layers']}, "
-            f"{_percent(best['change of P(answer)'], lost)}"
+            f"{_share(best['change of P(answer)'], lost, low)}"
         )
     heads = _best_heads(prompts)
     told = f" Single heads that bring back most: {heads}." if heads else ""
@@ -168,17 +169,19 @@ def fig5(study: Study) -> Finding:
     )
     text = f"{'. '.join(words)}.{told}"
     figure = figures.window_lines(rows, "change of P(answer)", title=title)
-    return Finding("fig5", title, rows, figure, text, paper, _rome(study))
+    return Finding("fig5", title, rows, figure, text, paper, _rome(study), failed)
 
 
 # --- measuring ---
 
 
-def _measured(study: Study, name: str, measure: Measure) -> list[dict[str, Any]]:
-    """A record for each prompt; each finished case is kept at once.
+def _measured(
+    study: Study, name: str, measure: Measure
+) -> tuple[list[dict[str, Any]], list[Failure]]:
+    """A record for each prompt, and the cases that failed; each finished case is kept at once.
 
     Raises:
-        RequestError: If no case has a prompt of these kinds.
+        RequestError: If no case has a prompt of these kinds, or each one failed.
     """
     journal = Journal(study.out / f"{name}.prompts.jsonl")
     units = _units(study)
@@ -191,13 +194,25 @@ def _measured(study: Study, name: str, measure: Measure) -> list[dict[str, Any]]
                 journal.add(unit, error=f"{type(error).__name__}: {error}")
                 continue
             journal.add(unit, prompts=found)
-    prompts = [prompt for unit in units for prompt in journal[unit].get("prompts", ())]
+    records = [journal[unit] for unit in units]
+    prompts = [prompt for record in records for prompt in record.get("prompts", ())]
+    failed = [
+        ("rome", case.id, record["error"])
+        for case, record in zip(study.cases, records, strict=True)
+        if "error" in record
+    ]
     if not prompts:
+        if failed:
+            raise RequestError(
+                f"{len(failed)} of {len(records)} cases failed, the first, {failed[0][1]}: "
+                f"{failed[0][2]}",
+                "Give other cases; the others have no relation and no neighbour.",
+            )
         raise RequestError(
             f"None of the {len(study.cases)} cases has a relation, or a neighbour.",
             "Give other cases, or more of them.",
         )
-    return prompts
+    return prompts, failed
 
 
 def _rome(study: Study) -> list[dict[str, Any]]:
@@ -241,7 +256,8 @@ def _windows(n_layers: int, quick: bool) -> list[list[int]]:
     """Windows of a fifth of the layers, as wide as the paper's; each half of one further up."""
     width = max(1, n_layers // 5)
     step = width if quick else max(1, width // 2)
-    return [list(range(y, y + width)) for y in range(0, n_layers - width + 1, step)]
+    last = n_layers - width  # whatever the step, the uppermost layers are in a window, too
+    return [list(range(y, y + width)) for y in sorted({*range(0, last, step), last})]
 
 
 def _span(window: Sequence[int]) -> str:
@@ -258,7 +274,8 @@ def _window_rows(
     rows = []
     for kind in dict.fromkeys(p["kind"] for p in prompts):
         own = [p for p in prompts if p["kind"] == kind]
-        lost = np.mean([p["original"]["answer"] - p["edited"]["answer"] for p in own])
+        lost = [p["original"]["answer"] - p["edited"]["answer"] for p in own]
+        lost_low, lost_high = _interval(own, lost)
         for what in kinds:
             for span in own[0]["patched"][what]:
                 answer = [p["patched"][what][span]["answer"] - p[from_state]["answer"] for p in own]
@@ -274,7 +291,9 @@ def _window_rows(
                         "change of P(new target)": float(np.mean(new)),
                         "low": low,
                         "high": high,
-                        "lost P(answer)": float(lost),
+                        "lost P(answer)": float(np.mean(lost)),
+                        "lost low": lost_low,
+                        "lost high": lost_high,
                     }
                 )
     return pd.DataFrame(rows)
@@ -374,8 +393,9 @@ def _pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.divide(products, spread, out=np.full_like(products, np.nan), where=spread > 1e-12)
 
 
-def _percent(gain: float, lost: float) -> str:
-    return f"{100 * gain / lost:.0f} %" if lost > 0 else "(nothing was lost)"
+def _share(gain: float, lost: float, low: float) -> str:
+    """In per cent of what was lost, unless its interval holds 0."""
+    return f"{100 * gain / lost:.0f} %" if low > 0 else f"{gain:+.3f}"
 
 
 def _best_heads(prompts: Sequence[dict[str, Any]], k: int = 5) -> str:

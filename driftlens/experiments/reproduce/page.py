@@ -16,7 +16,7 @@ def page(study: Study, findings: Sequence[Finding]) -> str:
         Section(
             finding.name,
             finding.title,
-            texts=[finding.text],
+            texts=[finding.paragraph],
             aside=f"The paper: {finding.paper}",
             figures=[finding.figure],
             tables=[TableOf("Numbers", finding.rows, folded=True)],

@@ -24,7 +24,9 @@ def sequential(study: Study) -> Finding:
     methods = ("rome",) if study.quick else ("rome", "memit", "alphaedit")
     arms = study.arms(methods, ("none", "sadr"))
     journal = Journal(study.out / "sequences.jsonl")
-    rows, texts = [], []
+    rows: list[dict[str, Any]] = []
+    texts: list[str] = []
+    failed: list[tuple[str, str, str]] = []
     for arm in arms:
         found = measure(
             study.model, study.cases, arm, UNEDITED if arm.method is None else "sequence", journal,
@@ -36,12 +38,14 @@ def sequential(study: Study) -> Finding:
         if checkpoints:
             texts.append(_told(arm.name, checkpoints))
         if "error" in found:
-            texts.append(f"{arm.name} ended: {found['error']}")
+            failed.append((arm.name, "a sequence", found["error"]))
     table = pd.DataFrame(rows)
     title = "Edits one after another"
     paper = "The paper edits one fact at a time; its reviewers ask what happens in a sequence."
     made = [{"name": arm.name, **arm.to_dict()} for arm in arms[1:]]
-    return Finding("sequential", title, table, _curves(table, arms), " ".join(texts), paper, made)
+    return Finding(
+        "sequential", title, table, _curves(table, arms), " ".join(texts), paper, made, failed
+    )
 
 
 def _rows(arm: str, count: int, rates: dict[str, Any]) -> list[dict[str, Any]]:
