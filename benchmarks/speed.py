@@ -515,14 +515,6 @@ def measure_memory(name: str) -> dict[str, Any]:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     loaded = memory_of("VmRSS")
-    saved: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     config = resolve_config(model, "rome", None, {"early_stop_loss": -1.0, "steps": 3})
     edit = dl.edit(model, request, config=config, penalty=dl.SADR(), covariance="identity",
                    progress=False)  # fmt: skip
@@ -538,20 +530,38 @@ def measure_memory(name: str) -> dict[str, Any]:
     begun = start(model, request, build_problem(model, request, contexts), config.layer,
                   [down_projection_out(model, config.layer)])  # fmt: skip
     one_step = descent_of(resolve_config(model, "rome", config, {"steps": 1}))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        optimise_value(begun, one_step, (), False)
     assert begun.reused is not None
-    activations = sum(saved.values()) + begun.reused.kept_bytes
-    del begun, saved
+    plain, held = (
+        kept_for_gradient(lambda p=penalties: optimise_value(begun, one_step, p, False), own)
+        for penalties in ((), (dl.SADR(),))
+    )
+    activations = plain + begun.reused.kept_bytes
+    del begun
     ratio = (model_bytes + peak - loaded) / (model_bytes + activations)
     return {
         "ratio": ratio,
         "model_bytes": model_bytes,
         "activation_bytes": activations,
         "extra_bytes": peak - loaded,
+        "step_bytes": {"none": plain, "sadr": held},
         "equal": None,
         "floor_share": None,
     }
+
+
+def kept_for_gradient(run: Callable[[], Any], own: set[int]) -> int:
+    """Bytes that a computation keeps for its gradient, without those of some storages."""
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(saved.values())
 
 
 def memory_of(field: str) -> int:

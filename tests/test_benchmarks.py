@@ -31,6 +31,8 @@ def test_the_benchmark_runs_and_results_are_equal(tmp_path: Path) -> None:
         assert result[item]["floor_share"] > 0
         assert result[item]["ratio"] > 0  # beside other tests, timings mean nothing
     assert 0 < result["memory"]["ratio"] < 2
+    kept = result["memory"]["step_bytes"]
+    assert kept["none"] < kept["sadr"] < 1.1 * kept["none"]
 
 
 def test_the_cases_ask_both_targets_of_every_group() -> None:

@@ -133,9 +133,9 @@ def rules(study: Study) -> Finding:
     options: dict[str, dict[str, Any]] = {
         "max (the paper's)": {},
         "all heads": {"heads": "all"},
-        "quantile": {"heads": "quantile"},
-        "mean + k std": {"heads": "mean_std"},
-        "drift": {"heads": "drift"},
+        **{f"quantile {q:g}": {"heads": "quantile", "threshold": q} for q in (0.9, 0.5)},
+        **{f"mean + {k:g} std": {"heads": "mean_std", "threshold": k} for k in (1.0, 2.0)},
+        **{f"drift {d:g}": {"heads": "drift", "threshold": d} for d in (0.05, 0.01)},
         "reverse KL": {"divergence": "reverse_kl"},
         "JS": {"divergence": "js"},
         "all rows": {"queries": "all"},
