@@ -15,7 +15,6 @@ results holds
 from driftlens.bench.results import BenchResult
 from driftlens.bench.run import run_bench
 from driftlens.bench.units import (
-    COVARIANCE,
     UNEDITED,
     Arm,
     Executor,
@@ -23,13 +22,11 @@ from driftlens.bench.units import (
     LocalExecutor,
     Setting,
     arm_from_dict,
-    content_digest,
     make_arms,
     run_job,
 )
 
 __all__ = [
-    "COVARIANCE",
     "UNEDITED",
     "Arm",
     "BenchResult",
@@ -38,7 +35,6 @@ __all__ = [
     "LocalExecutor",
     "Setting",
     "arm_from_dict",
-    "content_digest",
     "make_arms",
     "run_bench",
     "run_job",

@@ -21,7 +21,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import driftlens as dl
-from driftlens.bench import COVARIANCE, UNEDITED, Arm, content_digest, make_arms
+from driftlens.bench import UNEDITED, Arm, make_arms
+from driftlens.bench.units import COVARIANCE, content_digest
 from driftlens.cases import METRICS, Case, balanced, tuning_split
 from driftlens.editing.methods import METHODS
 from driftlens.errors import DriftLensError

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 import driftlens as dl
 from driftlens.assets import asset
-from driftlens.bench import COVARIANCE, content_digest
+from driftlens.bench.units import COVARIANCE, content_digest
 from driftlens.cases import Case
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import resolve_config

@@ -28,7 +28,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import driftlens as dl
-from driftlens.bench import COVARIANCE, Arm, Job, Setting, content_digest, run_job
+from driftlens.bench import Arm, Job, Setting, run_job
+from driftlens.bench.units import COVARIANCE, content_digest
 from driftlens.cases import METRICS, Case, balanced, tuning_split
 from driftlens.editing.configs import ValueSearch
 from driftlens.editing.defaults import KNOWN, Values, by_depth

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from driftlens import figures
 from driftlens.attention import head_name
-from driftlens.bench import COVARIANCE
+from driftlens.bench.units import COVARIANCE
 from driftlens.cases import Case, Metric, Probe
 from driftlens.drift import measure_drift
 from driftlens.editing.methods import resolve_config
