@@ -20,7 +20,7 @@ from driftlens.editing.defaults import (
     defaults,
     is_known,
     sadr_gamma,
-)  # fmt: skip
+)
 from driftlens.editing.methods import METHODS
 from driftlens.experiments.tuning import TUNED, Search, value_of
 
