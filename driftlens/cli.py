@@ -1,4 +1,5 @@
-"""The command line: ``driftlens demo | edit | drift | patch | bench | models | methods``.
+"""The command line: ``driftlens demo | edit | drift | patch | bench | report | reproduce |
+models | methods``.
 
 Modules that import torch are imported inside the commands, so that ``--help`` is quick.
 """
@@ -129,7 +130,11 @@ def edit(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
     sadr: Annotated[
-        float | None, typer.Option("--sadr", help="Restrict attention drift with this gamma.")
+        str | None,
+        typer.Option(
+            "--sadr",
+            help="Restrict attention drift with this gamma; 'tuned': the model's for the editor.",
+        ),
     ] = None,
     covariance: Annotated[
         str | None,
@@ -151,16 +156,19 @@ def edit(
         raise RequestError(
             f"--method is {method}, and {config} is for {plan.method}.", "Leave --method out."
         )
-    penalties = [*plan.penalties, *([] if sadr is None else [dl.SADR(gamma=sadr)])]
+    editor = method or plan.method or "rome"
+    held = [] if sadr in (None, "tuned") else [dl.SADR(gamma=_gamma(str(sadr)))]
     chosen_layers = None if layers is None else tuple(_numbers(layers, "layers"))
     given = {"layer": layer, "layers": chosen_layers, "steps": steps}
     overrides = {**plan.config, **{name: v for name, v in given.items() if v is not None}}
     lens = _load(model)
+    if sadr == "tuned":
+        held = [dl.SADR(gamma=_tuned_gamma(lens, editor))]
     result = dl.edit(
         lens,
         request,
-        method=method or plan.method or "rome",
-        penalty=penalties,
+        method=editor,
+        penalty=[*plan.penalties, *held],
         covariance=covariance,
         seed=seed,
         progress=not quiet,
@@ -586,6 +594,7 @@ def methods(
     from dataclasses import asdict
 
     from driftlens.editing.configs import describe
+    from driftlens.editing.defaults import known_gamma
     from driftlens.editing.family import PENALTIES
     from driftlens.editing.methods import METHODS, resolve_config
 
@@ -601,6 +610,8 @@ def methods(
             "several_facts_at_once": method.takes_several,
             "fields": fields,
         }
+        if lens is not None:
+            listing["methods"][name]["tuned_sadr_gamma"] = known_gamma(lens, name)
     for name, kind in PENALTIES.items():
         listing["penalties"][name] = {
             "title": (kind.__doc__ or "").splitlines()[0],
@@ -619,6 +630,9 @@ def methods(
                 default = f" = {item['default']}" if given else ""
                 print(f"      {item['name']}{default}  ({item['type']})")
                 print(f"          {item['meaning']}")
+            if "tuned_sadr_gamma" in entry:
+                gamma = entry["tuned_sadr_gamma"]
+                print(f"      SADR's gamma: {'none is known' if gamma is None else gamma}")
             print()
     if lens is None:
         print("(Layers, and some other defaults, depend on the model: --model NAME shows them.)")
@@ -658,6 +672,28 @@ def _numbers(text: str, option: str) -> list[int]:
             ) from error
     if not found:
         raise RequestError(f"--{option} {text!r} names nothing.", "Write it like '16-29'.")
+    return found
+
+
+def _gamma(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise RequestError(
+            f"--sadr {text!r} is no gamma.", "Give a number such as 0.05, or 'tuned'."
+        ) from error
+
+
+def _tuned_gamma(lens: LensModel, editor: str) -> float:
+    from driftlens.editing.defaults import known_gamma
+    from driftlens.editing.methods import config_of
+
+    config_of(editor)  # refuses an unknown one
+    found = known_gamma(lens, editor)
+    if found is None:
+        raise RequestError(
+            f"No gamma was tuned for {editor} on {lens.info.name}.", "Give a number: --sadr 0.05."
+        )
     return found
 
 

@@ -277,20 +277,33 @@ def compare(
         asked = counts > 0
         if not asked.any():
             continue
-        gains, counts = (sums - others)[asked], counts[asked]
-        low, high = bootstrap_interval(gains, counts, draws, seed)
-        of_case = gains / counts
-        spread = float(of_case.std(ddof=1)) if len(of_case) > 1 else 0.0
-        found[metric] = Difference(
-            float(gains.sum() / counts.sum()),
-            low,
-            high,
-            float(of_case.mean()) / spread if spread > 0 else float("nan"),
-            int((of_case > 0).sum()),
-            int((of_case < 0).sum()),
-            len(of_case),
-        )
+        found[metric] = difference((sums - others)[asked], counts[asked], draws, seed)
     return found
+
+
+def difference(
+    gains: np.ndarray, counts: np.ndarray, draws: int = 2000, seed: int = 0
+) -> Difference:
+    """A paired difference over prompts.
+
+    Args:
+        gains: For each case, the sum over its prompts of one condition less the other.
+        counts: Number of each case's prompts, at least 1.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
+    low, high = bootstrap_interval(gains, counts, draws, seed)
+    of_case = gains / counts
+    spread = float(of_case.std(ddof=1)) if len(of_case) > 1 else 0.0
+    return Difference(
+        float(gains.sum() / counts.sum()),
+        low,
+        high,
+        float(of_case.mean()) / spread if spread > 0 else float("nan"),
+        int((of_case > 0).sum()),
+        int((of_case < 0).sum()),
+        len(of_case),
+    )
 
 
 def bootstrap_interval(

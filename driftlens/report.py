@@ -197,27 +197,13 @@ def _wide(result: BenchResult, rows: pd.DataFrame) -> pd.DataFrame:
 
 def _differences(result: BenchResult) -> list[Section]:
     """Each restricted editor less the plain one, and each editor less the unedited model."""
-    known = {one["name"]: one for one in result.plan["arms"]}
-    pairs = []
-    for name, one in known.items():
-        if one["method"] is None:
-            continue
-        if one["penalties"]:
-            pairs += [
-                (name, other)
-                for other, plain in known.items()
-                if not plain["penalties"]
-                and (plain["method"], plain["config"]) == (one["method"], one["config"])
-            ]
-        elif UNEDITED in known:
-            pairs.append((name, UNEDITED))
     rows = [
         {
             "arm": arm, "less": other, "metric": metric, "difference": str(found),
             "effect size": found.effect, "better": found.better, "worse": found.worse,
             "cases": found.cases,
         }
-        for arm, other in pairs
+        for arm, other in result.pairs()
         for metric, found in result.compare(arm, other).items()
     ]  # fmt: skip
     if not rows:

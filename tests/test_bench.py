@@ -117,6 +117,17 @@ def test_tables(whole: BenchResult, cases: list[Case]) -> None:
         whole.answers("x")
 
 
+def test_a_summary_holds_paired_differences(whole: BenchResult) -> None:
+    assert whole.pairs() == [("ft", UNEDITED), ("ft + sadr", "ft")]
+    found = whole.summary()["differences"]
+    json.dumps(found, allow_nan=False)
+    values = {row["arm"]: row["value"] for row in found if row["metric"] == "RS"}
+    table = whole.table().set_index(["arm", "metric"])["value"]
+    for arm, other in whole.pairs():
+        assert values[arm] == pytest.approx(table[arm, "RS"] - table[other, "RS"])
+    assert {row["less"] for row in found} == {UNEDITED, "ft"}
+
+
 def test_avg_s_has_an_interval_over_cases(whole: BenchResult) -> None:
     groups = list(whole.answers("unedited").values())
     found = average(groups)

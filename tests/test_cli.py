@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import tiny
 
+import driftlens as dl
 from driftlens import cli
+from driftlens.editing import defaults
+from driftlens.editing.methods import METHODS
 
 PROMPT = "The Eiffel Tower is famous. The Louvre is located in"
 
@@ -74,6 +77,30 @@ def test_sadr_is_recorded(monkeypatch, folder, tmp_path):
     (penalty,) = written["config"]["penalties"]
     assert (penalty["penalty"], penalty["gamma"], penalty["heads"]) == ("sadr", 0.05, "max")
     assert "held_heads" in written["trace"][0]
+
+
+def test_the_tuned_gamma_is_the_models_for_the_editor(monkeypatch, folder, tmp_path, capsys):
+    model = dl.load_model(folder)
+    kind = (model.hf_model.config.model_type, model.info.n_layers, model.info.d_model)
+    out, numbers = tmp_path / "e", tmp_path / "e.json"
+    more = ("--sadr", "tuned", "--json", numbers)
+    for wrong, words in (
+        (("--sadr", "tuned"), "No gamma was tuned for rome on"),
+        (("--sadr", "tuned", "--method", "rom"), "'rom'"),
+        (("--sadr", "tunned"), "'tunned' is no gamma"),
+    ):
+        assert make_edit(monkeypatch, folder, out, *wrong) == 1
+        assert words in capsys.readouterr().err
+    monkeypatch.setitem(defaults.GAMMAS, kind, {"rome": 0.3})
+    assert make_edit(monkeypatch, folder, out, *more) == 0
+    (penalty,) = json.loads(numbers.read_text())["config"]["penalties"]
+    assert (penalty["penalty"], penalty["gamma"]) == ("sadr", 0.3)
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match="known to be good"):
+        assert run(monkeypatch, "methods", "--model", folder) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("SADR's gamma: 0.3") == 1
+    assert shown.count("SADR's gamma: none is known") == len(METHODS) - 1
 
 
 def test_drift_lists_heads_and_writes(monkeypatch, folder, edited, tmp_path, capsys):

@@ -13,7 +13,7 @@ import driftlens as dl
 from driftlens.assets import survey_result
 from driftlens.editing.methods import METHODS
 from driftlens.experiments import many
-from driftlens.experiments.survey import markdown
+from driftlens.experiments.survey import markdown, paired_markdown
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -77,7 +77,29 @@ def test_readme_shows_the_measured_averages():
     result = survey_result("smollm2-135m")
     assert result is not None
     assert markdown(result) in README
+    assert paired_markdown(result) in README
     assert result["command"] in README
+
+
+def test_readme_says_of_paired_differences_what_was_measured():
+    result = survey_result("smollm2-135m")
+    assert result is not None
+    kinds = result["kinds"]
+    found = {kind: content["less_edited"] for kind, content in kinds.items()}
+    clear = {(kind, s) for kind, own in found.items() for s in own if own[s]["low"] > 0}
+    assert {kind for kind, state in clear if state == "sadr"} == {"relation"}
+    wanted = {"relation", "distractor"}
+    assert {kind for kind, state in clear if state == "restored: pattern"} == wanted
+    lost = {k: c["states"]["original"]["answer"] - c["states"]["edited"]["answer"]
+            for k, c in kinds.items()}  # fmt: skip
+    shares = {s: [round(100 * own[s]["value"] / lost[kind]) for kind, own in found.items()]
+              for s in ("restored: pattern", "restored: values", "sadr")}  # fmt: skip
+    assert "11 % (relation), 31 %\n(distractor) and 7 %" in README
+    assert shares["restored: pattern"] == [11, 31, 7]
+    assert "brings back 80 to 101 %" in README
+    assert (min(shares["restored: values"]), max(shares["restored: values"])) == (80, 101)
+    assert "prevents 9 to 10 %" in README
+    assert (min(shares["sadr"]), max(shares["sadr"])) == (9, 10)
 
 
 def test_readme_names_the_tests_and_the_demo():

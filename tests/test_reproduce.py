@@ -69,8 +69,9 @@ def small_edits(monkeypatch: pytest.MonkeyPatch, model: dl.LensModel) -> None:
         "ft": {"layer": 1, "steps": 3},
         "grace": {"layer": 1, "steps": 3},
     }
-    monkeypatch.setitem(defaults.GAMMAS, ("llama", model.info.n_layers), {"rome": 20.0})
-    monkeypatch.setitem(defaults.KNOWN, ("llama", model.info.n_layers), known)
+    kind = ("llama", model.info.n_layers, model.info.d_model)
+    monkeypatch.setitem(defaults.GAMMAS, kind, {"rome": 20.0})
+    monkeypatch.setitem(defaults.KNOWN, kind, known)
     resolve = methods.resolve_covariances
     monkeypatch.setattr(
         methods, "resolve_covariances",

@@ -14,6 +14,7 @@ import driftlens as dl
 from driftlens.assets import asset, survey_result
 from driftlens.cases import Case
 from driftlens.demo import survey_tables
+from driftlens.errors import DataError
 from driftlens.experiments import survey
 from driftlens.readers import read_cases
 
@@ -62,6 +63,21 @@ def test_averages_are_over_prompts_and_intervals_over_facts():
     assert len(survey_tables(summary)) == 1
 
 
+def test_differences_are_paired_within_each_prompt():
+    records = [record([(0.1, 0.2), (0.3, 0.0)]), record([(0.8, 0.1)])]
+    for case, gains in zip(records, ([0.2, 0.0], [0.1]), strict=True):
+        for probe, gain in zip(case["probes"], gains, strict=True):
+            states = probe["states"]
+            states["sadr"] = {**states["edited"], "answer": states["edited"]["answer"] + gain}
+    content = survey.summarise(records)["kinds"]["relation"]
+    found = content["less_edited"]["sadr"]
+    gap = content["states"]["sadr"]["answer"] - content["states"]["edited"]["answer"]
+    assert found["value"] == pytest.approx(gap)
+    # Both facts gain 0.1 on average, whatever is drawn; the answers themselves differ widely.
+    assert [found[end] for end in ("low", "high")] == pytest.approx([0.1, 0.1])
+    assert (found["better"], found["worse"], found["cases"]) == (2, 0, 2)
+
+
 def test_survey_runs_resumes_and_counts_only_what_is_known(
     facts: Sequence[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -85,6 +101,15 @@ def test_survey_runs_resumes_and_counts_only_what_is_known(
     states = result["kinds"]["relation"]["states"]
     assert {"original", "edited", "sadr", "restored: pattern", "restored: values"} <= set(states)
     assert "--facts 2" in result["command"]
+    # The same file from the journal alone, which must hold every fact.
+    (tmp_path / "survey-tiny.json").write_text(json.dumps({**result, "kinds": {}}))
+    survey.summarise_again("tiny", tmp_path)
+    assert json.loads((tmp_path / "survey-tiny.json").read_text()) == result
+    (tmp_path / "survey-tiny.json").write_text(json.dumps({**result, "gamma": 0.1}))
+    with pytest.raises(DataError, match=r"0 of 2 facts"):
+        survey.summarise_again("tiny", tmp_path)
+    with pytest.raises(DataError, match="not there"):
+        survey.summarise_again("another", tmp_path)
 
 
 def test_the_survey_of_the_bundled_model_is_shipped():
@@ -93,3 +118,15 @@ def test_the_survey_of_the_bundled_model_is_shipped():
     assert result["facts"] >= 20
     assert result["weights"].startswith("GGUF Q4_1")
     assert survey_result("no-such-model") is None
+
+
+def test_the_shipped_averages_are_those_of_the_shipped_journal(tmp_path: Path):
+    for name in ("survey-smollm2-135m.json", "survey-smollm2-135m.facts.jsonl"):
+        (tmp_path / name).write_bytes(asset(f"results/{name}").read_bytes())
+    survey.summarise_again("smollm2-135m", tmp_path)
+    texts = [asset("results/survey-smollm2-135m.json"), tmp_path / "survey-smollm2-135m.json"]
+    first, second = (  # the last bits of a sum differ from machine to machine
+        json.loads(text.read_text("utf-8"), parse_float=lambda v: round(float(v), 9))
+        for text in texts
+    )
+    assert first == second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from driftlens.editing.defaults import _SHARES, GAMMAS, KNOWN
+from driftlens.assets import asset
+from driftlens.editing.defaults import (
+    _SHARES,
+    GAMMAS,
+    KNOWN,
+    SADR_GAMMA,
+    by_depth,
+    defaults,
+    is_known,
+    sadr_gamma,
+)
 from driftlens.editing.methods import METHODS
 from driftlens.experiments.tuning import TUNED, Search, value_of
 
@@ -51,6 +62,31 @@ def test_defaults_are_what_the_search_found(name: str, method: str) -> None:
     known = KNOWN[kind].get(method, KNOWN[kind].get(_SHARES.get(method, "")))
     assert METHODS[method].config(**known) == best
     assert GAMMAS[kind][method] == search.best_gamma(best)
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_tuned_models_are_known_by_their_shape(name: str) -> None:
+    info = json.loads(asset(f"results/known-{name}.json").read_text("utf-8"))["model"]
+    assert TUNED[name][1:] == (info["n_layers"], info["d_model"])
+
+
+def of_shape(model_type: str, n_layers: int, d_model: int) -> Any:
+    return SimpleNamespace(
+        hf_model=SimpleNamespace(config=SimpleNamespace(model_type=model_type)),
+        info=SimpleNamespace(n_layers=n_layers, d_model=d_model),
+    )
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_another_width_is_another_model(kind: tuple[str, int, int]) -> None:
+    model_type, n_layers, d_model = kind
+    known, other = of_shape(*kind), of_shape(model_type, n_layers, d_model // 2)
+    for method in KNOWN[kind].keys() - {"ft"}:
+        assert is_known(known, method)
+        assert not is_known(other, method)
+        assert defaults(other, method) == by_depth(n_layers, method)
+        assert sadr_gamma(known, method) == GAMMAS.get(kind, {}).get(method, SADR_GAMMA)
+        assert sadr_gamma(other, method) == SADR_GAMMA
 
 
 def trial(**rates: float) -> dict[str, Any]:

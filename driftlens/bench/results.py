@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from driftlens.bench.units import UNEDITED
 from driftlens.cases import METRICS, TEXT_METRICS, Case, Metric, TextMetric
 from driftlens.errors import DataError, RequestError
 from driftlens.evaluation import (
@@ -152,6 +153,34 @@ class BenchResult:
         """Paired differences: an arm less another, over the cases that both have."""
         return compare(self.answers(arm), self.answers(other), measure)
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """What is compared with what: each restricted arm with the same editor without, each
+        editor with the unedited model."""
+        known = {one["name"]: one for one in self.plan["arms"]}
+        found = []
+        for name, one in known.items():
+            if one["method"] is None:
+                continue
+            if one["penalties"]:
+                found += [
+                    (name, other)
+                    for other, plain in known.items()
+                    if not plain["penalties"]
+                    and (plain["method"], plain["config"]) == (one["method"], one["config"])
+                ]
+            elif UNEDITED in known:
+                found.append((name, UNEDITED))
+        return found
+
+    def differences(self) -> list[dict[str, Any]]:
+        """Paired differences in success of all :meth:`pairs`, by metric, JSON-ready."""
+        return [
+            {"arm": arm, "less": other, "metric": metric, **asdict(found)}
+            | {"effect": _or_none(found.effect)}
+            for arm, other in self.pairs()
+            for metric, found in self.compare(arm, other).items()
+        ]
+
     def table(
         self, measure: Measure = "success", by: Literal["prompt", "case"] = "prompt"
     ) -> pd.DataFrame:
@@ -240,7 +269,8 @@ class BenchResult:
         ]
 
     def summary(self) -> dict[str, Any]:
-        """Everything but single answers, JSON-ready: how it was made, and the table."""
+        """Everything but single answers, JSON-ready: how it was made, the table, and paired
+        differences."""
         failed = [{"arm": a, "case": c, "reason": reason} for a, c, reason in self.failed]
         return {
             **{name: self.plan[name] for name in ("command", "model", "versions", "setting")},
@@ -248,6 +278,7 @@ class BenchResult:
             "arms": self.conditions(),
             "failed": failed,
             "table": self.table().to_dict("records"),
+            "differences": self.differences(),
         }
 
     def to_markdown(self, metrics: Sequence[Metric] = METRICS) -> str:

@@ -8,7 +8,7 @@
 
     [[penalties]]
     penalty = "sadr"
-    gamma = 0.05
+    gamma = 0.2
 
 Fields that are left out take the model's defaults; ``"none"`` stands for no value.
 """

@@ -33,8 +33,8 @@ from driftlens.bench.units import COVARIANCE, content_digest
 from driftlens.cases import Case
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import resolve_config
-from driftlens.errors import DriftLensError
-from driftlens.evaluation import bootstrap_interval
+from driftlens.errors import DataError, DriftLensError
+from driftlens.evaluation import bootstrap_interval, difference
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 from driftlens.records import versions, write_result
@@ -130,7 +130,8 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Averages by kind of prompt and state, with 95 % intervals by bootstrap over facts.
 
     ``answer`` and ``target_new`` are mean probabilities, ``beats_target_new`` the share of
-    prompts on which the answer is likelier than the new target.
+    prompts on which the answer is likelier than the new target. ``less_edited`` holds paired
+    differences of P(answer): each state less the edited model, on the same prompts.
     """
     kinds = list(dict.fromkeys(p["kind"] for r in records for p in r["probes"]))
     summary: dict[str, Any] = {"facts": len(records), "kinds": {}}
@@ -153,6 +154,11 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 }
                 for state in states
             },
+            "less_edited": {
+                state: _less_edited(groups, state)
+                for state in states
+                if state not in ("original", "edited")
+            },
         }
     return summary
 
@@ -170,6 +176,26 @@ def markdown(result: dict[str, Any]) -> str:
             cells.append(f"{values['answer']:.3f} [{low:.3f}, {high:.3f}]")
         lines.append(f"| {state} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def paired_markdown(result: dict[str, Any]) -> str:
+    """Paired differences of P(answer), each state less the edited model, as a Markdown table."""
+    kinds = result["kinds"]
+    lines = [f"| less edited | {' | '.join(kinds)} |", "|---" * (1 + len(kinds)) + "|"]
+    for state in next(iter(kinds.values()))["less_edited"]:
+        found = [content["less_edited"][state] for content in kinds.values()]
+        cells = ["{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**cell) for cell in found]
+        lines.append(f"| {state} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _less_edited(groups: Sequence[Sequence[dict[str, Any]]], state: str) -> dict[str, Any]:
+    gains = [
+        sum(p["states"][state]["answer"] - p["states"]["edited"]["answer"] for p in group)
+        for group in groups
+    ]
+    found = difference(np.array(gains), np.array([len(group) for group in groups]))
+    return {name: value for name, value in asdict(found).items() if name != "effect"}
 
 
 def _mean_and_interval(
@@ -222,6 +248,27 @@ def run(model_name: str, cases: Sequence[Case], out: Path, gamma: float | None) 
     write_result(target, json.dumps(result, indent=1))
 
 
+def summarise_again(model_name: str, out: Path) -> None:
+    """Write the averages of a finished survey anew, from its journal, without the model.
+
+    Raises:
+        DataError: If there is no such survey, or its journal lacks facts.
+    """
+    target, journal = out / f"survey-{model_name}.json", out / f"survey-{model_name}.facts.jsonl"
+    remedy = "Run the survey without --summary-only."
+    try:
+        result = json.loads(target.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{target} is not there, or damaged.", remedy) from error
+    wanted = [result[name] for name in ("fingerprint", "config", "gamma")]
+    parts = ("model", "config", "gamma")
+    own = [r for r in Journal(journal) if [r["unit"].get(part) for part in parts] == wanted]
+    own = own[: result["facts"]]  # units are written in the order of the facts
+    if len(own) < result["facts"]:
+        raise DataError(f"{journal} has {len(own)} of {result['facts']} facts.", remedy)
+    write_result(target, json.dumps({**result, **summarise(own)}, indent=1))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -229,12 +276,18 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=90, help="how many of the shipped facts")
     parser.add_argument("--gamma", type=float, help="of SADR; by default as tuned")
     parser.add_argument("--out", type=Path, default=Path("assets/results"))
+    parser.add_argument(
+        "--summary-only", action="store_true", help="averages anew, from the journal in --out"
+    )
     options = parser.parse_args()
     try:
-        facts = read_cases(asset("facts.jsonl"))[: options.facts]
-        run(options.model, facts, options.out, options.gamma)
+        if options.summary_only:
+            summarise_again(options.model, options.out)
+        else:
+            facts = read_cases(asset("facts.jsonl"))[: options.facts]
+            run(options.model, facts, options.out, options.gamma)
         result = json.loads((options.out / f"survey-{options.model}.json").read_text("utf-8"))
-        sys.stdout.write(markdown(result) + "\n")
+        sys.stdout.write(f"{markdown(result)}\n\n{paired_markdown(result)}\n")
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
 

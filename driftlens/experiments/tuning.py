@@ -41,7 +41,7 @@ from driftlens.experiments.options import arguments
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 
-TUNED = {"smollm2-135m": ("llama", 30), "gemma-3-270m": ("gemma3_text", 18)}
+TUNED = {"smollm2-135m": ("llama", 30, 576), "gemma-3-270m": ("gemma3_text", 18, 640)}
 """Models whose values were found like this, and where they stand."""
 GAMMAS = (0.05, 0.2, 0.8)
 WANTED = {"ES": 99.0, "PS": 95.0}
