@@ -21,6 +21,7 @@ def finding(folder: Path, model: str, name: str = "table3", **changes: Any) -> P
         "model": {"name": model}, "fingerprint": "f", "cases": ["a", "b"], "quick": False,
         "seed": 0, "command": "driftlens reproduce table3", "seconds_of_last_run": 3,
         "versions": {"torch": "2"}, "arms": [{"name": "rome", "config": {"layer": 1}}],
+        "failed": [{"arm": "rome", "case": "b", "reason": "R"}],
         "rows": [{"arm": "rome", "metric": metric, **rates} for metric in ("ES", "RS", "Avg. S")],
         **changes,
     }  # fmt: skip
@@ -41,6 +42,7 @@ def test_rows_of_all_models_with_how_they_were_made(
     assert [run["model"]["name"] for run in table["runs"]] == ["small", "large"]
     assert [run["text"] for run in table["runs"]] == ["What small does.", "What large does."]
     assert table["runs"][0]["arms"][0]["config"] == {"layer": 1}
+    assert table["runs"][0]["failed"][0]["case"] == "b"
     assert [(row["model"], row["metric"]) for row in table["rows"]] == [
         (model, metric) for model in ("small", "large") for metric in ("ES", "RS", "Avg. S")
     ]

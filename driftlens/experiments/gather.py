@@ -67,7 +67,7 @@ def _merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = records[0]
     of_run = (
         "model", "fingerprint", "command", "seed", "versions", "seconds_of_last_run", "text",
-        "arms", "cases",
+        "arms", "cases", "failed",
     )  # fmt: skip
     return {
         **{name: first[name] for name in ("name", "title", "paper")},
