@@ -106,3 +106,10 @@ def test_the_shipped_measurements_hold_what_is_promised() -> None:
     for row in rows:
         assert max(row["ready_ms"], row["first_paint_ms"]) < 2000
         assert row["file_bytes"] < 15_000_000
+
+
+def test_the_table_of_the_viewer_is_the_result_file() -> None:
+    result = json.loads((REPOSITORY / "assets" / "results" / "viewer.json").read_text())
+    text = (REPOSITORY / "docs" / "howto" / "make-a-page.md").read_text(encoding="utf-8")
+    assert viewer_benchmark.markdown(result) in text
+    assert result["command"] in text
