@@ -16,8 +16,10 @@ import driftlens.bench
 import driftlens.editing.statistics
 import driftlens.generation
 import driftlens.viewer
+from driftlens import cli
 from driftlens.assets import asset
 from driftlens.editing.defaults import KNOWN
+from driftlens.editing.family import PENALTIES
 
 PAGES = {str(path.relative_to(DOCS)): path for path in documents.pages()}
 RUN = [name for name, path in PAGES.items() if documents.python_blocks(path)]
@@ -134,3 +136,29 @@ def test_links_in_pages_are_not_to_places_outside_the_repository() -> None:
     for name, path in PAGES.items():
         text = path.read_text(encoding="utf-8")
         assert "/work" not in text and "/tmp" not in text, name
+
+
+def test_every_experiment_is_in_the_reference() -> None:
+    page = PAGES["reference/experiments.md"].read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(\w+)` \|", page, flags=re.M))
+    folder = REPOSITORY / "driftlens" / "experiments"
+    there = {path.stem for path in folder.iterdir() if not path.stem.startswith("_")}
+    assert listed == there - {"options"}
+
+
+def test_penalties_are_listed_with_their_strengths() -> None:
+    page = PAGES["reference/restrictions.md"].read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| [^|]+ \| `(\w+)` \| ([\d.]+) \|", page, flags=re.M)
+    assert [name for name, _, _ in rows] == list(PENALTIES)
+    for name, strength, default in rows:
+        assert getattr(PENALTIES[name](), strength) == float(default)
+
+
+def test_every_command_is_named_where_commands_are_listed() -> None:
+    commands = {command.callback.__name__ for command in cli.app.registered_commands}
+    listing = r"driftlens (demo(?: \|\s+\w+)+)"
+    changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    for text in (str(cli.__doc__), changes):
+        found = re.search(listing, text)
+        assert found is not None
+        assert set(re.split(r" \|\s+", found[1])) == commands
