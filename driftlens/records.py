@@ -1,7 +1,8 @@
-"""What all files of results have in common: versions, and that they are written as a whole."""
+"""What all files of results have in common: versions, data, being written as a whole."""
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from pathlib import Path
 
@@ -19,6 +20,19 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def data_file(path: Path) -> dict[str, str]:
+    """Which file of data a result is about: its name, and the SHA-256 of what is in it.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def write_result(path: Path, data: str | bytes) -> None:

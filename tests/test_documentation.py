@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import documents
+import numpy as np
 import pytest
 import tiny
 from documents import DOCS, REPOSITORY
@@ -16,11 +18,17 @@ import driftlens.bench
 import driftlens.editing.statistics
 import driftlens.generation
 import driftlens.viewer
+from driftlens import cli
 from driftlens.assets import asset
+from driftlens.bundled import BUNDLED_MODELS
 from driftlens.editing.defaults import KNOWN
+from driftlens.editing.family import PENALTIES
+from driftlens.editing.methods import METHODS
 
 PAGES = {str(path.relative_to(DOCS)): path for path in documents.pages()}
-RUN = [name for name, path in PAGES.items() if documents.python_blocks(path)]
+FILES = "reference/files.md"
+"""Run by a test of its own."""
+RUN = [name for name, path in PAGES.items() if documents.python_blocks(path) and name != FILES]
 
 NOT_RUN = {
     "howto/bring-an-edit.md": 1,  # a checkpoint of the reader's
@@ -134,3 +142,77 @@ def test_links_in_pages_are_not_to_places_outside_the_repository() -> None:
     for name, path in PAGES.items():
         text = path.read_text(encoding="utf-8")
         assert "/work" not in text and "/tmp" not in text, name
+
+
+def test_every_experiment_is_in_the_reference() -> None:
+    page = PAGES["reference/experiments.md"].read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(\w+)` \|", page, flags=re.M))
+    folder = REPOSITORY / "driftlens" / "experiments"
+    there = {path.stem for path in folder.iterdir() if not path.stem.startswith("_")}
+    assert listed == there - {"options"}
+
+
+def test_penalties_are_listed_with_their_strengths() -> None:
+    page = PAGES["reference/restrictions.md"].read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| [^|]+ \| `(\w+)` \| ([\d.]+) \|", page, flags=re.M)
+    assert [name for name, _, _ in rows] == list(PENALTIES)
+    for name, strength, default in rows:
+        assert getattr(PENALTIES[name](), strength) == float(default)
+
+
+def test_every_command_is_named_where_commands_are_listed() -> None:
+    commands = {command.callback.__name__ for command in cli.app.registered_commands}
+    listing = r"driftlens (demo(?: \|\s+\w+)+)"
+    changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    for text in (str(cli.__doc__), changes):
+        found = re.search(listing, text)
+        assert found is not None
+        assert set(re.split(r" \|\s+", found[1])) == commands
+
+
+def test_what_files_hold_is_in_the_reference(
+    stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scope = documents.run_python(PAGES[FILES])
+    page = PAGES[FILES].read_text(encoding="utf-8")
+    with np.load("drift.npz") as file:
+        prompts = scope["prompts"][0]
+        arrays = {key.replace("_0", "_i") for key in file.files}
+    keys = {
+        *json.loads(Path("my-edit/edit.json").read_text()), *arrays, *prompts, *scope["plan"],
+        *scope["plan"]["units"][0], *scope["plan"]["arms"][0], *scope["plan"]["setting"],
+        *(key for one in scope["found"] for key in one), *scope["found"][0]["answers"][0],
+        *scope["cases"][0].request.to_dict(),
+        *(path.name for folder in ("my-edit", "my-bench") for path in Path(folder).iterdir()),
+    }  # fmt: skip
+    assert not {key for key in keys if f"`{key}`" not in page}
+
+
+def test_bundled_models_are_listed_with_their_licences() -> None:
+    page = PAGES["howto/load-a-model.md"].read_text(encoding="utf-8")
+    rows = {cells[1].strip(" `"): cells for line in page.splitlines()
+            if line.startswith("| `") and (cells := line.split("|"))}  # fmt: skip
+    assert list(rows) == list(BUNDLED_MODELS)
+    for name, file in BUNDLED_MODELS.items():
+        _, _, what, source, licence, _ = rows[name]
+        assert f"{file.size / 1e6:.0f} MB" in what
+        for package in file.packages[:1]:
+            assert all(part in source for part in package.split("=="))
+        assert file.licence.partition(" (")[0] in licence
+
+
+def test_every_editor_is_linked_to_its_paper() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    linked = dict(re.findall(r"\[`([\w-]+)`\]\((https://arxiv.org/abs/[\d.]+)\)", readme))
+    assert list(linked) == list(METHODS)
+    page = PAGES["editors.md"].read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` .*\[([^]]+)\]\(([^)]+)\) \|$", page, flags=re.M)
+    assert {name: address for name, _, address in rows} == linked
+    for name, title, _ in rows:
+        assert f"({title})" in METHODS[name].title
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {dl.__version__}\n" in text
+    assert "https://arxiv.org/abs/2502.14838" in text

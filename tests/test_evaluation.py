@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from dataclasses import replace
@@ -293,8 +294,10 @@ def test_many_facts_at_once_and_in_a_row(
     other = json.loads(json.dumps(RECORD).replace("The Louvre", "The Prado"))
     cases = read_cases(write(tmp_path / "data.json", RECORD, other))
     with pytest.warns(UserWarning, match="known to be good"):
-        target = many.run(model, cases, ["ft-m", "grace"], tmp_path)
+        target = many.run(model, cases, ["ft-m", "grace"], tmp_path, data=cases.source)
     result = json.loads(target.read_text())
+    digest = hashlib.sha256((tmp_path / "data.json").read_bytes()).hexdigest()
+    assert result["data"] == {"name": "data.json", "sha256": digest}
     assert [(r["method"], r["way"]) for r in result["rows"]] == [
         (None, "unedited"), ("ft-m", "batch"), ("ft-m", "sequence"), ("grace", "sequence")
     ]  # fmt: skip
@@ -309,7 +312,8 @@ def test_many_facts_at_once_and_in_a_row(
     monkeypatch.setattr(many.dl, "edit", None)  # nothing is edited again
     monkeypatch.setattr(many.dl, "edit_sequence", None)
     with pytest.warns(UserWarning, match="known to be good"):
-        assert json.loads(many.run(model, cases, ["ft-m", "grace"], tmp_path).read_text())
+        again = many.run(model, cases, ["ft-m", "grace"], tmp_path, data=cases.source)
+    assert json.loads(again.read_text()) == result
 
 
 def test_tuning_takes_what_works_first() -> None:
@@ -329,8 +333,9 @@ def test_tuning_is_recorded(model: dl.LensModel, tmp_path: Path, monkeypatch: An
     found = [[{"lr": 1e-4, "steps": 2}], [{"lr": 5e-2}]]
     monkeypatch.setattr(tuning, "stages", lambda method, n, is_search_known: found)
     monkeypatch.setattr(tuning, "GAMMAS", (0.0, 0.5))
-    search = tuning.Search(model, "ft-m", cases, tmp_path)
+    search = tuning.Search(model, "ft-m", cases, tmp_path, data=cases.source)
     best = search.best()
+    assert {trial["data"]["name"] for trial in search.journal} == {"data.json"}
     assert best.lr in (1e-4, 5e-4, 5e-2)
     assert search.best_gamma(best) in (0.0, 0.5)
     lines = (tmp_path / "tuning-tiny-ft-m.jsonl").read_text().splitlines()

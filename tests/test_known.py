@@ -57,6 +57,14 @@ def test_known_is_what_greedy_decoding_gives(model: dl.LensModel) -> None:
         known.known(model, Case("two", dl.EditRequest("{} is", "The Louvre", "Rome")))
 
 
+def test_the_data_card_shows_what_was_measured() -> None:
+    card = (Path(__file__).parent.parent / "assets" / "facts.md").read_text("utf-8")
+    for name, title in (("smollm2-135m", "SmolLM2-135M"), ("gemma-3-270m", "Gemma 3 270M")):
+        summary = json.loads(asset(f"results/known-{name}.json").read_text("utf-8"))["summary"]
+        cells = [f"{summary[k]['known']} of {summary[k]['asked']}" for k in ("facts", *known.KINDS)]
+        assert f"| {title} | {' | '.join(cells)} |" in card
+
+
 def test_command(model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.setattr(dl, "load_model", lambda name: model)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 import tiny
 from scipy import stats
@@ -222,7 +223,7 @@ def test_quick_runs_of_all_experiments(model: dl.LensModel, cases: list[Case], t
         assert finding.figure.data
         edited = [arm for arm in record["arms"] if arm["method"] is not None]
         assert edited and all(arm["config"] for arm in edited)
-    assert "A quick run" in shown
+    assert "A quick run" in shown and "earlier call" not in shown
     # Nothing is computed again.
     monkeypatch.setattr(finding_module, "edit", None)
     monkeypatch.setattr("driftlens.bench.units.edit_each", None)
@@ -231,6 +232,43 @@ def test_quick_runs_of_all_experiments(model: dl.LensModel, cases: list[Case], t
     by_name = {finding.name: finding for finding in findings}
     for finding in again:
         pd.testing.assert_frame_equal(finding.rows, by_name[finding.name].rows)
+
+
+def test_the_page_gathers_several_calls(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quick_study(count: int, command: str) -> Study:
+        return Study(model, cases[:count], tmp_path, quick=True, progress=False, command=command)
+
+    made: dict[str, Finding] = {}
+    for name in ("fig4", "table1", "fig3"):
+        rows = pd.DataFrame({"arm": ["a"], "value": [0.25]})
+        figure = go.Figure(go.Bar(x=["a"], y=[0.25]), layout={"title": f"chart of {name}"})
+        made[name] = Finding(name, f"title of {name}", rows, figure, f"text of {name}", "P")
+    for name, finding in made.items():
+        monkeypatch.setitem(EXPERIMENTS, name, lambda study, finding=finding: finding)
+    reproduce(quick_study(2, "first command"), ["fig4"])
+    reproduce(quick_study(2, "second command"), ["table1"])
+    shown = (tmp_path / "index.html").read_text()
+    for name in ("table1", "fig4"):
+        for part in (f'<section id="{name}"', f"text of {name}", f"chart of {name}"):
+            assert part in shown
+    assert shown.index('id="table1"') < shown.index('id="fig4"')  # the paper's order
+    assert "earlier call" not in shown  # of the same cases
+    reproduce(quick_study(3, "third command"), ["fig3"])
+    shown = (tmp_path / "index.html").read_text()
+    assert shown.count("Of an earlier call, on 2 cases") == 2
+    # Without its picture the text is left; another model's, or a damaged one, is left out.
+    (tmp_path / "fig4.figure.json").unlink()
+    record = json.loads((tmp_path / "table1.json").read_text())
+    (tmp_path / "table1.json").write_text(json.dumps({**record, "fingerprint": "other"}))
+    reproduce(quick_study(3, "third command"), ["fig3"])
+    shown = (tmp_path / "index.html").read_text()
+    assert "text of fig4" in shown and "chart of fig4" not in shown
+    assert "text of table1" not in shown
+    (tmp_path / "fig4.json").write_text("{")
+    reproduce(quick_study(3, "third command"), ["fig3"])
+    assert "text of fig4" not in (tmp_path / "index.html").read_text()
 
 
 def test_the_main_table_is_the_benchmarks(study: Study) -> None:

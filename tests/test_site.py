@@ -114,6 +114,14 @@ def test_signatures_read_well(site: Path) -> None:
             assert ugly not in text, f"{page.name}: {ugly}"
 
 
+def test_results_and_facts_are_on_the_site(site: Path) -> None:
+    results = (site / "results.html").read_text(encoding="utf-8")
+    for cell in ("restored: pattern, all rows", "less edited", "one ROME edit, over a padded loop"):
+        assert f"<td><p>{cell}" in results or f'<th class="head"><p>{cell}' in results, cell
+    facts = (site / "facts.html").read_text(encoding="utf-8")
+    assert "Known limits" in facts and "Gemma 3 270M" in facts
+
+
 def test_every_notebook_is_on_the_site(site: Path) -> None:
     notebooks = {path.stem for path in (REPOSITORY / "notebooks").glob("*.py")}
     assert notebooks

@@ -30,7 +30,7 @@ from driftlens.evaluation import Answer, answers, rate_cells, rates
 from driftlens.experiments.options import arguments
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
-from driftlens.records import versions, write_result
+from driftlens.records import data_file, versions, write_result
 
 CHECKPOINTS = (1, 10, 25, 50, 100, 200, 500, 1000)
 
@@ -155,8 +155,14 @@ def run(
     out: Path,
     penalties: Sequence[str] = ("none",),
     retry_failed: bool = False,
+    data: Path | None = None,
 ) -> Path:
-    """Everything that is not in the journal yet, and a file with what is."""
+    """Everything that is not in the journal yet, and a file with what is.
+
+    Args:
+        data: The file that the cases are from, for the record; the others are those of
+            :func:`measure` and :func:`~driftlens.bench.make_arms`.
+    """
     name = model.info.name
     journal = Journal(out / f"many-{name}.jsonl")
     rows = []
@@ -168,6 +174,7 @@ def run(
         "model": model.info.to_dict(),
         "fingerprint": model.fingerprint(),
         "versions": versions(),
+        "data": None if data is None else data_file(data),
         "cases": [case.id for case in cases],
         "command": f"python -m driftlens.experiments.many --model {name} --data FILE "
         f"--facts {len(cases)} --methods {' '.join(methods)} --penalties {' '.join(penalties)}",
@@ -211,8 +218,9 @@ def main() -> None:
         cases = balanced(reported, options.facts)
         model = dl.load_model(options.model)
         target = run(
-            model, cases, options.methods, options.out, options.penalties, options.retry_failed
-        )
+            model, cases, options.methods, options.out, options.penalties, options.retry_failed,
+            options.data,
+        )  # fmt: skip
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
     sys.stdout.write(markdown(json.loads(target.read_text("utf-8"))) + f"\nwrote {target}\n")

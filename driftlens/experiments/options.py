@@ -20,7 +20,7 @@ def arguments(
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", required=True, help="the paper's merged file")
+    parser.add_argument("--data", type=Path, required=True, help="the paper's merged file")
     parser.add_argument(f"--{counted}", type=int, default=cases)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--out", type=Path, default=out)

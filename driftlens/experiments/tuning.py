@@ -40,6 +40,7 @@ from driftlens.evaluation import Answer, rates
 from driftlens.experiments.options import arguments
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
+from driftlens.records import data_file
 
 TUNED = {"smollm2-135m": ("llama", 30, 576), "gemma-3-270m": ("gemma3_text", 18, 640)}
 """Models whose values were found like this, and where they stand."""
@@ -119,6 +120,7 @@ class Search:
         out: Folder of the journals.
         store: Values that were found for another method.
         like: The hyperparameters of each method to begin with; their layers are left aside.
+        data: The file that the cases are from, for the record.
     """
 
     def __init__(
@@ -129,10 +131,11 @@ class Search:
         out: Path,
         store: ValueStore | None = None,
         like: Mapping[str, Values] | None = None,
+        data: Path | None = None,
     ) -> None:
         self.model, self.method, self.cases, self.out = model, method, cases, out
         self.store = ValueStore() if store is None else store
-        self.like = like or {}
+        self.like, self.data = like or {}, data
         self.journal = Journal(out / f"tuning-{model.info.name}-{method}.jsonl")
 
     def trial(self, config: Any, gamma: float | None = None, whole: bool = False) -> dict[str, Any]:
@@ -158,7 +161,8 @@ class Search:
             all_rates = rates(found, draws=1)
             values = {metric: rate.value for metric, rate in all_rates.items()}
             prompts = {metric: rate.prompts for metric, rate in all_rates.items()}
-            self.journal.add(unit, rates=values, prompts=prompts, seconds=seconds)
+            source = {} if self.data is None else {"data": data_file(self.data)}
+            self.journal.add(unit, rates=values, prompts=prompts, seconds=seconds, **source)
         return self.journal[unit]
 
     def best(self) -> Any:
@@ -194,7 +198,7 @@ class Search:
         return max(GAMMAS, key=worth)
 
     def _of(self, method: str) -> Search:
-        return Search(self.model, method, self.cases, self.out, self.store, self.like)
+        return Search(self.model, method, self.cases, self.out, self.store, self.like, self.data)
 
     def _first(self) -> Any:
         """Values of the class, layers by depth, and what was found for a relative or elsewhere."""
@@ -243,7 +247,7 @@ def main() -> None:
         store = ValueStore()
         like = KNOWN[TUNED[options.like]] if options.like else None
         for method in options.methods:
-            search = Search(model, method, cases, options.out, store, like)
+            search = Search(model, method, cases, options.out, store, like, options.data)
             config = search.best()
             _say(f"{method}: {json.dumps(asdict(config))}\n  {search.trial(config)['rates']}")
             _say(f"  gamma {search.best_gamma(config)}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from driftlens.errors import RequestError
 from driftlens.experiments.reproduce.editors import fig6, fig7, rivals, rules, table1, table3
-from driftlens.experiments.reproduce.finding import Finding, Study
+from driftlens.experiments.reproduce.finding import Finding, Study, recorded
 from driftlens.experiments.reproduce.inside import fig3, fig4, fig5
 from driftlens.experiments.reproduce.page import page
 from driftlens.experiments.reproduce.sequential import sequential
@@ -50,7 +50,8 @@ def known_names(names: Sequence[str]) -> list[str]:
 
 
 def reproduce(study: Study, names: Sequence[str] = ("all",)) -> list[Finding]:
-    """Run experiments; write ``NAME.json`` of each when it is done, and ``index.html`` with all.
+    """Run experiments; write ``NAME.json`` of each when it is done, and ``index.html`` with all
+    that are in the folder, earlier calls' on this model too.
 
     Args:
         study: The model, the cases, and where results go.
@@ -66,5 +67,6 @@ def reproduce(study: Study, names: Sequence[str] = ("all",)) -> list[Finding]:
         finding = EXPERIMENTS[name](study)
         finding.save(study, time.monotonic() - started)
         findings.append(finding)
-        write_result(study.out / "index.html", page(study, findings))
+        shown = [found for known in EXPERIMENTS if (found := recorded(study, known)) is not None]
+        write_result(study.out / "index.html", page(study, shown))
     return findings

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 
 from driftlens.bench import Arm, BenchResult, Setting, make_arms, run_bench
 from driftlens.cases import METRICS, Case, Metric
@@ -127,12 +128,48 @@ class Finding:
         }
 
     def save(self, study: Study, seconds: float) -> Path:
-        """Write ``NAME.json`` into the study's folder, atomically.
+        """Write ``NAME.json`` and ``NAME.figure.json`` into the study's folder, atomically.
 
         Raises:
             DataError: If it cannot be written.
         """
+        write_result(study.out / f"{self.name}.figure.json", str(self.figure.to_json()))
         target = study.out / f"{self.name}.json"
         text = json.dumps(self.to_dict(study, seconds), indent=1, ensure_ascii=False) + "\n"
         write_result(target, text)
         return target
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An experiment as its files hold it, of this call or an earlier one.
+
+    Args:
+        record: What :meth:`Finding.to_dict` gave.
+        figure: The picture; ``None`` if its file is missing.
+    """
+
+    record: Mapping[str, Any]
+    figure: go.Figure | None = field(repr=False)
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The numbers."""
+        return pd.DataFrame(self.record["rows"])
+
+
+def recorded(study: Study, name: str) -> Recorded | None:
+    """An experiment's files in the study's folder; ``None`` if they are not there, are damaged,
+    or are of another model."""
+    needed = {"name", "title", "text", "paper", "rows", "cases", "quick", "seed", "command"}
+    try:
+        record = json.loads((study.out / f"{name}.json").read_text("utf-8"))
+        if record["fingerprint"] != study.model.fingerprint() or needed - set(record):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    try:
+        figure = pio.from_json((study.out / f"{name}.figure.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        figure = None
+    return Recorded(record, figure)

@@ -5,27 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from driftlens.documents import Section, TableOf, document
-from driftlens.experiments.reproduce.finding import Finding, Study
+from driftlens.experiments.reproduce.finding import Recorded, Study
+
+QUICK = " A quick run: numbers are not for conclusions."
 
 
-def page(study: Study, findings: Sequence[Finding]) -> str:
-    """HTML of the findings."""
+def page(study: Study, findings: Sequence[Recorded]) -> str:
+    """HTML of what is in the study's folder; what an earlier call found otherwise says so."""
     info = study.model.info
-    quick = " A quick run: numbers are not for conclusions." if study.quick else ""
     sections = [
         Section(
-            finding.name,
-            finding.title,
-            texts=[finding.paragraph],
-            aside=f"The paper: {finding.paper}",
-            figures=[finding.figure],
-            tables=[TableOf("Numbers", finding.rows, folded=True)],
+            str(found.record["name"]),
+            str(found.record["title"]),
+            texts=[str(found.record["text"]), *_earlier(study, found)],
+            aside=f"The paper: {found.record['paper']}",
+            figures=[] if found.figure is None else [found.figure],
+            tables=[TableOf("Numbers", found.rows, folded=True)],
         )
-        for finding in findings
+        for found in findings
     ]
     return document(
         f"Attention drift in {info.name}",
-        [f"{len(study.cases)} cases, {info.weights}.{quick}"],
+        [f"{len(study.cases)} cases, {info.weights}.{QUICK if study.quick else ''}"],
         study.command,
         sections,
     )
+
+
+def _earlier(study: Study, found: Recorded) -> list[str]:
+    """How a finding was made, if not like this call's."""
+    record = found.record
+    setting = (record["cases"], record["quick"], record["seed"])
+    if setting == ([case.id for case in study.cases], study.quick, study.seed):
+        return []
+    quick = QUICK if record["quick"] else ""
+    return [f"Of an earlier call, on {len(record['cases'])} cases: {record['command']}.{quick}"]
