@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -532,7 +533,7 @@ def measure_memory(name: str) -> dict[str, Any]:
     one_step = descent_of(resolve_config(model, "rome", config, {"steps": 1}))
     assert begun.reused is not None
     plain, held = (
-        kept_for_gradient(lambda p=penalties: optimise_value(begun, one_step, p, False), own)
+        kept_for_gradient(partial(optimise_value, begun, one_step, penalties, False), own)
         for penalties in ((), (dl.SADR(),))
     )
     activations = plain + begun.reused.kept_bytes

@@ -38,6 +38,11 @@ class Journal:
     def __getitem__(self, unit: Any) -> dict[str, Any]:
         return self._records[self._key(unit)]
 
+    def is_finished(self, unit: Any, retry_failed: bool = False) -> bool:
+        """Whether a unit need not be done: it has a record, and not one of a failure that is to be
+        tried again."""
+        return unit in self and not (retry_failed and "error" in self[unit])
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._records.values())
 

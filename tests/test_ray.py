@@ -122,19 +122,24 @@ def test_a_job_that_kills_its_workers_is_recorded_as_failed(
         assert records(found)[arm][name] == records(expected)[arm][name]
 
 
-def test_a_worker_with_another_model_is_refused(model: dl.LensModel, tmp_path: Path) -> None:
+def test_what_ends_a_local_run_ends_this_one(
+    cluster: Any, model: dl.LensModel, cases: Any, tmp_path: Path
+) -> None:
     other = partial(load, str(tmp_path), seed=2)
-    worker = ray_executor._Worker(other, model.identity(), torch.get_num_threads(), Setting())
-    with pytest.raises(ModelError, match="differs from the run's in model") as refusal:
-        worker._prepare()
-    elsewhere = model.identity() | {"device": "cuda"}  # the kind of device may differ
-    same = ray_executor._Worker(lambda: model, elsewhere, torch.get_num_threads(), Setting())
-    assert same._prepare().model is model
-    # What a worker raises on purpose ends the run as it does a local one; a defect stays as it is.
-    told = ray.exceptions.RayTaskError("run", "traceback", refusal.value)
-    assert ray_executor._cause(told) is refusal.value
-    defect = ray.exceptions.RayTaskError("run", "traceback", ZeroDivisionError())
-    assert ray_executor._cause(defect) is defect
+    executor = RayExecutor(other, model.identity(), threads=1, workers=1)
+    with pytest.raises(ModelError, match="differs from the run's in model"):
+        bench(model, cases, tmp_path / "out", executor)
+
+
+def test_what_workers_may_differ_in(model: dl.LensModel) -> None:
+    def worker(**changes: str) -> Any:
+        identity = model.identity() | changes
+        threads = torch.get_num_threads()
+        return ray_executor._Worker(lambda: model, identity, threads, Setting())
+
+    assert worker(device="cuda")._prepare().model is model
+    with pytest.raises(ModelError, match="in separator, tokenizer"):
+        worker(tokenizer="other", separator="")._prepare()
 
 
 def test_workers_without_room_are_refused(model: dl.LensModel) -> None:

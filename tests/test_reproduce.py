@@ -92,7 +92,7 @@ def study(model: dl.LensModel, cases: list[Case], folder: Path) -> Study:
 
 @pytest.mark.parametrize("name", ["fig3", "fig5"])
 def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str) -> None:
-    study = replace(study, cases=study.cases[:2])
+    study = replace(study, cases=study.cases[1:])
     finding = EXPERIMENTS[name](study)
     rows = finding.rows.set_index(["kind", "patched", "layers"])
     changes: dict[tuple[str, str, str], list[float]] = {}
@@ -129,7 +129,7 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
     for place, values in changes.items():
         assert rows.loc[place, "prompts"] == len(values)
         assert rows.loc[place, "change of P(answer)"] == pytest.approx(np.mean(values), abs=1e-6)
-        assert abs(rows.loc[place, "lost P(answer)"]) > 2e-5  # far above the tolerance
+        assert abs(rows.loc[place, "lost P(answer)"]) > 5e-5  # far above the tolerance
         chosen = np.random.default_rng(0).integers(0, 2, (2000, 2))  # cases that are drawn
         groups = [np.array(values)[np.array(of_case[place]) == number] for number in (0, 1)]
         drawn = [np.concatenate([groups[i] for i in row]).mean() for row in chosen]

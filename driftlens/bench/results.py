@@ -74,7 +74,7 @@ class BenchResult:
                 f"{self.folder} holds no results: {error.strerror or error}.",
                 "Give the folder that `driftlens bench --out` wrote.",
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{self.folder / PLAN} is damaged.", "Run the same command again: units are kept."
             ) from error

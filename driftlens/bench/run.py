@@ -79,11 +79,9 @@ def run_bench(
         }
         _write_plan(folder, model, cases, arms, units, setting, command)
         journal = Journal(folder / UNITS)
-
-        def is_finished(unit: dict[str, Any]) -> bool:
-            return unit in journal and not (retry_failed and "error" in journal[unit])
-
-        missing = {key for key, unit in units.items() if not is_finished(unit)}
+        missing = {
+            key for key, unit in units.items() if not journal.is_finished(unit, retry_failed)
+        }
         jobs = _jobs(cases, arms, missing, cases_at_once)
         bar = tqdm(total=len(units), initial=len(units) - len(missing), desc="bench",
                    unit="unit", disable=not progress)  # fmt: skip

@@ -53,14 +53,18 @@ def rated(found: Sequence[list[Answer]]) -> dict[str, Any]:
     return {metric: asdict(rate) for metric, rate in rates(found).items()}
 
 
+def _counts(cases: Sequence[Case]) -> list[int]:
+    """Numbers of facts after which is asked."""
+    return [*(n for n in CHECKPOINTS if n < len(cases)), len(cases)]
+
+
 def unedited(
     model: dl.LensModel, cases: Sequence[Case], arm: Arm, seed: int, progress: bool
 ) -> dict[str, Any]:
     """No fact; what a sequence is to be compared with after each number of facts."""
     found = asked(model, cases, arm.name, progress)
-    counts = [n for n in CHECKPOINTS if n < len(cases)]
-    checkpoints = {str(n): rated(found[:n]) for n in (*counts, len(cases))}
-    return {"rates": rated(found), "checkpoints": checkpoints}
+    checkpoints = {str(n): rated(found[:n]) for n in _counts(cases)}
+    return {"rates": checkpoints[str(len(cases))], "checkpoints": checkpoints}
 
 
 def batch(
@@ -83,7 +87,7 @@ def sequence(
     def look(n: int, current: dl.LensModel) -> None:
         nonlocal spent
         bar.update()
-        if n in CHECKPOINTS or n == len(cases):
+        if n in _counts(cases):
             begun = time.monotonic()
             found = asked(current, cases[:n], f"{arm.name}, after {n}", progress)
             checkpoints[str(n)] = rated(found)
@@ -139,7 +143,7 @@ def measure(
         **model.identity(), **arm.to_dict(), "way": way, "seed": seed, "covariance": COVARIANCE,
         "cases": [case.id for case in cases], "content": content_digest(cases), "metrics": METRICS,
     }  # fmt: skip
-    if unit not in journal or (retry_failed and "error" in journal[unit]):
+    if not journal.is_finished(unit, retry_failed):
         try:
             record = WAYS[way](model, cases, arm, seed, progress)
         except DriftLensError as error:

@@ -51,7 +51,7 @@ def table1(study: Study) -> Finding:
     )
     paper = "GPT-J: ROME RS 79.73 to 11.94, DNS 61.99 to 30.42, NS 82.43 to 80.26 (table 3)."
     title = "Specificity failure of each editor"
-    return _finding("table1", title, result, figure, text, paper)
+    return _finding("table1", title, result, rows, figure, text, paper)
 
 
 def table3(study: Study) -> Finding:
@@ -65,7 +65,7 @@ def table3(study: Study) -> Finding:
     text = " ".join(_gain(result, method, f"{method} + sadr") for method in methods)
     figure = figures.rate_bars(rows, [*METRICS, "Avg. S"], title="Editors without and with SADR")
     title = "Editors without and with SADR"
-    return _finding("table3", title, result, figure, text, _paper_gains(), rows)
+    return _finding("table3", title, result, rows, figure, text, _paper_gains())
 
 
 def fig6(study: Study) -> Finding:
@@ -96,7 +96,7 @@ def fig6(study: Study) -> Finding:
     figure = figures.trade_off(result.trade_off(), title="Selective and blanket restriction")
     paper = "Restricting all heads costs edit success and helps less, at every gamma (figure 6)."
     title = "Selective against blanket restriction"
-    return _finding("fig6", title, result, figure, text, paper, rows)
+    return _finding("fig6", title, result, rows, figure, text, paper)
 
 
 def fig7(study: Study) -> Finding:
@@ -124,7 +124,7 @@ def fig7(study: Study) -> Finding:
     figure = figures.trade_off(kept, title="What restrictions cost, and what they keep")
     paper = "Varying gamma dominates varying steps, learning rate or KL weight (figure 7, GPT-J)."
     title = "Trade-offs: gamma, steps, learning rate, KL"
-    return _finding("fig7", title, result, figure, text, paper, rows)
+    return _finding("fig7", title, result, rows, figure, text, paper)
 
 
 def rules(study: Study) -> Finding:
@@ -181,20 +181,19 @@ def _comparison(
     ]
     paper = "The paper does not report this; its reviewers ask for it."
     figure = figures.trade_off(result.trade_off(), title=title)
-    return _finding(name, title, result, figure, " ".join(words), paper)
+    return _finding(name, title, result, result.table(), figure, " ".join(words), paper)
 
 
 def _finding(
     name: str,
     title: str,
     result: BenchResult,
+    rows: pd.DataFrame,
     figure: go.Figure,
     text: str,
     paper: str,
-    rows: pd.DataFrame | None = None,
 ) -> Finding:
-    """What a bench told; by default the numbers are its table."""
-    rows = result.table() if rows is None else rows
+    """What a bench told, with its configurations and failures."""
     return Finding(name, title, rows, figure, text, paper, result.conditions(), result.failed)
 
 

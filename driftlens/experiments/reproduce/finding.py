@@ -20,6 +20,9 @@ from driftlens.facts import EditRequest
 from driftlens.models import LensModel
 from driftlens.records import versions, write_result
 
+Failure = tuple[str, str, str]
+"""Arm, case and reason."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -84,7 +87,7 @@ class Finding:
         text: A paragraph computed from them.
         paper: What the paper reports.
         arms: Editors and restrictions with their configurations, JSON-ready.
-        failed: Arm, case and reason of each unit that failed; it is left out of the numbers.
+        failed: What failed; it is left out of the numbers.
     """
 
     name: str
@@ -94,7 +97,7 @@ class Finding:
     text: str
     paper: str
     arms: Sequence[Mapping[str, Any]] = ()
-    failed: Sequence[tuple[str, str, str]] = ()
+    failed: Sequence[Failure] = ()
 
     @property
     def paragraph(self) -> str:

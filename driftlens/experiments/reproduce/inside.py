@@ -24,7 +24,7 @@ from driftlens.editing.methods import resolve_config
 from driftlens.edits import Edit
 from driftlens.errors import DriftLensError, RequestError
 from driftlens.evaluation import bootstrap_interval
-from driftlens.experiments.reproduce.finding import Finding, Study
+from driftlens.experiments.reproduce.finding import Failure, Finding, Study
 from driftlens.journal import Journal
 from driftlens.models import LensModel
 from driftlens.patching import Component, Exchange, PatchExperiment, Readout
@@ -41,7 +41,6 @@ PER_KIND = 3
 """Prompts of each kind that are taken of a case."""
 
 Pair = dict[str, float]
-Failure = tuple[str, str, str]
 Measure = Callable[[LensModel, Edit, Probe], dict[str, Any]]
 
 
@@ -187,7 +186,7 @@ def _measured(
     units = _units(study)
     bar = tqdm(study.cases, desc=name, unit="case", disable=not study.progress)
     for unit, case in zip(units, bar, strict=True):
-        if unit not in journal or (study.retry_failed and "error" in journal[unit]):
+        if not journal.is_finished(unit, study.retry_failed):
             try:
                 found = list(_of_case(study, case, measure))
             except DriftLensError as error:

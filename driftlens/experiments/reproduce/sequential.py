@@ -13,7 +13,7 @@ from driftlens import figures
 from driftlens.bench import UNEDITED, Arm
 from driftlens.cases import METRICS
 from driftlens.experiments.many import measure
-from driftlens.experiments.reproduce.finding import Finding, Study
+from driftlens.experiments.reproduce.finding import Failure, Finding, Study
 from driftlens.journal import Journal
 
 SHOWN = ("ES", "RS", "DNS")
@@ -26,7 +26,7 @@ def sequential(study: Study) -> Finding:
     journal = Journal(study.out / "sequences.jsonl")
     rows: list[dict[str, Any]] = []
     texts: list[str] = []
-    failed: list[tuple[str, str, str]] = []
+    failed: list[Failure] = []
     for arm in arms:
         found = measure(
             study.model, study.cases, arm, UNEDITED if arm.method is None else "sequence", journal,
