@@ -265,6 +265,28 @@ def test_frozen_parameters_get_their_flags_back() -> None:
         parameters[0].requires_grad_(True)
 
 
+def test_the_identity_is_of_all_that_answers_depend_on() -> None:
+    loaded = build("llama")
+    plain = dl.load_model(loaded, tiny.tokenizer()).identity()
+    assert plain == dl.load_model(loaded, tiny.tokenizer()).identity()
+    padding = copy.deepcopy(tiny.tokenizer())
+    padding(["a", "a longer text"], padding=True, truncation=True, max_length=2)
+    assert plain == dl.load_model(loaded, padding).identity()
+    other = copy.deepcopy(tiny.tokenizer())
+    other.add_tokens(["longer"])
+    assert plain["device"] == "cpu"
+    for found, differs in (
+        (dl.load_model(build("llama", 2), tiny.tokenizer()), "model"),
+        (dl.load_model(build("llama").double(), tiny.tokenizer()), "dtype"),
+        (dl.load_model(loaded, tiny.tokenizer(), prepend_bos=True), "prepends_bos"),
+        (dl.load_model(loaded, tiny.tokenizer(), separator=""), "separator"),
+        (dl.load_model(loaded, other), "tokenizer"),
+    ):
+        names = {name for name, value in found.identity().items() if value != plain[name]}
+        assert names - {"model"} == {differs} - {"model"}, differs
+        assert ("model" in names) == (differs in ("model", "dtype"))
+
+
 def test_the_fingerprint_notices_every_way_of_changing_a_weight() -> None:
     model = dl.load_model(build("llama"), tiny.tokenizer())
     seen = {model.fingerprint()}

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,33 @@ def test_a_job_that_kills_its_workers_is_recorded_as_failed(
     assert re.match(r"[12] workers died of it", reason)  # twice if the first took both cases along
     for name in (cases[0].id, cases[2].id):
         assert records(found)[arm][name] == records(expected)[arm][name]
+
+
+def test_the_case_that_workers_die_of_is_found(model: dl.LensModel, cases: Any) -> None:
+    executor = RayExecutor(lambda: model, {}, threads=1, attempts=2)
+    job = Job(ARMS[0], tuple(cases[:4]), frozenset(case.id for case in cases[:4]))
+    part = ray_executor._Part(deque([job]))
+    waiting: deque[Any] = deque()
+
+    def die(job: Job, *received: Any) -> list[Any]:
+        waiting.clear()
+        lost = ray_executor._Running(None, part, job, {case.id for case in received})
+        found = list(executor._recover(lost, RuntimeError("gone"), waiting))
+        assert list(waiting) == ([part] if part.jobs else [])
+        return found
+
+    first, second, third, fourth = cases[:4]
+    assert die(job, first) == []  # another worker does the rest
+    assert [j.missing for j in part.jobs] == [{c.id for c in (second, third, fourth)}]
+    assert die(part.jobs[0], second) == []  # two died of it: case by case
+    assert [j.missing for j in part.jobs] == [{third.id}, {fourth.id}]
+    assert all(j.cases == job.cases for j in part.jobs)
+    [(_, case, record)] = die(part.jobs[0])
+    assert (case, record) == (third, {"error": "3 workers died of it: gone"})
+    assert [j.missing for j in part.jobs] == [{fourth.id}]
+    assert die(part.jobs[0]) == []  # counted from anew
+    assert len(die(part.jobs[0])) == 1
+    assert not part.jobs
 
 
 def test_what_ends_a_local_run_ends_this_one(
