@@ -322,9 +322,10 @@ def test_tuning_takes_what_works_first() -> None:
     half = {"rates": {"ES": 99.0, "PS": 94.0, "NS": 99.0}}
     less = {"rates": {"ES": 100.0, "PS": 94.0, "NS": 10.0}}
     weak = {"rates": {"ES": 90.0, "PS": 99.0, "NS": 99.0}}
+    awful = {"rates": {"ES": 10.0, "PS": 5.0, "NS": 0.0}}  # yet it is an edit
     broken = {"error": "x"}
-    ranked = sorted([good, weak, broken, less, half, better], key=tuning.value_of)
-    assert ranked == [broken, weak, less, half, good, better]
+    ranked = sorted([good, weak, awful, broken, less, half, better], key=tuning.value_of)
+    assert ranked == [broken, awful, weak, less, half, good, better]
 
 
 def test_tuning_is_recorded(model: dl.LensModel, tmp_path: Path, monkeypatch: Any) -> None:

@@ -269,9 +269,10 @@ def test_the_identity_is_of_all_that_answers_depend_on() -> None:
     loaded = build("llama")
     plain = dl.load_model(loaded, tiny.tokenizer()).identity()
     assert plain == dl.load_model(loaded, tiny.tokenizer()).identity()
-    padding = copy.deepcopy(tiny.tokenizer())
-    padding(["a", "a longer text"], padding=True, truncation=True, max_length=2)
-    assert plain == dl.load_model(loaded, padding).identity()
+    padded = dl.load_model(loaded, copy.deepcopy(tiny.tokenizer()))
+    padded.tokenizer.backend_tokenizer.enable_padding(length=9)
+    padded.tokenizer.backend_tokenizer.enable_truncation(5)
+    assert plain == padded.identity()
     other = copy.deepcopy(tiny.tokenizer())
     other.add_tokens(["longer"])
     assert plain["device"] == "cpu"
