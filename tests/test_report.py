@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 import tiny
 from browsing import Browser, browser, chromium  # noqa: F401
@@ -164,6 +165,16 @@ def test_charts_can_be_saved(result: BenchResult, browser: Browser, tmp_path: Pa
     assert drawn.tag == "{http://www.w3.org/2000/svg}svg"
     told = " ".join("".join(text.itertext()) for text in drawn.iter(f"{drawn.tag[:-3]}text"))
     assert "Success, with 95 % intervals" in told and "ft + sadr" in told
+
+
+@pytest.mark.browser
+def test_tall_charts_are_shown_whole(browser: Browser) -> None:  # noqa: F811
+    figure = go.Figure(go.Bar(x=["a"], y=[1]), layout={"height": 900})
+    browser.open_html(document("A", [], "c", [Section("s", "S", figures=[figure])]))
+    [hidden] = browser.js(
+        "return [...document.querySelectorAll('.chart')].map(c => c.scrollHeight - c.clientHeight)"
+    )
+    assert hidden <= 1
 
 
 class Chance:
