@@ -11,8 +11,9 @@ from documents import REPOSITORY, run_python
 
 import driftlens as dl
 from driftlens.assets import survey_result
+from driftlens.cases import METRICS
 from driftlens.editing.methods import METHODS
-from driftlens.experiments import many
+from driftlens.experiments import gather, many
 from driftlens.experiments.survey import markdown, paired_markdown
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -120,6 +121,19 @@ def test_the_table_of_editors_is_the_result_file():
     assert len(table) == 1 + 2 * len(METHODS)
     for arm, cells in table.items():
         assert shown[arm][1:7] == [cells[column] for column in columns]
+
+
+def test_readme_shows_the_main_table():
+    result = json.loads((REPOSITORY / "assets/results/table3.json").read_text())
+    assert gather.markdown(result) in README
+    for run in result["runs"]:
+        assert run["command"] in README
+        assert not run["failed"]
+        for share in re.findall(r"\+(\d+) % relative", run["text"]):
+            assert re.search(rf"\b{share}( %|, | and)", README), share
+        for cost in re.findall(r"(?:ES|PS) -([\d.]+)", run["text"]):
+            assert re.search(rf"\b{cost}\b", README), cost
+    assert min(row["cases"] for row in result["rows"] if row["metric"] in METRICS) >= 150
 
 
 def test_the_table_of_many_facts_is_the_result_file():
