@@ -34,12 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 THREADS = torch.get_num_threads()
 
 
-@pytest.fixture(autouse=True)
-def _threads(request: pytest.FixtureRequest):
-    """Tiny models run faster on one thread than on several; real ones do not."""
-    torch.set_num_threads(THREADS if request.node.get_closest_marker("real") else 1)
-    yield
-    torch.set_num_threads(THREADS)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """Tiny models run faster on one thread than on several; real ones do not. What a test shares
+    with others is made under the same number of threads, else it differs in the last bits."""
+    torch.set_num_threads(THREADS if item.get_closest_marker("real") else 1)
+    try:
+        return (yield)
+    finally:
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,12 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import tiny
+import torch
 from scipy import stats
 
 import driftlens as dl
 from driftlens.assets import asset
-from driftlens.bench import BenchResult
+from driftlens.bench import BenchResult, run_bench, units
 from driftlens.cases import Case, Cloze
 from driftlens.editing import defaults, methods
 from driftlens.editing.contexts import sample_contexts
@@ -225,7 +226,7 @@ def test_quick_runs_of_all_experiments(model: dl.LensModel, cases: list[Case], t
         assert edited and all(arm["config"] for arm in edited)
     assert "A quick run" in shown and "earlier call" not in shown
     # Nothing is computed again.
-    monkeypatch.setattr(finding_module, "edit", None)
+    monkeypatch.setattr(finding_module, "edits_of", None)
     monkeypatch.setattr("driftlens.bench.units.edit_each", None)
     again = reproduce(study, ["fig3", "table3", "fig3"])
     assert [finding.name for finding in again] == ["fig3", "table3"]
@@ -369,33 +370,46 @@ def test_bad_requests(study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: P
             cli.main()
 
 
-def test_experiments_share_edits(
+def test_experiments_share_edits_and_make_them_as_benchmarks_do(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    edit = finding_module.edit
+    together = finding_module.edits_of
 
-    def counting(model: Any, request: Any, *args: Any, **options: Any) -> Any:
-        made.append(request)
-        return edit(model, request, *args, **options)
+    def counting(model: Any, arm: Any, cases: Any, *args: Any) -> Any:
+        for case, edit in together(model, arm, cases, *args):
+            made.append(case.id)
+            yield case, edit
 
-    monkeypatch.setattr(finding_module, "edit", counting)
-    fresh = Study(study.model, study.cases[:2], tmp_path, quick=True, progress=False)
+    monkeypatch.setattr(finding_module, "edits_of", counting)
+    monkeypatch.setattr(finding_module, "CASES_AT_ONCE", 2)
+    fresh = Study(study.model, study.cases[:3], tmp_path, quick=True, progress=False)
+    last = fresh.rome(fresh.cases[2])
+    assert made == [fresh.cases[2].id]
     reproduce(fresh, ["fig3", "fig4", "fig5"])
-    assert made == [case.request for case in fresh.cases]
+    assert made == [fresh.cases[i].id for i in (2, 0, 1)]
+    assert fresh.rome(fresh.cases[2]) is last
+
+    benched: list[Any] = []
+    ran = units.edits_of
+    monkeypatch.setattr(units, "edits_of", lambda *a: benched.extend(ran(*a)) or iter(benched))
+    arm = fresh.arms(("rome",))[1]
+    run_bench(fresh.model, fresh.cases[:2], [arm], tmp_path / "b", progress=False)
+    for case, edit in benched:
+        for name, delta in fresh.rome(case).deltas.items():
+            assert torch.equal(delta.dense(), edit.deltas[name].dense())
 
 
 def test_a_case_that_fails_is_kept_with_its_reason(
     study: Study, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = finding_module.edit
+    together = finding_module.edits_of
 
-    def failing(model: Any, request: Any, *args: Any, **options: Any) -> Any:
-        if request == cases[0].request:
-            raise dl.EditError("enough")
-        return made(model, request, *args, **options)
+    def failing(model: Any, arm: Any, cases_: Any, *args: Any) -> Any:
+        for case, edit in together(model, arm, cases_, *args):
+            yield case, dl.EditError("enough") if case.id == cases[0].id else edit
 
-    monkeypatch.setattr(finding_module, "edit", failing)
+    monkeypatch.setattr(finding_module, "edits_of", failing)
     short = Study(study.model, cases[:2], tmp_path, quick=True, progress=False)
     finding = EXPERIMENTS["fig4"](short)
     lines = (tmp_path / "fig4.prompts.jsonl").read_text().splitlines()

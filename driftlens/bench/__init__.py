@@ -15,6 +15,7 @@ results holds
 from driftlens.bench.results import BenchResult
 from driftlens.bench.run import run_bench
 from driftlens.bench.units import (
+    CASES_AT_ONCE,
     UNEDITED,
     Arm,
     Executor,
@@ -22,11 +23,13 @@ from driftlens.bench.units import (
     LocalExecutor,
     Setting,
     arm_from_dict,
+    edits_of,
     make_arms,
     run_job,
 )
 
 __all__ = [
+    "CASES_AT_ONCE",
     "UNEDITED",
     "Arm",
     "BenchResult",
@@ -35,6 +38,7 @@ __all__ = [
     "LocalExecutor",
     "Setting",
     "arm_from_dict",
+    "edits_of",
     "make_arms",
     "run_bench",
     "run_job",

@@ -15,7 +15,15 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from driftlens.bench.results import CASES, PLAN, UNITS, BenchResult
-from driftlens.bench.units import Arm, Executor, Job, LocalExecutor, Setting, identity
+from driftlens.bench.units import (
+    CASES_AT_ONCE,
+    Arm,
+    Executor,
+    Job,
+    LocalExecutor,
+    Setting,
+    identity,
+)
 from driftlens.cases import Case
 from driftlens.errors import DataError, ModelError, RequestError
 from driftlens.journal import Journal
@@ -31,7 +39,7 @@ def run_bench(
     *,
     setting: Setting | None = None,
     executor: Executor | None = None,
-    cases_at_once: int = 8,
+    cases_at_once: int = CASES_AT_ONCE,
     retry_failed: bool = False,
     command: str = "",
     progress: bool = True,

@@ -23,6 +23,8 @@ from driftlens.generation import measure_texts
 from driftlens.journal import digest
 from driftlens.models import LensModel
 
+CASES_AT_ONCE = 8
+"""Cases whose values are searched in shared passes."""
 UNEDITED = "unedited"
 """The arm that leaves the model as it is."""
 COVARIANCE = f"{DEFAULT_TOKENS} tokens of wikipedia-leads"
@@ -185,7 +187,12 @@ def run_job(
         ModelError: If the model's weights are not the same afterwards.
     """
     before = model.fingerprint()
-    for case, edited in _edits(model, job, setting, store):
+    edited_cases: Iterable[tuple[Case, Edit | DriftLensError | None]] = (
+        ((case, None) for case in job.cases)
+        if job.arm.method is None
+        else edits_of(model, job.arm, job.cases, setting.seed, store)
+    )
+    for case, edited in edited_cases:
         if case.id not in job.missing:
             continue
         try:
@@ -198,21 +205,29 @@ def run_job(
             raise ModelError("The model's weights are not what they were before the case.")
 
 
-def _edits(
-    model: LensModel, job: Job, setting: Setting, store: ValueStore | None
-) -> Iterator[tuple[Case, Edit | DriftLensError | None]]:
-    """Each case with its edit, or with what prevents it; shared passes where possible."""
-    arm = job.arm
-    if arm.method is None:
-        yield from ((case, None) for case in job.cases)
-        return
-    options = arm.edit_options(setting.seed)
-    requests = [case.request for case in job.cases]
+def edits_of(
+    model: LensModel,
+    arm: Arm,
+    cases: Sequence[Case],
+    seed: int = 0,
+    store: ValueStore | None = None,
+) -> Iterator[tuple[Case, Edit | DriftLensError]]:
+    """Each case with its edit, or with what prevents it; in shared passes where possible.
+
+    Args:
+        model: The unedited model.
+        arm: The condition, with an editor.
+        cases: Those that are edited together.
+        seed: Of the sampled contexts.
+        store: Where values that other arms may take, too, are kept.
+    """
+    options = arm.edit_options(seed)
+    requests = [case.request for case in cases]
     try:
         together: list[Edit] | None = list(edit_each(model, requests, store=store, **options))
     except DriftLensError:  # one of them cannot be edited: find out which
         together = None
-    for i, case in enumerate(job.cases):
+    for i, case in enumerate(cases):
         try:
             made = together[i] if together else edit(model, case.request, **options)
             yield case, made

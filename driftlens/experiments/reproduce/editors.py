@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from driftlens import figures
 from driftlens.bench import UNEDITED, Arm, BenchResult
-from driftlens.cases import ALL_METRICS, METRICS
+from driftlens.cases import METRICS
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import METHODS, resolve_config
 from driftlens.editing.rivals import EssenceKL, HiddenDrift, KeyDrift
@@ -27,7 +27,7 @@ def table1(study: Study) -> Finding:
     """Specificity failure: how much other knowledge each editor breaks, and how much of that the
     context alone would have broken."""
     arms = study.arms(PAPERS[:1] if study.quick else tuple(METHODS))
-    result = study.bench(arms, tuple(ALL_METRICS))
+    result = study.bench(arms)
     rows = result.table()
     value = _values(rows)
     lost = [
@@ -57,7 +57,7 @@ def table1(study: Study) -> Finding:
 def table3(study: Study) -> Finding:
     """The main table: each editor without and with SADR."""
     methods = PAPERS[:1] if study.quick else PAPERS
-    result = study.bench(study.arms(methods, ("none", "sadr")), tuple(ALL_METRICS))
+    result = study.bench(study.arms(methods, ("none", "sadr")))
     rows = result.table()
     rows.insert(1, "method", [arm.split(" + ")[0] for arm in rows["arm"]])
     rows.insert(2, "penalty", ["sadr" if arm.endswith("sadr") else "none" for arm in rows["arm"]])

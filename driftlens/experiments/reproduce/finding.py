@@ -12,11 +12,18 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from driftlens.bench import Arm, BenchResult, Setting, make_arms, run_bench
-from driftlens.cases import METRICS, Case, Metric
-from driftlens.editing.methods import edit
+from driftlens.bench import (
+    CASES_AT_ONCE,
+    Arm,
+    BenchResult,
+    Setting,
+    edits_of,
+    make_arms,
+    run_bench,
+)
+from driftlens.cases import Case
 from driftlens.edits import Edit
-from driftlens.facts import EditRequest
+from driftlens.errors import DriftLensError
 from driftlens.models import LensModel
 from driftlens.records import versions, write_result
 
@@ -47,24 +54,33 @@ class Study:
     retry_failed: bool = False
     progress: bool = True
     command: str = ""
-    _edits: dict[EditRequest, Edit] = field(default_factory=dict, repr=False, compare=False)
+    _edits: dict[str, Edit | DriftLensError] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def rome(self, case: Case) -> Edit:
-        """ROME's edit of a case, with the model's defaults; made once for all experiments.
+        """ROME's edit of one of the cases, with the model's defaults, as :meth:`bench` makes it:
+        together with some of the other cases; made once for all experiments.
 
         Raises:
             DriftLensError: If it cannot be made.
         """
-        if case.request not in self._edits:
-            self._edits[case.request] = edit(
-                self.model, case.request, "rome", seed=self.seed, progress=False
-            )
-        return self._edits[case.request]
+        if case.id not in self._edits:
+            place = list(self.cases).index(case)
+            first = place - place % CASES_AT_ONCE
+            together = self.cases[first : first + CASES_AT_ONCE]
+            arm = self.arms(("rome",))[1]
+            for one, made in edits_of(self.model, arm, together, self.seed):
+                self._edits[one.id] = made
+        found = self._edits[case.id]
+        if isinstance(found, DriftLensError):
+            raise found
+        return found
 
-    def bench(self, arms: Sequence[Arm], metrics: Sequence[Metric] = METRICS) -> BenchResult:
-        """Results of some arms. All experiments write to one folder, so that conditions which
-        they have in common are run once."""
-        setting = Setting(metrics=tuple(metrics), seed=self.seed)
+    def bench(self, arms: Sequence[Arm]) -> BenchResult:
+        """Results of some arms, by all metrics. All experiments write to one folder, so that
+        conditions which they have in common are run once."""
+        setting = Setting(seed=self.seed)
         return run_bench(
             self.model, self.cases, arms, self.out / "bench", setting=setting,
             retry_failed=self.retry_failed, command=self.command, progress=self.progress,
