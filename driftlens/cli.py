@@ -531,6 +531,7 @@ def reproduce(
         _load(model, device),
         balanced(held_back, wanted),
         out,
+        data="shipped facts" if data is None else data.stem,
         quick=quick,
         seed=seed,
         retry_failed=retry_failed,

@@ -18,8 +18,9 @@ def finding(folder: Path, model: str, name: str = "table3", **changes: Any) -> P
     rates = {"value": 50.0, "low": 40.0, "high": 60.0, "prompts": 4, "cases": 2}
     record = {
         "name": name, "title": "T", "text": f"What {model} does.", "paper": "P",
-        "model": {"name": model}, "fingerprint": "f", "cases": ["a", "b"], "quick": False,
-        "seed": 0, "command": "driftlens reproduce table3", "seconds_of_last_run": 3,
+        "model": {"name": model}, "fingerprint": "f", "data": "facts", "cases": ["a", "b"],
+        "quick": False, "seed": 0, "command": "driftlens reproduce table3",
+        "seconds_of_last_run": 3,
         "versions": {"torch": "2"}, "arms": [{"name": "rome", "config": {"layer": 1}}],
         "failed": [{"arm": "rome", "case": "b", "reason": "R"}],
         "rows": [{"arm": "rome", "metric": metric, **rates} for metric in ("ES", "RS", "Avg. S")],
@@ -34,29 +35,36 @@ def test_rows_of_all_models_with_how_they_were_made(
 ) -> None:
     one = finding(tmp_path / "one", "small")
     other = finding(finding(tmp_path / "other", "large"), "large", "fig6")
+    elsewhere = finding(tmp_path / "elsewhere", "small", data="theirs")
     out = tmp_path / "out"
     out.mkdir()
-    monkeypatch.setattr(sys, "argv", ["gather", str(one), str(other), "--out", str(out)])
+    monkeypatch.setattr(
+        sys, "argv", ["gather", *map(str, (one, other, elsewhere)), "--out", str(out)]
+    )
     gather.main()
     table = json.loads((out / "table3.json").read_text())
-    assert [run["model"]["name"] for run in table["runs"]] == ["small", "large"]
-    assert [run["text"] for run in table["runs"]] == ["What small does.", "What large does."]
+    assert [run["model"]["name"] for run in table["runs"]] == ["small", "large", "small"]
+    assert [run["data"] for run in table["runs"]] == ["facts", "facts", "theirs"]
+    assert [run["text"] for run in table["runs"]][:2] == ["What small does.", "What large does."]
     assert table["runs"][0]["arms"][0]["config"] == {"layer": 1}
     assert table["runs"][0]["failed"][0]["case"] == "b"
-    assert [(row["model"], row["metric"]) for row in table["rows"]] == [
-        (model, metric) for model in ("small", "large") for metric in ("ES", "RS", "Avg. S")
+    assert [(row["model"], row["data"], row["metric"]) for row in table["rows"]] == [
+        (*place, metric)
+        for place in (("small", "facts"), ("large", "facts"), ("small", "theirs"))
+        for metric in ("ES", "RS", "Avg. S")
     ]
     assert len(json.loads((out / "fig6.json").read_text())["runs"]) == 1
     shown = capsys.readouterr().out
     cell = "50.0 [40.0, 60.0]"
-    assert f"| large | rome | {cell} | {cell} | - | - | {cell} | - |" in shown
+    assert f"| facts | large | rome | {cell} | {cell} | - | - | {cell} | - |" in shown
+    assert f"| theirs | small | rome | {cell} |" in shown
 
 
 def test_what_cannot_be_gathered_is_said(tmp_path: Path) -> None:
     one = finding(tmp_path / "one", "small")
     with pytest.raises(DataError, match="holds no results"):
         gather.gather([one, tmp_path], tmp_path)
-    with pytest.raises(DataError, match="are of one model"):
+    with pytest.raises(DataError, match="of one model on the same data"):
         gather.gather([one, finding(tmp_path / "again", "small")], tmp_path)
     with pytest.raises(DataError, match="quick run"):
         gather.gather([finding(tmp_path / "quick", "large", quick=True)], tmp_path)

@@ -1,8 +1,8 @@
-"""What `driftlens reproduce` found on several models, as one file for each experiment.
+"""What `driftlens reproduce` found on several models and data, as one file for each experiment.
 
     python -m driftlens.experiments.gather results/smollm2-135m results/gemma-3-270m
 
-Each ``NAME.json`` then holds ``rows``, with the model in each, and ``runs``: how each model's were
+Each ``NAME.json`` then holds ``rows``, with model and data in each, and ``runs``: how each was
 made, with which configurations.
 """
 
@@ -26,12 +26,12 @@ def gather(folders: Sequence[Path], out: Path) -> list[Path]:
     """Write one file for each experiment that is in any of the folders.
 
     Args:
-        folders: That `driftlens reproduce` wrote to, each with another model.
+        folders: That `driftlens reproduce` wrote to, each with another model or other data.
         out: Where the files go.
 
     Raises:
         DataError: If a folder has no results, a file is damaged or of a quick run, two are of one
-            model, or nothing can be written.
+            model and data, or nothing can be written.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
@@ -44,9 +44,11 @@ def gather(folders: Sequence[Path], out: Path) -> list[Path]:
             found.setdefault(name, []).append(_read(folder / f"{name}.json"))
     written = []
     for name, records in found.items():
-        models = [record["model"]["name"] for record in records]
-        if len(set(models)) < len(models):
-            raise DataError(f"Two results of {name} are of one model.", "Give each model once.")
+        made_of = [(record["model"]["name"], record["data"]) for record in records]
+        if len(set(made_of)) < len(made_of):
+            raise DataError(
+                f"Two results of {name} are of one model on the same data.", "Give each once."
+            )
         written.append(out / f"{name}.json")
         write_result(written[-1], json.dumps(_merged(records), indent=1, ensure_ascii=False) + "\n")
     return written
@@ -66,14 +68,14 @@ def _read(path: Path) -> dict[str, Any]:
 def _merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = records[0]
     of_run = (
-        "model", "fingerprint", "command", "seed", "versions", "seconds_of_last_run", "text",
-        "arms", "cases", "failed",
+        "model", "data", "fingerprint", "command", "seed", "versions", "seconds_of_last_run",
+        "text", "arms", "cases", "failed",
     )  # fmt: skip
     return {
         **{name: first[name] for name in ("name", "title", "paper")},
         "runs": [{name: record[name] for name in of_run} for record in records],
         "rows": [
-            {"model": record["model"]["name"], **row}
+            {"model": record["model"]["name"], "data": record["data"], **row}
             for record in records
             for row in record["rows"]
         ],
@@ -81,15 +83,17 @@ def _merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """Success by model and arm, in per cent with 95 % intervals, of a file that was written."""
+    """Success by data, model and arm, in per cent with 95 % intervals, of a file that was
+    written."""
     shown = ("Avg. S", *METRICS)
-    lines = [f"| model | arm | {' | '.join(shown)} |", "|---" * (2 + len(shown)) + "|"]
-    arms: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    lines = [f"| data | model | arm | {' | '.join(shown)} |", "|---" * (3 + len(shown)) + "|"]
+    arms: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in record["rows"]:
         rate = {name: row[name] for name in ("value", "low", "high", "prompts", "cases")}
-        arms.setdefault((row["model"], row["arm"]), {})[row["metric"]] = rate
-    for (model, arm), rates in arms.items():
-        lines.append(f"| {model} | {arm} | {' | '.join(rate_cells(rates, shown))} |")
+        place = (row["data"], row["model"], row["arm"])
+        arms.setdefault(place, {})[row["metric"]] = rate
+    for place, rates in arms.items():
+        lines.append(f"| {' | '.join((*place, *rate_cells(rates, shown)))} |")
     return "\n".join(lines)
 
 

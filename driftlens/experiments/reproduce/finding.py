@@ -39,6 +39,7 @@ class Study:
         model: The unedited model.
         cases: Held back from tuning.
         out: Folder of results; finished units in it are not done again.
+        data: How tables call the cases.
         quick: Fewer conditions, to see that everything runs.
         retry_failed: Try again what failed before.
         seed: Of the sampled contexts, and of the bootstrap.
@@ -49,6 +50,7 @@ class Study:
     model: LensModel
     cases: Sequence[Case]
     out: Path
+    data: str = "given cases"
     quick: bool = False
     seed: int = 0
     retry_failed: bool = False
@@ -135,6 +137,7 @@ class Finding:
             "paper": self.paper,
             "model": study.model.info.to_dict(),
             "fingerprint": study.model.fingerprint(),
+            "data": study.data,
             "cases": [case.id for case in study.cases],
             "quick": study.quick,
             "seed": study.seed,
@@ -180,7 +183,9 @@ class Recorded:
 def recorded(study: Study, name: str) -> Recorded | None:
     """An experiment's files in the study's folder; ``None`` if they are not there, are damaged,
     or are of another model."""
-    needed = {"name", "title", "text", "paper", "rows", "cases", "quick", "seed", "command"}
+    needed = {
+        "name", "title", "text", "paper", "rows", "data", "cases", "quick", "seed", "command",
+    }  # fmt: skip
     try:
         record = json.loads((study.out / f"{name}.json").read_text("utf-8"))
         if record["fingerprint"] != study.model.fingerprint() or needed - set(record):

@@ -26,7 +26,7 @@ def page(study: Study, findings: Sequence[Recorded]) -> str:
     ]
     return document(
         f"Attention drift in {info.name}",
-        [f"{len(study.cases)} cases, {info.weights}.{QUICK if study.quick else ''}"],
+        [f"{study.data}: {len(study.cases)} cases, {info.weights}.{QUICK if study.quick else ''}"],
         study.command,
         sections,
     )
@@ -39,4 +39,5 @@ def _earlier(study: Study, found: Recorded) -> list[str]:
     if setting == ([case.id for case in study.cases], study.quick, study.seed):
         return []
     quick = QUICK if record["quick"] else ""
-    return [f"Of an earlier call, on {len(record['cases'])} cases: {record['command']}.{quick}"]
+    of = f"{len(record['cases'])} cases ({record['data']})"
+    return [f"Of an earlier call, on {of}: {record['command']}.{quick}"]
