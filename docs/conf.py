@@ -21,6 +21,7 @@ from sphinx.util.logging import getLogger
 
 import driftlens
 from driftlens.editing.configs import EditConfig, describe
+from driftlens.experiments import gather
 
 HERE = Path(__file__).parent
 
@@ -142,10 +143,19 @@ def leave_mathjax_out(
         )
 
 
+def write_evidence(app: Any, exception: Exception | None) -> None:
+    """The page of all experiments, beside those of the site."""
+    results = HERE.parent / "assets" / "results"
+    if exception is None and app.builder.format == "html" and results.is_dir():
+        text = gather.page(results, "python -m driftlens.experiments.gather --page evidence.html")
+        (Path(app.outdir) / "evidence.html").write_text(text, encoding="utf-8")
+
+
 def setup(app: Any) -> None:
     """Sphinx calls this."""
     app.add_html_math_renderer("mathml", (show_math, None), (show_math, None))
     copy_notebooks(HERE.parent / "notebooks", HERE / "notebooks")
+    app.connect("build-finished", write_evidence)
     app.connect("html-page-context", leave_mathjax_out)
     app.connect("autodoc-process-signature", mend_signature)
     app.connect("autodoc-process-docstring", list_fields, priority=400)  # before napoleon

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 
 from driftlens.errors import DataError
@@ -27,6 +28,8 @@ def finding(folder: Path, model: str, name: str = "table3", **changes: Any) -> P
         **changes,
     }  # fmt: skip
     (folder / f"{name}.json").write_text(json.dumps(record))
+    figure = go.Figure(go.Bar(x=[f"bar of {model}"], y=[1]))
+    (folder / f"{name}.figure.json").write_text(figure.to_json())
     return folder
 
 
@@ -75,3 +78,37 @@ def test_what_cannot_be_gathered_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is damaged"):
         gather.gather([one], tmp_path)
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_page_shows_all_that_was_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = finding(finding(tmp_path / "one", "small"), "small", "fig6")
+    other = finding(tmp_path / "other", "large", text="What <large> does.")
+    (other / "table3.figure.json").unlink()
+    shown = tmp_path / "page.html"
+    options = ["gather", str(one), str(other), "--out", str(tmp_path), "--page", str(shown)]
+    monkeypatch.setattr(sys, "argv", options)
+    gather.main()
+    assert f"wrote {shown}" in capsys.readouterr().out
+    text = shown.read_text()
+    places = [text.index(f'<section id="{name}"') for name in ("table3-0", "table3-1", "fig6-0")]
+    assert places == sorted(places)
+    assert "T: large, facts" in text and "What &lt;large&gt; does." in text
+    assert text.count("bar of small") == 2 and "bar of large" not in text
+    assert "2 cases: driftlens reproduce table3" in text and text.count("The paper: P") == 2
+    shown.unlink()
+    monkeypatch.setattr(sys, "argv", [*options[:1], *options[3:]])
+    gather.main()
+    again = shown.read_text().replace(f"--out {tmp_path}", f"{one} {other} --out {tmp_path}")
+    assert again == text
+    (tmp_path / "fig6.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"Error: .*fig6\.json is damaged"):
+        gather.main()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no gathered results"):
+        gather.page(tmp_path / "empty", "gather")
+    monkeypatch.setattr(sys, "argv", ["gather"])
+    with pytest.raises(SystemExit):
+        gather.main()
+    assert "give folders to gather, or --page" in capsys.readouterr().err

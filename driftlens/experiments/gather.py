@@ -3,7 +3,8 @@
     python -m driftlens.experiments.gather results/smollm2-135m results/gemma-3-270m
 
 Each ``NAME.json`` then holds ``rows``, with model and data in each, and ``runs``: how each was
-made, with which configurations.
+made, with which configurations, what its numbers say, and its figure. ``--page PAGE.html`` shows
+all that has been gathered; without folders, that is all that is done.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import plotly.io as pio
+
 from driftlens.cases import METRICS
+from driftlens.documents import Section, TableOf, document
 from driftlens.errors import DataError, DriftLensError
 from driftlens.evaluation import rate_cells
 from driftlens.experiments.reproduce import EXPERIMENTS
@@ -59,6 +64,8 @@ def _read(path: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if record["quick"]:
             raise DataError(f"{path} is of a quick run.", "Run the experiment without --quick.")
+        drawn = path.with_suffix(".figure.json")
+        record["figure"] = json.loads(drawn.read_text("utf-8")) if drawn.is_file() else None
         _merged([record])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged.", "Run the experiment again.") from error
@@ -69,7 +76,7 @@ def _merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = records[0]
     of_run = (
         "model", "data", "fingerprint", "command", "seed", "versions", "seconds_of_last_run",
-        "text", "arms", "cases", "failed",
+        "text", "arms", "cases", "failed", "figure",
     )  # fmt: skip
     return {
         **{name: first[name] for name in ("name", "title", "paper")},
@@ -80,6 +87,49 @@ def _merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for row in record["rows"]
         ],
     }
+
+
+def page(folder: Path, command: str) -> str:
+    """HTML of all that has been gathered in a folder: figures, what they say, and numbers.
+
+    Args:
+        folder: That :func:`gather` wrote to.
+        command: How to make the page again.
+
+    Raises:
+        DataError: If nothing has been, or a file is damaged.
+    """
+    there = [path for name in EXPERIMENTS if (path := folder / f"{name}.json").is_file()]
+    if not there:
+        raise DataError(f"{folder} holds no gathered results.", "Gather some first.")
+    sections: list[Section] = []
+    for path in there:
+        try:
+            sections += _sections(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged.", "Gather the results again.") from error
+    return document(
+        "The paper's experiments",
+        ["What each command below found, beside what the paper reports."],
+        command,
+        sections,
+    )
+
+
+def _sections(gathered: Mapping[str, Any]) -> Iterator[Section]:
+    """One for each run of an experiment."""
+    rows = pd.DataFrame(gathered["rows"])
+    for number, run in enumerate(gathered["runs"]):
+        model = run["model"]["name"]
+        own = rows[(rows["model"] == model) & (rows["data"] == run["data"])]
+        yield Section(
+            f"{gathered['name']}-{number}",
+            f"{gathered['title']}: {model}, {run['data']}",
+            texts=[run["text"], f"{len(run['cases'])} cases: {run['command']}"],
+            figures=[] if run["figure"] is None else [pio.from_json(json.dumps(run["figure"]))],
+            tables=[TableOf("Numbers", own.drop(columns=["model", "data"]), folded=True)],
+            aside="" if number else f"The paper: {gathered['paper']}",
+        )
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -100,15 +150,22 @@ def markdown(record: Mapping[str, Any]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--out", type=Path, default=Path("assets/results"))
+    parser.add_argument("--page", type=Path, help="HTML file with all that has been gathered.")
     options = parser.parse_args()
+    if not options.folders and options.page is None:
+        parser.error("give folders to gather, or --page, or both")
+    command = " ".join(["python -m driftlens.experiments.gather", *sys.argv[1:]])
     try:
         written = gather(options.folders, options.out)
+        if options.page is not None:
+            write_result(options.page, page(options.out, command))
+            written.append(options.page)
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
     for path in written:
-        if path.stem == "table3":
+        if path.name == "table3.json":
             sys.stdout.write(markdown(json.loads(path.read_text("utf-8"))) + "\n")
         sys.stdout.write(f"wrote {path}\n")
 
