@@ -26,12 +26,12 @@ An answer of several tokens is read by teacher forcing; each of its tokens is pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from operator import index
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -58,6 +58,7 @@ from driftlens.reuse import Engine, FullPass, SuffixRunner, budget, choose_engin
 from driftlens.scoring import ContinuationScore, Question, QuestionBatch, ask, log_probabilities
 from driftlens.tokens import Span
 
+Patch = TypeVar("Patch")
 Direction = Literal["restore", "contaminate"]
 Exchange = Literal["pattern", "values", "both"]
 Component = Literal["attn_out", "mlp_out", "resid"]
@@ -403,26 +404,10 @@ class PatchExperiment:
         queries: Queries = "last",
     ) -> PatchResult:
         """Exchange what layers write; the arguments are those of :func:`patch_activation`."""
-        _check_choice("component", component, Component)
-        chosen = sorted({layer for layer, _ in resolve_heads(self.model, layers, None)})
-        names = [f"blocks.{layer}.{_HOOK_OF[component]}" for layer in chosen]
-        missing = [name for name in names if name not in self._recorded]
-        if missing:
-            with self._source():
-                self._recorded.update(self.model.record(self._ids, missing))
-        width = self._ids.shape[1]
-        where = torch.stack(
-            [
-                _where(self.model, self.batch.row_question(row), width, [0], queries)[0]
-                for row in range(len(self.batch.rows))
-            ]
-        )
-        start = self._first_position(queries)
-        new = {name: self._recorded[name][:, start:] for name in names}
-        hooks = [replace_activation(name, where[:, start:], new[name]) for name in names]
-        logprobs = self._run(hooks, start, joins=[chosen[0]])
+        chosen = _layers(self.model, layers)
+        patched = self._activation([chosen], component, queries)[0]
         what = f"{component} of {_layers_in_words(self.model, chosen)}, {_in_words(queries)}"
-        return self._result(self._readout(self.batch.read(logprobs)), what)
+        return self._result(patched, what)
 
     def sweep(
         self,
@@ -477,6 +462,30 @@ class PatchExperiment:
             )
         ]
 
+    def activation_each(
+        self,
+        component: Component,
+        sets: Iterable[int | Iterable[int]],
+        *,
+        queries: Queries = "last",
+    ) -> list[PatchResult]:
+        """What :meth:`activation` finds for each set of layers, many sets in one pass.
+
+        Raises:
+            RequestError: If a set is empty.
+            ModelError: If a layer is out of range.
+        """
+        chosen = [_layers(self.model, layers) for layers in sets]
+        readouts = self._in_passes(
+            chosen, min, lambda chunk: self._activation(chunk, component, queries), queries
+        )
+        return [
+            self._result(
+                readout, f"{component} of {_layers_in_words(self.model, one)}, {_in_words(queries)}"
+            )
+            for one, readout in zip(chosen, readouts, strict=True)
+        ]
+
     # --- how they are run ---
 
     def _many(
@@ -487,21 +496,67 @@ class PatchExperiment:
         exchange: Exchange,
         bar: tqdm | None = None,
     ) -> list[Readout]:
-        """One patch for each list of (layer, head), in as few passes as memory allows."""
+        """One patch for each list of (layer, head)."""
+        return self._in_passes(
+            places,
+            lambda heads: min(layer for layer, _ in heads),
+            lambda chunk: self._attention(chunk, queries, columns, exchange),
+            queries,
+            bar,
+        )
+
+    def _in_passes(
+        self,
+        patches: Sequence[Patch],
+        lowest: Callable[[Patch], int],
+        run: Callable[[Sequence[Patch]], Sequence[Readout]],
+        queries: Queries,
+        bar: tqdm | None = None,
+    ) -> list[Readout]:
+        """A readout of each patch, in as few passes as memory allows."""
         # Patches that join the pass at the same layer stand together, so that none is early.
-        order = sorted(range(len(places)), key=lambda i: places[i][0])
+        order = sorted(range(len(patches)), key=lambda i: lowest(patches[i]))
         size = self._patches_per_pass(self._first_position(queries))
         found: list[Readout] = []
-        for readouts in in_batches(
-            [places[i] for i in order],
-            size,
-            lambda chunk: self._attention(chunk, queries, columns, exchange),
-        ):
+        for readouts in in_batches([patches[i] for i in order], size, run):
             found += readouts
             if bar is not None:
                 bar.update(len(readouts))
-        of_place = dict(zip(order, found, strict=True))
-        return [of_place[i] for i in range(len(places))]
+        of_patch = dict(zip(order, found, strict=True))
+        return [of_patch[i] for i in range(len(patches))]
+
+    def _activation(
+        self, patches: Sequence[Sequence[int]], component: Component, queries: Queries
+    ) -> list[Readout]:
+        """Several patches in one pass, each of some layers and on a copy of the batch, by
+        ascending lowest layer."""
+        _check_choice("component", component, Component)
+        layers = sorted({layer for patch in patches for layer in patch})
+        name_of = {layer: f"blocks.{layer}.{_HOOK_OF[component]}" for layer in layers}
+        missing = [name for name in name_of.values() if name not in self._recorded]
+        if missing:
+            with self._source():
+                self._recorded.update(self.model.record(self._ids, missing))
+        rows, width = len(self.batch.rows), self._ids.shape[1]
+        where = torch.stack(
+            [
+                _where(self.model, self.batch.row_question(row), width, [0], queries)[0]
+                for row in range(rows)
+            ]
+        )
+        start = self._first_position(queries)
+        joins = [min(patch) if self._reuses else 0 for patch in patches]
+        hooks = []
+        for layer, name in name_of.items():
+            joined = sum(join <= layer for join in joins)
+            here = torch.cat([where & (layer in patch) for patch in patches[:joined]])
+            new = self._recorded[name][:, start:].repeat(joined, 1, 1)
+            hooks.append(replace_activation(name, here[:, start:], new))
+        logprobs = self._run(hooks, start, joins)
+        return [
+            self._readout(self.batch.read(logprobs[copy * rows : (copy + 1) * rows]))
+            for copy in range(len(patches))
+        ]
 
     def _attention(
         self,
@@ -916,6 +971,11 @@ def resolve_heads(
     if not found:
         raise RequestError("No head is chosen.", "Name at least one, or leave heads out.")
     return sorted(set(found))
+
+
+def _layers(model: LensModel, layers: int | Iterable[int] | None) -> list[int]:
+    """The layers that are meant, ascending."""
+    return sorted({layer for layer, _ in resolve_heads(model, layers, None)})
 
 
 def _integers(values: Any, what: str) -> list[int]:

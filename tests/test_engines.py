@@ -141,6 +141,35 @@ def test_patches_of_activations_are_the_same(
     assert (found[0] - found[1]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_patches_that_share_a_pass_are_those_of_single_calls(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Sets in any order, overlapping, of one layer or several."""
+    sets: list[Any] = [[2], [0, 2], range(3), 1, [1, 2]]
+    heads = [[(layer, head) for layer in (0, 2)] for head in range(4)]
+    for _, experiment in by_engine(architecture, "contaminate"):
+        for queries in ("last", "all"):
+            component: Any = "attn_out" if queries == "all" else "mlp_out"
+            runs: list[Any] = []
+            ran = experiment._run
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    experiment, "_run", lambda *a, ran=ran, to=runs: to.append(a) or ran(*a)
+                )
+                many = experiment.activation_each(component, sets, queries=queries)
+                assert len(runs) == 1
+                many += experiment.attention_each(heads, queries=queries, exchange="both")
+                assert len(runs) == 2
+            one = [experiment.activation(component, layers=s, queries=queries) for s in sets]
+            one += [experiment.attention(heads=h, queries=queries, exchange="both") for h in heads]
+            assert [found.what for found in many] == [found.what for found in one]
+            logprobs = torch.tensor([found.patched.logprob for found in one])
+            together = torch.tensor([found.patched.logprob for found in many])
+            assert (logprobs - together).abs().max() < 1e-4
+            assert logprobs[: len(sets)].max() - logprobs[: len(sets)].min() > 1e-3
+
+
 def test_a_patch_of_several_layers_reaches_each_of_them():
     experiment = dict(by_engine("llama", "contaminate"))["suffix"]
     model = experiment.model

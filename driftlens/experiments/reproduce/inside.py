@@ -27,7 +27,7 @@ from driftlens.evaluation import bootstrap_interval
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study
 from driftlens.journal import Journal
 from driftlens.models import LensModel
-from driftlens.patching import Component, Exchange, PatchExperiment, Readout
+from driftlens.patching import Component, Exchange, PatchExperiment, PatchResult, Readout
 
 KINDS: dict[Metric, str] = {"RS": "relation", "DNS": "distract neighbourhood"}
 COMPONENTS: tuple[Component, ...] = ("attn_out", "mlp_out", "resid")
@@ -55,10 +55,7 @@ def fig3(study: Study) -> Finding:
         )
         return _baselines(experiment, made) | {
             "patched": {
-                component: {
-                    _span(w): _pair(experiment.activation(component, layers=w).patched, made)
-                    for w in windows
-                }
+                component: _by_span(windows, experiment.activation_each(component, windows), made)
                 for component in COMPONENTS
             }
         }
@@ -124,20 +121,20 @@ def fig4(study: Study) -> Finding:
 def fig5(study: Study) -> Finding:
     """Patching the drift: the edited model with the original's attention at the last token, in
     windows of layers and per head; patterns, values, or both."""
-    windows = _windows(study.model.info.n_layers, study.quick)
+    info = study.model.info
+    windows = _windows(info.n_layers, study.quick)
+    sets = [
+        [(layer, head) for layer in window for head in range(info.n_heads)]
+        for window in (*windows, range(info.n_layers))
+    ]
 
     def measure(model: LensModel, made: Edit, probe: Probe) -> dict[str, Any]:
         experiment = PatchExperiment(model, made, probe.prompt, answer=probe.right)
-        patched = {
-            exchange: {
-                **{
-                    _span(w): _pair(experiment.attention(layers=w, exchange=exchange).patched, made)
-                    for w in windows
-                },
-                "all": _pair(experiment.attention(exchange=exchange).patched, made),
-            }
-            for exchange in EXCHANGES
-        }
+        patched = {}
+        for exchange in EXCHANGES:
+            *windowed, everything = experiment.attention_each(sets, exchange=exchange)
+            patched[exchange] = _by_span(windows, windowed, made)
+            patched[exchange]["all"] = _pair(everything.patched, made)
         found: dict[str, Any] = {**_baselines(experiment, made), "patched": patched}
         if not study.quick:
             sweep = experiment.sweep(progress=False)
@@ -257,6 +254,12 @@ def _windows(n_layers: int, quick: bool) -> list[list[int]]:
     step = width if quick else max(1, width // 2)
     last = n_layers - width  # whatever the step, the uppermost layers are in a window, too
     return [list(range(y, y + width)) for y in sorted({*range(0, last, step), last})]
+
+
+def _by_span(
+    windows: Sequence[Sequence[int]], found: Sequence[PatchResult], made: Edit
+) -> dict[str, Pair]:
+    return {_span(w): _pair(one.patched, made) for w, one in zip(windows, found, strict=True)}
 
 
 def _span(window: Sequence[int]) -> str:
