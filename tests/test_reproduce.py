@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,11 +21,12 @@ from scipy import stats
 import driftlens as dl
 from driftlens.assets import asset
 from driftlens.bench import BenchResult, run_bench, units
-from driftlens.cases import Case, Cloze
+from driftlens.cases import Case, Cloze, Probe
 from driftlens.editing import defaults, methods
 from driftlens.editing.contexts import sample_contexts
 from driftlens.errors import RequestError
 from driftlens.evaluation import answers, rates
+from driftlens.experiments import sadr_search
 from driftlens.experiments.reproduce import EXPERIMENTS, Finding, Study, inside, reproduce
 from driftlens.experiments.reproduce import finding as finding_module
 from driftlens.readers import read_cases
@@ -98,6 +100,8 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
     rows = finding.rows.set_index(["kind", "patched", "layers"])
     changes: dict[tuple[str, str, str], list[float]] = {}
     of_case: dict[tuple[str, str, str], list[int]] = {}
+    bases: dict[tuple[str, str, str], list[float]] = {}
+    alone: list[np.ndarray] = []
     for number, case in enumerate(study.cases):
         edit = dl.edit(study.model, case.request, "rome", progress=False)
         for kind, title in inside.KINDS.items():
@@ -122,14 +126,19 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
                             exchange=what,
                         )  # fmt: skip
                         base = found.edited.prob
+                        if (what, layers) == ("pattern", "all"):
+                            alone.append(_gains_of_heads(study.model, edit, probe, base))
                     place = (kind_, what, layers)
                     changes.setdefault(place, []).append(found.patched.prob - base)
                     of_case.setdefault(place, []).append(number)
+                    bases.setdefault(place, []).append(base)
     assert set(changes) == set(rows.index)
     spreads = []
     for place, values in changes.items():
         assert rows.loc[place, "prompts"] == len(values)
         assert rows.loc[place, "change of P(answer)"] == pytest.approx(np.mean(values), abs=1e-6)
+        unpatched = rows.loc[place, "P(answer) unpatched"]
+        assert unpatched == pytest.approx(np.mean(bases[place]), abs=1e-6)
         assert abs(rows.loc[place, "lost P(answer)"]) > 5e-5  # far above the tolerance
         chosen = np.random.default_rng(0).integers(0, 2, (2000, 2))  # cases that are drawn
         groups = [np.array(values)[np.array(of_case[place]) == number] for number in (0, 1)]
@@ -139,6 +148,33 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
         spreads.append(ends["high"] - ends["low"])
     assert max(spreads) > 1e-4  # far above the tolerance
     assert "P(answer)" in finding.text
+    if name == "fig5":
+        kind = finding.rows["kind"].iloc[0]
+        patterns = rows.xs((kind, "pattern")).drop("all")
+        best = patterns.loc[patterns["change of P(answer)"].idxmax()]
+        rise = 100 * best["change of P(answer)"] / best["P(answer) unpatched"]
+        assert f"raises P(answer) by {rise:.1f} % relative" in finding.text
+        gains = np.mean(alone, axis=0)
+        layer, head = np.unravel_index(gains.argmax(), gains.shape)
+        most = f"Single heads that bring back most: L{layer}H{head} {gains.max():+.3f}"
+        assert most in finding.text
+
+
+def _gains_of_heads(model: dl.LensModel, edit: dl.Edit, probe: Probe, base: float) -> np.ndarray:
+    """What each head, restored alone, brings back, ``[layer, head]``."""
+    layers, heads = range(model.info.n_layers), range(model.info.n_heads)
+    return np.array(
+        [
+            [
+                dl.patch_attention(
+                    model, edit, probe.prompt, answer=probe.right, heads=[(y, x)]
+                ).patched.prob
+                - base
+                for x in heads
+            ]
+            for y in layers
+        ]
+    )
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -525,3 +561,94 @@ def test_cases_without_some_prompts(
     study = Study(model, bare, tmp_path, quick=True, progress=False)
     for finding in reproduce(study, ["table1", "table3", "fig6", "fig7"]):
         assert finding.text and len(finding.rows)
+
+
+def test_stages_of_the_search_build_on_the_best_so_far() -> None:
+    config = dl.RomeConfig(layer=1, steps=20, lr=0.5)
+    going = sadr_search.stages(sadr_search.Choice(config, sadr_search.FIRST), 5)
+    first, longer = next(going)
+    assert first.config == config and longer.config == replace(config, steps=30, lr=1.0)
+    assert first.sadr == longer.sadr == dl.SADR(gamma=0.8)
+    low, high = going.send(longer)
+    assert (low.sadr.gamma, high.sadr.gamma) == (0.2, 3.2)
+    assert low.config == high.config == longer.config
+    all_heads, drifted = going.send(high)
+    assert (all_heads.sadr.heads, drifted.sadr.heads) == ("all", "drift")
+    assert all_heads.sadr.gamma == drifted.sadr.gamma == 3.2
+    (reverse,) = going.send(drifted)
+    assert reverse.sadr == replace(drifted.sadr, divergence="reverse_kl")
+    (upper,) = going.send(drifted)
+    assert upper.sadr == replace(drifted.sadr, layers=(2, 3, 4))
+    with pytest.raises(StopIteration):
+        going.send(upper)
+    plain, held = upper.arms("rome")
+    assert plain.config == held.config == longer.config
+    assert not plain.penalties and held.penalties == (upper.sadr,)
+    assert len({c.arms("rome")[1].name for c in (longer, low, high, drifted, reverse, upper)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"ES": -1.0, "PS": -4.0, "NS": -50.0, "RS": 3.0, "DNS": 2.0}, (0.0, 5.0)),
+        ({"ES": -1.5, "PS": -6.0, "RS": 3.0, "DNS": -2.0}, (-2.5, 1.0)),
+        ({"ES": 5.0, "PS": 5.0, "RS": 3.0}, (0.0, 3.0)),
+    ],
+)
+def test_what_settings_of_sadr_are_compared_by(
+    changes: dict[str, float], expected: tuple[float, float]
+) -> None:
+    plain, held = sadr_search.Choice(dl.RomeConfig(layer=1), dl.SADR(gamma=1.0)).arms("rome")
+    asked = []
+
+    def compare(arm: str, other: str) -> dict[str, SimpleNamespace]:
+        asked.append((arm, other))
+        return {metric: SimpleNamespace(value=value) for metric, value in changes.items()}
+
+    result: Any = SimpleNamespace(compare=compare)
+    assert sadr_search.merit(result, plain, held) == pytest.approx(expected)
+    assert asked == [(held.name, plain.name)]
+
+
+def test_the_search_for_the_settings_of_sadr(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sadr_search, "FIRST", dl.SADR(gamma=5.0))
+    best, found = sadr_search.search(model, "rome", cases[:2], tmp_path / "search")
+    assert len(found["cases"]) == 2 and not found["failed"]
+    result = BenchResult(tmp_path / "search")
+    assert [arm["name"] for arm in found["arms"]] == result.arms
+    assert len(found["settings"]) == 8
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    merits = {}
+    for name, told in found["settings"].items():
+        plain = told["less"]
+        assert arms[plain]["config"] == arms[name]["config"]  # steps, too
+        assert not arms[plain]["penalties"] and len(arms[name]["penalties"]) == 1
+        before, after = result.rates(plain), result.rates(name)
+        change = {m: after[m].value - before[m].value for m in ("ES", "PS", "RS", "DNS")}
+        for metric, value in change.items():
+            assert told["changes"][metric].startswith(f"{value:+.1f} [")
+        assert told["relative"] == pytest.approx(
+            {m: 100 * change[m] / before[m].value for m in ("RS", "DNS") if before[m].value}
+        )
+        beyond = max(0.0, -change["ES"] - 1) + max(0.0, -change["PS"] - 4)
+        assert told["beyond what is allowed"] == pytest.approx(beyond, abs=1e-6)
+        assert told["gained"] == pytest.approx(change["RS"] + change["DNS"])
+        merits[name] = (-round(beyond, 6), round(change["RS"] + change["DNS"], 6))
+    assert merits[found["best"]] == max(merits.values())
+    assert found["best"] == best.arms("rome")[1].name
+    assert found["best"] in sadr_search.sentence(found)
+
+    checked = sadr_search.check(model, "rome", best, cases[2:], tmp_path / "check")
+    assert checked["cases"] == [cases[2].id] and list(checked["settings"]) == [found["best"]]
+    made = dl.edit(model, cases[2].request, config=best.config, penalty=best.sadr, progress=False)
+    with made.applied(model):
+        alone = rates([answers(model, cases[2])])
+    told = {(row["arm"], row["metric"]): row["value"] for row in checked["rows"]}
+    assert told[found["best"], "DNS"] == pytest.approx(alone["DNS"].value)
+
+    monkeypatch.setattr(units, "edit_each", None)  # nothing is edited again
+    assert sadr_search.search(model, "rome", cases[:2], tmp_path / "search") == (best, found)
+    with pytest.raises(RequestError, match="grace does not search for a value"):
+        sadr_search.search(model, "grace", cases, tmp_path)

@@ -1,0 +1,250 @@
+"""The search for SADR's settings, editor by editor, and what the best one is worth.
+
+    python -m driftlens.experiments.sadr_search --data FILE --methods rome
+
+Two parts. The search uses cases of the tuning split only. It begins with the editor's own
+hyperparameters and `FIRST`, and goes through stages: how long and fast both searches for the value
+are (restricted and not, always at equal steps), gamma, which heads are held, by which divergence,
+and in which layers; each stage keeps the best setting so far. A setting is judged against the same
+editor without SADR, paired by case: first by the points beyond `ALLOWED` that it costs, then by
+what it gains, the sum of RS and DNS. The check repeats the best setting on held-back cases, once.
+
+Numbers go to ``OUT/sadr-MODEL-METHOD.json``, answers to a folder beside it, from which a stopped
+call goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import driftlens as dl
+from driftlens.bench import UNEDITED, Arm, BenchResult, Setting, run_bench
+from driftlens.cases import METRICS, Case, balanced, tuning_split
+from driftlens.editing.configs import ValueSearch
+from driftlens.editing.methods import METHODS, resolve_config
+from driftlens.errors import DriftLensError, RequestError
+from driftlens.experiments.options import arguments
+from driftlens.readers import read_cases
+from driftlens.records import data_file, versions, write_result
+
+FIRST = dl.SADR(gamma=0.8)
+ALLOWED = {"ES": 1.0, "PS": 4.0}
+"""Points that a restriction may cost."""
+GAINS = ("RS", "DNS")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting: the editor's hyperparameters, and how SADR holds it.
+
+    Args:
+        config: Of the editor, without SADR and with it.
+        sadr: The restriction.
+    """
+
+    config: ValueSearch
+    sadr: dl.SADR
+
+    def arms(self, method: str) -> tuple[Arm, Arm]:
+        """The editor without SADR, and with it."""
+        plain = f"{method}, {self.config.steps} steps, lr {self.config.lr:g}"
+        parts = [f"gamma {self.sadr.gamma:g}", f"heads {self.sadr.heads}", self.sadr.divergence]
+        if self.sadr.layers is not None:
+            parts.append(f"layers {self.sadr.layers[0]}-{self.sadr.layers[-1]}")
+        held = f"{plain}, {', '.join(parts)}"
+        return Arm(plain, method, self.config), Arm(held, method, self.config, (self.sadr,))
+
+
+def stages(best: Choice, n_layers: int) -> Generator[list[Choice], Choice, None]:
+    """What is tried, stage by stage; send the best setting after each."""
+    config = best.config
+    longer = replace(config, steps=config.steps * 3 // 2, lr=2 * config.lr)
+    best = yield [best, replace(best, config=longer)]
+    upper = tuple(range(n_layers // 2, n_layers))
+    changes: list[list[dict[str, Any]]] = [
+        [{"gamma": best.sadr.gamma / 4}, {"gamma": best.sadr.gamma * 4}],
+        [{"heads": "all"}, {"heads": "drift"}],
+        [{"divergence": "reverse_kl"}],
+        [{"layers": upper}],
+    ]
+    for stage in changes:
+        best = yield [replace(best, sadr=replace(best.sadr, **change)) for change in stage]
+
+
+def search(
+    model: dl.LensModel, method: str, cases: Sequence[Case], out: Path, command: str = ""
+) -> tuple[Choice, dict[str, Any]]:
+    """The best setting of one editor, and all that were tried, JSON-ready.
+
+    Args:
+        model: The unedited model.
+        method: The editor.
+        cases: Of the tuning split.
+        out: Folder of the answers.
+        command: How to run this again, for the record.
+
+    Raises:
+        RequestError: If the editor does not search for values.
+    """
+    best = Choice(_searched(model, method), FIRST)
+    tried: list[Choice] = []
+    going = stages(best, model.info.n_layers)
+    stage = next(going)
+    while True:
+        tried += stage
+        result = _run(model, method, tried, cases, out, command)
+        best = max(tried, key=lambda choice: merit(result, *choice.arms(method)))
+        try:
+            stage = going.send(best)
+        except StopIteration:
+            break
+    return best, {"best": best.arms(method)[1].name, **_told(result, method, tried)}
+
+
+def check(
+    model: dl.LensModel,
+    method: str,
+    choice: Choice,
+    cases: Sequence[Case],
+    out: Path,
+    command: str = "",
+) -> dict[str, Any]:
+    """What a setting is worth on other cases, beside the unedited model, JSON-ready."""
+    return _told(_run(model, method, [choice], cases, out, command), method, [choice])
+
+
+def merit(result: BenchResult, plain: Arm, held: Arm) -> tuple[float, float]:
+    """What settings are compared by: points beyond what SADR may cost (negative), then the
+    points that it gains."""
+    found = result.compare(held.name, plain.name)
+    beyond = sum(
+        max(0.0, -found[metric].value - allowed - 1e-9)
+        for metric, allowed in ALLOWED.items()
+        if metric in found
+    )
+    return -beyond, sum(found[metric].value for metric in GAINS if metric in found)
+
+
+def sentence(told: dict[str, Any]) -> str:
+    """What SADR costs and gains under the settings of a record, for a reader."""
+    lines = []
+    for name, one in told["settings"].items():
+        parts = [
+            f"{metric} {one['changes'][metric]}"
+            + (f" ({one['relative'][metric]:+.0f} %)" if metric in one["relative"] else "")
+            for metric in one["changes"]
+        ]
+        lines.append(f"{name}: {'; '.join(parts)}")
+    return "\n".join(lines)
+
+
+# --- parts ---
+
+
+def _searched(model: dl.LensModel, method: str) -> ValueSearch:
+    config = resolve_config(model, method)
+    if not isinstance(config, ValueSearch):
+        able = [name for name, known in METHODS.items() if issubclass(known.config, ValueSearch)]
+        raise RequestError(
+            f"{method} does not search for a value.", f"Choose of {', '.join(able)}."
+        )
+    return config
+
+
+def _run(
+    model: dl.LensModel,
+    method: str,
+    choices: Sequence[Choice],
+    cases: Sequence[Case],
+    out: Path,
+    command: str,
+) -> BenchResult:
+    arms = {arm.name: arm for choice in choices for arm in choice.arms(method)}
+    return run_bench(
+        model, cases, [Arm(UNEDITED), *arms.values()], out, setting=Setting(METRICS),
+        command=command,
+    )  # fmt: skip
+
+
+def _told(result: BenchResult, method: str, choices: Sequence[Choice]) -> dict[str, Any]:
+    """Rates of all arms, and what SADR changes under each setting: points with their interval,
+    and, of what should grow, per cent of what there was without it."""
+    settings: dict[str, Any] = {}
+    for choice in choices:
+        plain, held = choice.arms(method)
+        changes = result.compare(held.name, plain.name)
+        before = result.rates(plain.name)
+        beyond, gained = merit(result, plain, held)
+        settings[held.name] = {
+            "less": plain.name,
+            "changes": {metric: str(found) for metric, found in changes.items()},
+            "relative": {
+                metric: 100 * changes[metric].value / before[metric].value
+                for metric in GAINS
+                if metric in changes and before[metric].value > 0
+            },
+            "beyond what is allowed": -beyond,
+            "gained": gained,
+        }
+    return {
+        "cases": list(result.cases),
+        "arms": result.conditions(),
+        "failed": [{"arm": a, "case": c, "reason": r} for a, c, r in result.failed],
+        "rows": json.loads(result.table().to_json(orient="records")),
+        "settings": settings,
+    }
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Command line."""
+    parser = arguments(__doc__ or "", 32, Path("assets/results/tuning"))
+    parser.set_defaults(methods=["rome"])
+    parser.add_argument("--check", type=int, default=150, help="held-back cases of the check")
+    options = parser.parse_args()
+    try:
+        model = dl.load_model(options.model)
+        tuning, held_back = tuning_split(read_cases(options.data))
+        for method in options.methods:
+            command = (
+                f"python -m driftlens.experiments.sadr_search --model {options.model} --data "
+                f"{options.data.name} --cases {options.cases} --methods {method} --check "
+                f"{options.check}"
+            )
+            name = f"sadr-{model.info.name}-{method}"
+            folder = options.out / name
+            best, found = search(
+                model, method, balanced(tuning, options.cases), folder / "search", command
+            )
+            _say(f"{sentence(found)}\nbest: {found['best']}")
+            checked = check(
+                model, method, best, balanced(held_back, options.check), folder / "check", command
+            )
+            _say(f"on held-back cases:\n{sentence(checked)}")
+            record = {
+                "model": model.info.to_dict(),
+                "fingerprint": model.fingerprint(),
+                "data": data_file(options.data),
+                "command": command,
+                "versions": versions(),
+                "method": method,
+                "search": found,
+                "check": checked,
+            }
+            text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+            write_result(options.out / f"{name}.json", text)
+    except DriftLensError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    main()
