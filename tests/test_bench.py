@@ -255,7 +255,39 @@ def test_more_cases_and_arms_add_to_it(
     found = bench(model, cases, tmp_path)
     assert (tmp_path / UNITS).read_bytes().startswith(finished)
     assert len((tmp_path / UNITS).read_bytes().splitlines()) == 15
-    assert records(found) == records(whole)
+    # Which cases share passes depends on which there are, and so do the last bits.
+    for arm in whole.arms:
+        assert set(found.records[arm]) == set(whole.records[arm])
+        for case, expected in whole.answers(arm).items():
+            for one, other in zip(found.answers(arm)[case], expected, strict=True):
+                assert (one.metric, one.exact) == (other.metric, other.exact)
+                assert one.right == pytest.approx(other.right, rel=1e-4)
+                assert one.wrong == pytest.approx(other.wrong, rel=1e-4)
+
+
+def test_cases_of_like_length_are_edited_together(model: dl.LensModel) -> None:
+    def case(i: int, words: int, subject: str = "Oslo") -> Case:
+        prompt = f"A word or two before {'{}'}{' is' * words} in"
+        return Case(f"c{i}", dl.EditRequest(prompt, subject, "Rome", "Paris"))
+
+    lengths = [9, 1, 5, 9, 2, 6, 1]
+    several = [case(i, words) for i, words in enumerate(lengths)]
+    found = units.parts(model, several, 2)
+    # By length: 1 1 | 2 5 | 6 9 | 9; in the order of each part's first case.
+    names = [[one.id for one in part] for part in found]
+    assert names == [["c0", "c5"], ["c1", "c6"], ["c2", "c4"], ["c3"]]
+    # What is left of the subject does not count.
+    long = replace(several[1].request, prompt=f"{'Once more, ' * 20}{several[1].request.prompt}")
+    assert units.parts(model, [*several, replace(several[1], id="c7", request=long)], 3)[1] == (
+        several[1], several[6], replace(several[1], id="c7", request=long),
+    )  # fmt: skip
+    # One that cannot be edited is not lost.
+    endless = replace(case(8, 500), id="endless")
+    with pytest.raises(RequestError, match="more than the 128"):
+        dl.edit(model, endless.request, config=dl.RomeConfig(layer=1), covariance="identity")
+    assert sorted(c.id for part in units.parts(model, [*several, endless], 3) for c in part) == [
+        *(f"c{i}" for i in range(7)), "endless"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -325,16 +357,17 @@ def test_changed_weights_end_the_run(
 ) -> None:
     weight = model.down_projection(0).weight
     real = units.answers
+    second = units.parts(model, cases[:4], 2)[0][1].id
 
     def harm(model: dl.LensModel, case: Case, metrics: Any) -> Any:
-        if case.id == cases[1].id:
+        if case.id == second:
             weight.data[0, 0] += 1.0
         return real(model, case, metrics)
 
     monkeypatch.setattr(units, "answers", harm)
     kept = weight.data.clone()
     with pytest.raises(ModelError, match="not what they were"):
-        bench(model, cases, tmp_path)
+        bench(model, cases[:4], tmp_path)
     weight.data.copy_(kept)
     assert len((tmp_path / UNITS).read_bytes().splitlines()) == 2
 

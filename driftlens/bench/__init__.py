@@ -25,6 +25,7 @@ from driftlens.bench.units import (
     arm_from_dict,
     edits_of,
     make_arms,
+    parts,
     run_job,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "arm_from_dict",
     "edits_of",
     "make_arms",
+    "parts",
     "run_bench",
     "run_job",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from driftlens.bench.units import (
     LocalExecutor,
     Setting,
     identity,
+    parts,
 )
 from driftlens.cases import Case
 from driftlens.errors import DataError, ModelError, RequestError
@@ -90,7 +91,7 @@ def run_bench(
         missing = {
             key for key, unit in units.items() if not journal.is_finished(unit, retry_failed)
         }
-        jobs = _jobs(cases, arms, missing, cases_at_once)
+        jobs = _jobs(parts(model, cases, cases_at_once), arms, missing)
         bar = tqdm(total=len(units), initial=len(units) - len(missing), desc="bench",
                    unit="unit", disable=not progress)  # fmt: skip
         with bar:
@@ -114,14 +115,10 @@ def _check(model: LensModel, cases: Sequence[Case], arms: Sequence[Arm]) -> None
 
 
 def _jobs(
-    cases: Sequence[Case],
-    arms: Sequence[Arm],
-    missing: set[tuple[str, str]],
-    cases_at_once: int,
+    together: Iterable[tuple[Case, ...]], arms: Sequence[Arm], missing: set[tuple[str, str]]
 ) -> Iterator[Job]:
     """Part by part of the cases, so that a stopped run has something of every arm."""
-    for first in range(0, len(cases), cases_at_once):
-        part = tuple(cases[first : first + cases_at_once])
+    for part in together:
         for arm in arms:
             wanted = frozenset(case.id for case in part if (case.id, arm.name) in missing)
             if wanted:

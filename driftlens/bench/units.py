@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from driftlens.cases import ALL_METRICS, UNRELATED, Case, Metric, TextMetric
 from driftlens.editing.configs import EditConfig, checked
+from driftlens.editing.contexts import Context
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.family import PENALTIES, penalty_from_dict
 from driftlens.editing.methods import config_of, edit, edit_each, resolve_config
@@ -16,6 +17,7 @@ from driftlens.editing.outcome import ValueStore
 from driftlens.editing.penalties import Penalty
 from driftlens.editing.sadr import SADR
 from driftlens.editing.statistics import DEFAULT_TOKENS
+from driftlens.editing.target import subject_in_context
 from driftlens.edits import Edit
 from driftlens.errors import DriftLensError, ModelError, RequestError
 from driftlens.evaluation import answers
@@ -173,6 +175,31 @@ class Job:
     arm: Arm
     cases: tuple[Case, ...]
     missing: frozenset[str]
+
+
+def parts(
+    model: LensModel, cases: Sequence[Case], size: int = CASES_AT_ONCE
+) -> list[tuple[Case, ...]]:
+    """Cases that are edited together, in passes that are padded to the longest: those that are
+    about as long from the subject on.
+
+    Args:
+        model: Whose tokens count.
+        cases: In any order; the parts come in that of their first cases.
+        size: Of a part; the last one may be smaller.
+    """
+    order = sorted(range(len(cases)), key=lambda i: _tokens_from_subject(model, cases[i]))
+    chunks = [sorted(order[first : first + size]) for first in range(0, len(order), size)]
+    return [tuple(cases[i] for i in chunk) for chunk in sorted(chunks)]
+
+
+def _tokens_from_subject(model: LensModel, case: Case) -> int:
+    """Tokens from the subject's last one to the end of the target; 0 if there is no telling."""
+    try:
+        ids, subject = subject_in_context(model, case.request, Context())
+        return len(ids) - subject + len(model.tokens.target_ids(case.request.target_new))
+    except DriftLensError:
+        return 0
 
 
 def run_job(

@@ -13,12 +13,12 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from driftlens.bench import (
-    CASES_AT_ONCE,
     Arm,
     BenchResult,
     Setting,
     edits_of,
     make_arms,
+    parts,
     run_bench,
 )
 from driftlens.cases import Case
@@ -68,9 +68,7 @@ class Study:
             DriftLensError: If it cannot be made.
         """
         if case.id not in self._edits:
-            place = list(self.cases).index(case)
-            first = place - place % CASES_AT_ONCE
-            together = self.cases[first : first + CASES_AT_ONCE]
+            together = next(part for part in parts(self.model, self.cases) if case in part)
             arm = self.arms(("rome",))[1]
             for one, made in edits_of(self.model, arm, together, self.seed):
                 self._edits[one.id] = made
