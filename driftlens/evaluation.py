@@ -281,6 +281,59 @@ def compare(
     return found
 
 
+@dataclass(frozen=True)
+class Growth:
+    """What one condition gives more than another, in per cent of what the other gives.
+
+    Args:
+        value: Of the sums over all prompts.
+        low: Lower end of the 95 % interval, by bootstrap over cases.
+        high: Its upper end; infinite if the other condition gives nothing in too many draws.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.0f} % [{self.low:+.0f}, {self.high:+.0f}]".replace("-0 %", "+0 %")
+
+
+def growth(
+    first: Mapping[str, Sequence[Answer]],
+    second: Mapping[str, Sequence[Answer]],
+    metric: Metric,
+    measure: Measure = "success",
+    draws: int = 2000,
+    seed: int = 0,
+) -> Growth | None:
+    """The relative change of a metric over the cases that both have, from the second to the first.
+
+    Args:
+        first: Answers by the case's id.
+        second: The same under the other condition.
+        metric: Which of `ALL_METRICS`.
+        measure: One of `MEASURES` that is never negative.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Returns:
+        ``None`` if the second gives nothing, so that there is nothing to relate to.
+    """
+    common = [name for name in first if name in second]
+    sums, _ = _sums([first[name] for name in common], metric, measure)
+    others, _ = _sums([second[name] for name in common], metric, measure)
+    if not others.sum() > 0:
+        return None
+    chosen = np.random.default_rng(seed).integers(0, len(common), size=(draws, len(common)))
+    gains, of = (sums - others)[chosen].sum(1), others[chosen].sum(1)
+    ratios = np.divide(gains, of, out=np.where(gains > 0, np.inf, 0.0), where=of > 0)
+    low, high = np.quantile(ratios, [0.025, 0.975], method="nearest")
+    return Growth(
+        100 * float((sums.sum() - others.sum()) / others.sum()), 100 * float(low), 100 * float(high)
+    )
+
+
 def difference(
     gains: np.ndarray, counts: np.ndarray, draws: int = 2000, seed: int = 0
 ) -> Difference:

@@ -568,7 +568,7 @@ def test_cases_without_some_prompts(
 
 def test_stages_of_the_search_build_on_the_best_so_far() -> None:
     config = dl.RomeConfig(layer=1, steps=20, lr=0.5)
-    going = sadr_search.stages(sadr_search.Choice(config, sadr_search.FIRST), 5)
+    going = sadr_search.stages(sadr_search.Choice(config, sadr_search.FIRST), 6)
     first, longer = next(going)
     assert first.config == config and longer.config == replace(config, steps=30, lr=1.0)
     assert first.sadr == longer.sadr == dl.SADR(gamma=0.8)
@@ -580,26 +580,29 @@ def test_stages_of_the_search_build_on_the_best_so_far() -> None:
     assert all_heads.sadr.gamma == drifted.sadr.gamma == 3.2
     (reverse,) = going.send(drifted)
     assert reverse.sadr == replace(drifted.sadr, divergence="reverse_kl")
-    (upper,) = going.send(drifted)
-    assert upper.sadr == replace(drifted.sadr, layers=(2, 3, 4))
+    lower, upper = going.send(drifted)  # layers 2 to 5 are above the edited one
+    assert lower.sadr == replace(drifted.sadr, layers=(0, 1, 2, 3))
+    assert upper.sadr == replace(drifted.sadr, layers=(4, 5))
     with pytest.raises(StopIteration):
         going.send(upper)
     plain, held = upper.arms("rome")
     assert plain.config == held.config == longer.config
     assert not plain.penalties and held.penalties == (upper.sadr,)
-    assert len({c.arms("rome")[1].name for c in (longer, low, high, drifted, reverse, upper)}) == 6
+    several = (longer, low, high, drifted, reverse, lower, upper)
+    assert len({choice.arms("rome")[1].name for choice in several}) == 7
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("changes", "prompts", "expected"),
     [
-        ({"ES": -1.0, "PS": -4.0, "NS": -50.0, "RS": 3.0, "DNS": 2.0}, (0.0, 5.0)),
-        ({"ES": -1.5, "PS": -6.0, "RS": 3.0, "DNS": -2.0}, (-2.5, 1.0)),
-        ({"ES": 5.0, "PS": 5.0, "RS": 3.0}, (0.0, 3.0)),
+        ({"ES": -1.0, "PS": -4.0, "NS": -50.0, "RS": 3.0, "DNS": 2.0}, 1000, (0.0, 5.0)),
+        ({"ES": -1.5, "PS": -6.0, "RS": 3.0, "DNS": -2.0}, 1000, (-2.5, 1.0)),
+        ({"ES": -5.0, "PS": -10.0, "RS": 3.0}, 20, (-5.0, 3.0)),  # one prompt is 5 points
+        ({"ES": 5.0, "PS": 5.0, "RS": 3.0}, 1000, (0.0, 3.0)),
     ],
 )
 def test_what_settings_of_sadr_are_compared_by(
-    changes: dict[str, float], expected: tuple[float, float]
+    changes: dict[str, float], prompts: int, expected: tuple[float, float]
 ) -> None:
     plain, held = sadr_search.Choice(dl.RomeConfig(layer=1), dl.SADR(gamma=1.0)).arms("rome")
     asked = []
@@ -608,9 +611,15 @@ def test_what_settings_of_sadr_are_compared_by(
         asked.append((arm, other))
         return {metric: SimpleNamespace(value=value) for metric, value in changes.items()}
 
-    result: Any = SimpleNamespace(compare=compare)
+    result: Any = SimpleNamespace(
+        compare=compare,
+        failed=[("another arm", "a case", "a reason")],
+        rates=lambda arm: {metric: SimpleNamespace(prompts=prompts) for metric in changes},
+    )
     assert sadr_search.merit(result, plain, held) == pytest.approx(expected)
     assert asked == [(held.name, plain.name)]
+    result.failed.append((held.name, "a case", "a reason"))
+    assert sadr_search.merit(result, plain, held) < (-100.0, 0.0)
 
 
 def test_the_search_for_the_settings_of_sadr(
@@ -621,30 +630,45 @@ def test_the_search_for_the_settings_of_sadr(
     assert len(found["cases"]) == 2 and not found["failed"]
     result = BenchResult(tmp_path / "search")
     assert [arm["name"] for arm in found["arms"]] == result.arms
-    assert len(found["settings"]) == 8
+    assert len(found["settings"]) == 9
     arms = {arm["name"]: arm for arm in found["arms"]}
+    reference = result.arms[1]
+    assert arms[reference]["config"]["steps"] == SEARCH["steps"]
     merits = {}
     for name, told in found["settings"].items():
-        plain = told["less"]
-        assert arms[plain]["config"] == arms[name]["config"]  # steps, too
-        assert not arms[plain]["penalties"] and len(arms[name]["penalties"]) == 1
-        before, after = result.rates(plain), result.rates(name)
-        change = {m: after[m].value - before[m].value for m in ("ES", "PS", "RS", "DNS")}
-        for metric, value in change.items():
-            assert told["changes"][metric].startswith(f"{value:+.1f} [")
-        assert told["relative"] == pytest.approx(
-            {m: 100 * change[m] / before[m].value for m in ("RS", "DNS") if before[m].value}
+        assert len(arms[name]["penalties"]) == 1
+        first, *own = told["less"]
+        assert first == reference
+        for plain, changes in told["less"].items():
+            assert not arms[plain]["penalties"]
+            before, after = result.rates(plain), result.rates(name)
+            for metric, change in changes.items():
+                value = after[metric].value - before[metric].value
+                assert change["value"] == pytest.approx(value)
+                assert change["points"].startswith(f"{value:+.1f} [")
+                assert ("relative" in change) == (
+                    metric in ("RS", "DNS") and before[metric].value > 0
+                )
+                if "relative" in change:
+                    share = 100 * value / before[metric].value
+                    assert change["relative_value"] == pytest.approx(share)
+        same = own[0] if own else reference
+        assert arms[same]["config"] == arms[name]["config"]  # steps, too
+        change = {m: c["value"] for m, c in told["less"][reference].items()}
+        beyond = sum(
+            max(0.0, -change[m] - max(points, 100 / result.rates(name)[m].prompts))
+            for m, points in (("ES", 1.0), ("PS", 4.0))
         )
-        beyond = max(0.0, -change["ES"] - 1) + max(0.0, -change["PS"] - 4)
         assert told["beyond what is allowed"] == pytest.approx(beyond, abs=1e-6)
         assert told["gained"] == pytest.approx(change["RS"] + change["DNS"])
         merits[name] = (-round(beyond, 6), round(change["RS"] + change["DNS"], 6))
     assert merits[found["best"]] == max(merits.values())
     assert found["best"] == best.arms("rome")[1].name
-    assert found["best"] in sadr_search.sentence(found)
+    assert f"{found['best']} less {reference}: ES " in sadr_search.sentence(found)
 
     checked = sadr_search.check(model, "rome", best, cases[2:], tmp_path / "check")
     assert checked["cases"] == [cases[2].id] and list(checked["settings"]) == [found["best"]]
+    assert reference in checked["settings"][found["best"]]["less"]
     made = dl.edit(model, cases[2].request, config=best.config, penalty=best.sadr, progress=False)
     with made.applied(model):
         alone = rates([answers(model, cases[2])])

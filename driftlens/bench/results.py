@@ -19,12 +19,14 @@ from driftlens.errors import DataError, RequestError
 from driftlens.evaluation import (
     Answer,
     Difference,
+    Growth,
     Measure,
     Rate,
     average,
     bootstrap_interval,
     combined,
     compare,
+    growth,
     rates,
 )
 from driftlens.journal import Journal
@@ -152,6 +154,13 @@ class BenchResult:
     ) -> dict[Metric, Difference]:
         """Paired differences: an arm less another, over the cases that both have."""
         return compare(self.answers(arm), self.answers(other), measure)
+
+    def growth(
+        self, arm: str, other: str, metric: Metric, measure: Measure = "success"
+    ) -> Growth | None:
+        """What an arm gives more than another, in per cent, over the cases that both have;
+        ``None`` if the other gives nothing."""
+        return growth(self.answers(arm), self.answers(other), metric, measure)
 
     def pairs(self) -> list[tuple[str, str]]:
         """What is compared with what: each restricted arm with the same editor without, each

@@ -4,10 +4,12 @@
 
 Two parts. The search uses cases of the tuning split only. It begins with the editor's own
 hyperparameters and `FIRST`, and goes through stages: how long and fast both searches for the value
-are (restricted and not, always at equal steps), gamma, which heads are held, by which divergence,
-and in which layers; each stage keeps the best setting so far. A setting is judged against the same
-editor without SADR, paired by case: first by the points beyond `ALLOWED` that it costs, then by
-what it gains, the sum of RS and DNS. The check repeats the best setting on held-back cases, once.
+are (restricted and not, always with the same number of steps at most), gamma, which heads are
+held, by which divergence, and in which layers; each stage keeps the best setting so far.
+
+All settings are judged against the same arm, the editor with its own hyperparameters and without
+SADR, paired by case: first by the points beyond `ALLOWED` that they cost, then by what they gain,
+the sum of RS and DNS. The check repeats the best setting on held-back cases, once.
 
 Numbers go to ``OUT/sadr-MODEL-METHOD.json``, answers to a folder beside it, from which a stopped
 call goes on.
@@ -16,9 +18,10 @@ call goes on.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ from driftlens.records import data_file, versions, write_result
 
 FIRST = dl.SADR(gamma=0.8)
 ALLOWED = {"ES": 1.0, "PS": 4.0}
-"""Points that a restriction may cost."""
+"""Points that a restriction may cost; one prompt is allowed in any case."""
 GAINS = ("RS", "DNS")
 
 
@@ -65,12 +68,13 @@ def stages(best: Choice, n_layers: int) -> Generator[list[Choice], Choice, None]
     config = best.config
     longer = replace(config, steps=config.steps * 3 // 2, lr=2 * config.lr)
     best = yield [best, replace(best, config=longer)]
-    upper = tuple(range(n_layers // 2, n_layers))
+    middle = (max(config.edited_layers) + 1 + n_layers) // 2
+    lower, upper = tuple(range(middle)), tuple(range(middle, n_layers))
     changes: list[list[dict[str, Any]]] = [
         [{"gamma": best.sadr.gamma / 4}, {"gamma": best.sadr.gamma * 4}],
         [{"heads": "all"}, {"heads": "drift"}],
         [{"divergence": "reverse_kl"}],
-        [{"layers": upper}],
+        [{"layers": lower}, {"layers": upper}],
     ]
     for stage in changes:
         best = yield [replace(best, sadr=replace(best.sadr, **change)) for change in stage]
@@ -91,19 +95,21 @@ def search(
     Raises:
         RequestError: If the editor does not search for values.
     """
-    best = Choice(_searched(model, method), FIRST)
+    best = first = Choice(_searched(model, method), FIRST)
+    reference = first.arms(method)[0]
     tried: list[Choice] = []
     going = stages(best, model.info.n_layers)
     stage = next(going)
     while True:
         tried += stage
         result = _run(model, method, tried, cases, out, command)
-        best = max(tried, key=lambda choice: merit(result, *choice.arms(method)))
+        best = max(tried, key=lambda choice: merit(result, reference, choice.arms(method)[1]))
         try:
             stage = going.send(best)
         except StopIteration:
             break
-    return best, {"best": best.arms(method)[1].name, **_told(result, method, tried)}
+    told = _told(result, method, tried, reference)
+    return best, {"best": best.arms(method)[1].name, **told}
 
 
 def check(
@@ -114,16 +120,22 @@ def check(
     out: Path,
     command: str = "",
 ) -> dict[str, Any]:
-    """What a setting is worth on other cases, beside the unedited model, JSON-ready."""
-    return _told(_run(model, method, [choice], cases, out, command), method, [choice])
+    """What a setting is worth on other cases, beside the unedited model and the editor's own
+    hyperparameters, JSON-ready."""
+    reference = Choice(_searched(model, method), FIRST).arms(method)[0]
+    result = _run(model, method, [choice], cases, out, command, reference)
+    return _told(result, method, [choice], reference)
 
 
-def merit(result: BenchResult, plain: Arm, held: Arm) -> tuple[float, float]:
+def merit(result: BenchResult, reference: Arm, held: Arm) -> tuple[float, float]:
     """What settings are compared by: points beyond what SADR may cost (negative), then the
-    points that it gains."""
-    found = result.compare(held.name, plain.name)
+    points that it gains. A setting under which a case fails is worth nothing."""
+    failed = {arm for arm, _, _ in result.failed}
+    if held.name in failed or reference.name in failed:
+        return -math.inf, -math.inf
+    found, prompts = result.compare(held.name, reference.name), result.rates(held.name)
     beyond = sum(
-        max(0.0, -found[metric].value - allowed - 1e-9)
+        max(0.0, -found[metric].value - max(allowed, 100.0 / prompts[metric].prompts) - 1e-9)
         for metric, allowed in ALLOWED.items()
         if metric in found
     )
@@ -131,15 +143,16 @@ def merit(result: BenchResult, plain: Arm, held: Arm) -> tuple[float, float]:
 
 
 def sentence(told: dict[str, Any]) -> str:
-    """What SADR costs and gains under the settings of a record, for a reader."""
+    """What the settings of a record change, for a reader: in points, with relative gains."""
     lines = []
     for name, one in told["settings"].items():
-        parts = [
-            f"{metric} {one['changes'][metric]}"
-            + (f" ({one['relative'][metric]:+.0f} %)" if metric in one["relative"] else "")
-            for metric in one["changes"]
-        ]
-        lines.append(f"{name}: {'; '.join(parts)}")
+        for other, found in one["less"].items():
+            parts = [
+                f"{metric} {change['points']}"
+                + (f" ({change['relative']})" if "relative" in change else "")
+                for metric, change in found.items()
+            ]
+            lines.append(f"{name} less {other}: {'; '.join(parts)}")
     return "\n".join(lines)
 
 
@@ -163,33 +176,32 @@ def _run(
     cases: Sequence[Case],
     out: Path,
     command: str,
+    *others: Arm,
 ) -> BenchResult:
-    arms = {arm.name: arm for choice in choices for arm in choice.arms(method)}
+    several = [*others, *(arm for choice in choices for arm in choice.arms(method))]
+    arms = {arm.name: arm for arm in several}
     return run_bench(
         model, cases, [Arm(UNEDITED), *arms.values()], out, setting=Setting(METRICS),
         command=command,
     )  # fmt: skip
 
 
-def _told(result: BenchResult, method: str, choices: Sequence[Choice]) -> dict[str, Any]:
-    """Rates of all arms, and what SADR changes under each setting: points with their interval,
-    and, of what should grow, per cent of what there was without it."""
+def _told(
+    result: BenchResult, method: str, choices: Sequence[Choice], reference: Arm
+) -> dict[str, Any]:
+    """Rates of all arms, and what each setting changes: less the reference, and less the same
+    search without SADR."""
     settings: dict[str, Any] = {}
     for choice in choices:
         plain, held = choice.arms(method)
-        changes = result.compare(held.name, plain.name)
-        before = result.rates(plain.name)
-        beyond, gained = merit(result, plain, held)
+        beyond, gained = merit(result, reference, held)
         settings[held.name] = {
-            "less": plain.name,
-            "changes": {metric: str(found) for metric, found in changes.items()},
-            "relative": {
-                metric: 100 * changes[metric].value / before[metric].value
-                for metric in GAINS
-                if metric in changes and before[metric].value > 0
+            "less": {
+                name: _changes(result, held.name, name)
+                for name in dict.fromkeys((reference.name, plain.name))
             },
-            "beyond what is allowed": -beyond,
-            "gained": gained,
+            "beyond what is allowed": None if math.isinf(beyond) else -beyond,
+            "gained": None if math.isinf(gained) else gained,
         }
     return {
         "cases": list(result.cases),
@@ -198,6 +210,18 @@ def _told(result: BenchResult, method: str, choices: Sequence[Choice]) -> dict[s
         "rows": json.loads(result.table().to_json(orient="records")),
         "settings": settings,
     }
+
+
+def _changes(result: BenchResult, held: str, plain: str) -> dict[str, dict[str, Any]]:
+    """By metric: points with their interval; of what should grow, per cent of what there was."""
+    found: dict[str, dict[str, Any]] = {}
+    for metric, change in result.compare(held, plain).items():
+        found[metric] = {"points": str(change), **asdict(change)}
+        found[metric]["effect"] = None if math.isnan(change.effect) else change.effect
+        growth = result.growth(held, plain, metric) if metric in GAINS else None
+        if growth is not None:
+            found[metric] |= {"relative": str(growth), "relative_value": growth.value}
+    return found
 
 
 def _say(text: str) -> None:
