@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
     changes: dict[tuple[str, str, str], list[float]] = {}
     of_case: dict[tuple[str, str, str], list[int]] = {}
     bases: dict[tuple[str, str, str], list[float]] = {}
-    alone: list[np.ndarray] = []
+    alone: list[tuple[str, np.ndarray]] = []
     for number, case in enumerate(study.cases):
         edit = dl.edit(study.model, case.request, "rome", progress=False)
         for kind, title in inside.KINDS.items():
@@ -127,7 +128,8 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
                         )  # fmt: skip
                         base = found.edited.prob
                         if (what, layers) == ("pattern", "all"):
-                            alone.append(_gains_of_heads(study.model, edit, probe, base))
+                            gains = _gains_of_heads(study.model, edit, probe, base)
+                            alone.append((title, gains))
                     place = (kind_, what, layers)
                     changes.setdefault(place, []).append(found.patched.prob - base)
                     of_case.setdefault(place, []).append(number)
@@ -149,15 +151,17 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
     assert max(spreads) > 1e-4  # far above the tolerance
     assert "P(answer)" in finding.text
     if name == "fig5":
-        kind = finding.rows["kind"].iloc[0]
-        patterns = rows.xs((kind, "pattern")).drop("all")
-        best = patterns.loc[patterns["change of P(answer)"].idxmax()]
+        own = finding.rows[finding.rows["patched"].eq("pattern") & finding.rows["layers"].ne("all")]
+        best = own.loc[own[own["kind"] == "relation"]["change of P(answer)"].idxmax()]
         rise = 100 * best["change of P(answer)"] / best["P(answer) unpatched"]
-        assert f"raises P(answer) by {rise:.1f} % relative" in finding.text
-        gains = np.mean(alone, axis=0)
-        layer, head = np.unravel_index(gains.argmax(), gains.shape)
-        most = f"Single heads that bring back most: L{layer}H{head} {gains.max():+.3f}"
-        assert most in finding.text
+        assert f"a change of P(answer) by {rise:+.1f} % relative" in finding.text
+        for title in inside.KINDS.values():
+            gains = np.mean([own for kind_, own in alone if kind_ == title], axis=0)
+            found = re.search(rf"{title}: single heads [a-z ,]+: L(\d)H(\d) ", finding.text)
+            assert found is not None
+            layer, head = map(int, found.groups())
+            assert gains[layer, head] == pytest.approx(gains.max(), abs=1e-6)
+        assert gains.max() > 1e-5  # of the last kind
 
 
 def _gains_of_heads(model: dl.LensModel, edit: dl.Edit, probe: Probe, base: float) -> np.ndarray:
@@ -213,7 +217,8 @@ def test_intervals_of_correlations_are_those_of_resampled_cases() -> None:
     rng = np.random.default_rng(1)
     x = np.round(rng.normal(size=40), 1)  # with ties
     y, cases = x + rng.normal(size=40), [str(i // 4) for i in range(40)]
-    found = inside._correlation(x, y, cases, seed=3, draws=300)
+    drawn = inside._correlation(x, y, inside._draws(cases, 3, 300))
+    found = {k: v for name in drawn for k, v in inside._with_interval(name, drawn[name]).items()}
     chosen = np.random.default_rng(3).integers(0, 10, (300, 10))
     samples = [np.concatenate([np.arange(4 * c, 4 * c + 4) for c in row]) for row in chosen]
     for name, measure in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
@@ -239,9 +244,57 @@ def test_lines_are_numpys_and_their_intervals_those_of_resampled_cases() -> None
     assert inside._line(np.ones(4), np.arange(4.0), ["a", "b", "c", "d"], 0).empty
 
 
+def test_other_measures_are_compared_with_the_largest_head() -> None:
+    rng = np.random.default_rng(4)
+    prompts = [
+        {
+            "case": str(i // 3), "kind": "relation", "prompt": "p",
+            "drift": dict(zip(inside.DRIFTS, map(float, values), strict=True)),
+            "original": {"answer": float(damage), "new": 0.0},
+            "edited": {"answer": 0.0, "new": 0.1},
+        }
+        for i, (values, damage) in enumerate(zip(rng.random((30, 3)), rng.random(30), strict=True))
+    ]  # fmt: skip
+    rows = pd.DataFrame(inside._correlations(prompts, 3))
+    rows = rows[rows["damage"] == "fall of P(answer)"].set_index("drift")
+    assert rows.loc["max head", ["less_max_head", "less_max_head_low"]].tolist() == [0.0, 0.0]
+    damage = np.array([p["original"]["answer"] for p in prompts])
+    x = {name: np.array([p["drift"][name] for p in prompts]) for name in inside.DRIFTS}
+    chosen = np.random.default_rng(3).integers(0, 10, (2000, 10))
+    drawn = []
+    for row in chosen:
+        at = np.concatenate([np.arange(3 * c, 3 * c + 3) for c in row])
+        r = {name: np.corrcoef(x[name][at], damage[at])[0, 1] for name in ("max head", "row KL")}
+        drawn.append(r["row KL"] - r["max head"])
+    own = rows.loc["row KL"]
+    assert own["less_max_head"] == pytest.approx(own["pearson"] - rows.loc["max head", "pearson"])
+    ends = (own["less_max_head_low"], own["less_max_head_high"])
+    assert ends == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
+    told = inside._told_correlations(rows.reset_index())
+    head = rows.loc["max head"]
+    assert told.startswith(
+        f"max head {head['pearson']:.2f} [{head['pearson_low']:.2f}, {head['pearson_high']:.2f}], "
+        f"mean head {rows.loc['mean head', 'pearson']:.2f} ["
+    )
+    assert told.endswith(f"({own['less_max_head']:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}] "
+                         "less max head)")  # fmt: skip
+
+
 def test_no_variation_is_no_correlation() -> None:
-    found = inside._correlation(np.ones(4), np.arange(4.0), ["a", "b", "c", "d"], 0)
-    assert all(np.isnan(value) for value in found.values())
+    weights = inside._draws(["a", "b", "c", "d"], 0, 50)
+    for name, drawn in inside._correlation(np.ones(4), np.arange(4.0), weights).items():
+        assert all(np.isnan(value) for value in inside._with_interval(name, drawn).values())
+    unknown = dict.fromkeys(("pearson", "less_max_head"), float("nan"))
+    rows = pd.DataFrame([{"drift": "max head", **unknown}])
+    assert inside._told_correlations(rows) == "no correlation can be told"
+
+
+def test_one_case_gives_no_interval_of_a_correlation() -> None:
+    weights = inside._draws(["a"] * 5, 0, 50)
+    drawn = inside._correlation(np.array([1.0, 2, 4, 3, 5]), np.arange(5.0), weights)
+    found = inside._with_interval("pearson", drawn["pearson"])
+    assert 0.5 < found["pearson"] < 1
+    assert np.isnan(found["pearson_low"]) and np.isnan(found["pearson_high"])
 
 
 def test_quick_runs_of_all_experiments(model: dl.LensModel, cases: list[Case], tmp_path: Path,
@@ -551,9 +604,49 @@ def test_what_figure_7_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> No
     assert told(monkeypatch, study, "fig7", {**found, "rome": {}}) == "rome: nothing to compare."
 
 
+def restored(kind: str, lost: list[float], gains: list[float]) -> list[dict[str, Any]]:
+    """Prompts of one case each, with one window and all layers."""
+
+    def at(value: float, gain: float) -> dict[str, float]:
+        return {"answer": value + gain, "new": 0.5}
+
+    return [
+        {
+            "case": str(i), "kind": kind, "prompt": "p",
+            "original": at(0.4, value), "edited": at(0.4, 0.0),
+            "patched": {what: {"0-1": at(0.4, gain), "all": at(0.4, 2 * gain)}
+                        for what in inside.EXCHANGES},
+        }
+        for i, (value, gain) in enumerate(zip(lost, gains, strict=True))
+    ]  # fmt: skip
+
+
 def test_shares_are_of_what_was_lost_for_sure() -> None:
-    assert inside._share(0.05, 0.2, 0.1) == "25 %"
-    assert inside._share(0.05, 0.001, -0.1) == "+0.050"
+    lost, gains = [0.2, 0.3, 0.1, 0.4], [0.05, 0.1, 0.0, 0.1]
+    rows = inside._window_rows(restored("relation", lost, gains), inside.EXCHANGES, "edited")
+    row = rows[rows["layers"] == "0-1"].iloc[0]
+    assert row["share, %"] == pytest.approx(25)
+    chosen = np.random.default_rng(0).integers(0, 4, (2000, 4))
+    shares = [100 * np.sum(np.take(gains, at)) / np.sum(np.take(lost, at)) for at in chosen]
+    ends = (row["share low"], row["share high"])
+    assert ends == pytest.approx(np.quantile(shares, [0.025, 0.975]))
+    told = inside._told_of_restoring(rows)
+    assert f"layers 0-1, chosen on the same prompts, 25 % [{ends[0]:.0f}, {ends[1]:.0f}]" in told
+    assert "P(answer) lost 0.250 [" in told and "all layers bring back pattern 50 % [" in told
+    assert "both (the control) 50 % [" in told
+    assert "a change of P(answer) by +15.6 % relative" in told  # 0.0625 of 0.4
+    # Likelier than the new target, at 0.5: 0.6, 0.7, 0.5 and 0.8; 0.4; 0.5, 0.6, 0.4 and 0.6.
+    assert (
+        "on 75 % of the prompts in the original model, on 0 % in the edited one, and on 50 %"
+        in told
+    )
+
+    nothing = inside._window_rows(restored("relation", [0.2, -0.3, 0.1, -0.1], [-0.01] * 4),
+                                  inside.EXCHANGES, "edited")  # fmt: skip
+    assert nothing["share, %"].isna().all()
+    told = inside._told_of_restoring(nothing)
+    assert "bring back pattern -2.00 [-2.00, -2.00] points" in told
+    assert "by -2.5 % relative" in told
 
 
 @pytest.mark.parametrize("asked", ["relations", "neighbours", "paraphrases"])

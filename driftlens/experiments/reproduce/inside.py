@@ -6,7 +6,7 @@ leave alone and that hold its subject: relations, and neighbours behind the edit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -62,15 +62,15 @@ def fig3(study: Study) -> Finding:
 
     prompts, failed = _measured(study, "fig3", measure)
     rows = _window_rows(prompts, COMPONENTS, from_state="original")
-    worst = rows.loc[rows.groupby(["kind", "patched"])["change of P(answer)"].idxmin()]
+    worst = rows.loc[rows.groupby(["kind", "patched"], sort=False)["change of P(answer)"].idxmin()]
     words = [
-        f"{row['kind']}, {row['patched']}: P(answer) {row['change of P(answer)']:+.3f} and P(new "
-        f"target) {row['change of P(new target)']:+.3f} in layers {row['layers']}"
+        f"{row['kind']}, {row['patched']}: P(answer) {_points(row)}, P(new target) "
+        f"{_points(row, 'P(new target)')} in layers {row['layers']}"
         for row in worst.to_dict("records")
     ]
     text = (
-        f"Into the original model, the windows of {len(windows[0])} layers that cost most: "
-        f"{'; '.join(words)}."
+        f"Into the original model, of all windows of {len(windows[0])} layers the one with the "
+        f"lowest P(answer), chosen on the same prompts; changes in points: {'; '.join(words)}."
     )
     title = "Contaminating substitution, by component and window"
     paper = (
@@ -97,16 +97,13 @@ def fig4(study: Study) -> Finding:
 
     prompts, failed = _measured(study, "fig4", measure)
     rows = pd.DataFrame(_correlations(prompts, study.seed))
-    known = rows.dropna(subset="pearson")
-    strongest = known.loc[known.groupby(["kind", "damage"], sort=False)["pearson"].idxmax()]
     words = [
-        f"{row.kind}, {row.damage}: {row.drift}, Pearson {row.pearson:.2f} "
-        f"[{row.pearson_low:.2f}, {row.pearson_high:.2f}], Spearman {row.spearman:.2f}"
-        for row in strongest.itertuples()
+        f"{kind}, {damage}: {_told_correlations(own)}"
+        for (kind, damage), own in rows.groupby(["kind", "damage"], sort=False)
     ]
     text = (
-        "Drift of the last token, averaged over layers, against damage; the measure that "
-        f"correlates best: {'; '.join(words)}."
+        "Drift of the last token, averaged over layers, against damage, Pearson's correlation: "
+        f"{'; '.join(words)}."
     )
     paper = (
         "The largest head correlates best: Pearson 0.49 on distract neighbourhood, 0.62 on "
@@ -142,29 +139,14 @@ def fig5(study: Study) -> Finding:
 
     prompts, failed = _measured(study, "fig5", measure)
     rows = _window_rows(prompts, EXCHANGES, from_state="edited")
-    words = []
-    for kind in dict.fromkeys(rows["kind"]):
-        own = rows[rows["kind"] == kind]
-        lost, low = (float(own[name].iloc[0]) for name in ("lost P(answer)", "lost low"))
-        whole = own[own["layers"] == "all"].set_index("patched")["change of P(answer)"]
-        windowed = own[(own["layers"] != "all") & (own["patched"] == "pattern")]
-        best = windowed.loc[windowed["change of P(answer)"].idxmax()]
-        rise = 100 * best["change of P(answer)"] / best["P(answer) unpatched"]
-        shares = ", ".join(f"{what} {_share(gain, lost, low)}" for what, gain in whole.items())
-        words.append(
-            f"{kind}: of {lost:.3f} that P(answer) lost, all layers bring back {shares}; the best "
-            f"window of patterns, layers {best['layers']}, "
-            f"{_share(best['change of P(answer)'], lost, low)}, which raises P(answer) by "
-            f"{rise:.1f} % relative"
-        )
-    best_heads = _best_heads(prompts)
-    told = f" Single heads that bring back most: {best_heads}." if best_heads else ""
+    words = [_told_of_restoring(own) for _, own in rows.groupby("kind", sort=False)]
+    heads_told = _best_heads(prompts)
     title = "Original attention restored in the edited model"
     paper = (
         "P(answer) rises by 28.6 % to 739 % relative with original attention rows in windows of "
         "10 layers (figure 5)."
     )
-    text = f"{'. '.join(words)}.{told}"
+    text = f"{'. '.join([*words, *heads_told])}."
     figure = figures.window_lines(rows, "change of P(answer)", title=title)
     return Finding("fig5", title, rows, figure, text, paper, _rome(study), failed)
 
@@ -251,7 +233,7 @@ def _pair(readout: Readout, made: Edit) -> Pair:
 
 def _windows(n_layers: int, quick: bool) -> list[list[int]]:
     """Windows of a fifth of the layers, as wide as the paper's; each half of one further up."""
-    width = max(1, n_layers // 5)
+    width = max(1, round(n_layers / 5))
     step = width if quick else max(1, width // 2)
     last = n_layers - width  # whatever the step, the uppermost layers are in a window, too
     return [list(range(y, y + width)) for y in sorted({*range(0, last, step), last})]
@@ -273,56 +255,104 @@ def _span(window: Sequence[int]) -> str:
 def _window_rows(
     prompts: Sequence[dict[str, Any]], kinds: Sequence[str], from_state: str
 ) -> pd.DataFrame:
-    """Mean changes of P(answer) and P(new target), with intervals by bootstrap over cases."""
+    """Mean changes of P(answer) and P(new target), and how often the answer is the likelier of
+    the two, with intervals by bootstrap over cases; of a restored model also the share of what
+    P(answer) lost."""
     rows = []
     for kind in dict.fromkeys(p["kind"] for p in prompts):
         own = [p for p in prompts if p["kind"] == kind]
-        lost = [p["original"]["answer"] - p["edited"]["answer"] for p in own]
-        lost_low, lost_high = _interval(own, lost)
+        cases = [p["case"] for p in own]
+        lost = np.array([p["original"]["answer"] - p["edited"]["answer"] for p in own])
+        lost_low, lost_high = _interval(cases, lost)
+        before = {name: np.array([p[from_state][name] for p in own]) for name in ("answer", "new")}
+        ahead = {state: [_is_ahead(p[state]) for p in own] for state in ("original", "edited")}
         for what in kinds:
             for span in own[0]["patched"][what]:
-                answer = [p["patched"][what][span]["answer"] - p[from_state]["answer"] for p in own]
-                new = [p["patched"][what][span]["new"] - p[from_state]["new"] for p in own]
-                low, high = _interval(own, answer)
-                rows.append(
-                    {
-                        "kind": kind,
-                        "patched": what,
-                        "layers": span,
-                        "prompts": len(own),
-                        "P(answer) unpatched": float(
-                            np.mean([p[from_state]["answer"] for p in own])
-                        ),
-                        "change of P(answer)": float(np.mean(answer)),
-                        "change of P(new target)": float(np.mean(new)),
-                        "low": low,
-                        "high": high,
-                        "lost P(answer)": float(np.mean(lost)),
-                        "lost low": lost_low,
-                        "lost high": lost_high,
-                    }
-                )
+                found = [p["patched"][what][span] for p in own]
+                answer = np.array([one["answer"] for one in found]) - before["answer"]
+                new = np.array([one["new"] for one in found]) - before["new"]
+                is_ahead = np.array([_is_ahead(one) for one in found])
+                low, high = _interval(cases, answer)
+                new_low, new_high = _interval(cases, new)
+                ahead_low, ahead_high = _interval(cases, is_ahead)
+                row = {
+                    "kind": kind,
+                    "patched": what,
+                    "layers": span,
+                    "prompts": len(own),
+                    "P(answer) unpatched": float(before["answer"].mean()),
+                    "change of P(answer)": float(answer.mean()),
+                    "low": low,
+                    "high": high,
+                    "change of P(new target)": float(new.mean()),
+                    "new low": new_low,
+                    "new high": new_high,
+                    "answer likelier, %": float(is_ahead.mean()),
+                    "likelier low": ahead_low,
+                    "likelier high": ahead_high,
+                    "likelier original, %": float(np.mean(ahead["original"])),
+                    "likelier edited, %": float(np.mean(ahead["edited"])),
+                    "lost P(answer)": float(lost.mean()),
+                    "lost low": lost_low,
+                    "lost high": lost_high,
+                }
+                if from_state == "edited":
+                    row |= _share(cases, answer, lost)
+                rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _interval(prompts: Sequence[dict[str, Any]], values: Sequence[float]) -> tuple[float, float]:
-    frame = pd.DataFrame({"case": [p["case"] for p in prompts], "value": values})
+def _is_ahead(pair: Pair) -> float:
+    """100 if the answer is likelier than the new target, else 0."""
+    return 100.0 * (pair["answer"] > pair["new"])
+
+
+def _interval(cases: Sequence[str], values: np.ndarray) -> tuple[float, float]:
+    sums, counts = _by_case(cases, values)
+    return bootstrap_interval(sums, counts)
+
+
+def _by_case(cases: Sequence[str], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each case, the sum over its prompts and their number."""
+    frame = pd.DataFrame({"case": list(cases), "value": values})
     grouped = frame.groupby("case", sort=False)["value"]
-    return bootstrap_interval(grouped.sum().to_numpy(), grouped.count().to_numpy(dtype=float))
+    return grouped.sum().to_numpy(), grouped.count().to_numpy(dtype=float)
+
+
+def _share(cases: Sequence[str], gains: np.ndarray, lost: np.ndarray) -> dict[str, float]:
+    """What is brought back, in per cent of what was lost, with a 95 % interval by bootstrap over
+    cases; not a number unless something was surely lost."""
+    if not _interval(cases, lost)[0] > 0:
+        return dict.fromkeys(("share, %", "share low", "share high"), float("nan"))
+    # A mean over prompts of which each counts as much as it lost.
+    low, high = bootstrap_interval(_by_case(cases, gains)[0], _by_case(cases, lost)[0])
+    return {
+        "share, %": 100 * float(gains.sum() / lost.sum()),
+        "share low": 100 * low,
+        "share high": 100 * high,
+    }
 
 
 def _correlations(prompts: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
+    """Of each measure of drift with each damage, and how much less than the largest head's."""
     for kind in dict.fromkeys(p["kind"] for p in prompts):
         own = [p for p in prompts if p["kind"] == kind]
-        for damage, values in _damages(own).items():
-            for drift in DRIFTS:
-                x = np.array([p["drift"][drift] for p in own])
+        weights = _draws([p["case"] for p in own], seed, 2000)
+        for damage, y in _damages(own).items():
+            drawn = {
+                drift: _correlation(np.array([p["drift"][drift] for p in own]), y, weights)
+                for drift in DRIFTS
+            }
+            for drift, found in drawn.items():
+                less = found["pearson"] - drawn["max head"]["pearson"]
                 yield {
                     "kind": kind,
                     "damage": damage,
                     "drift": drift,
                     "prompts": len(own),
-                    **_correlation(x, values, [p["case"] for p in own], seed),
+                    **_with_interval("pearson", found["pearson"]),
+                    **_with_interval("spearman", found["spearman"]),
+                    **_with_interval("less_max_head", less),
                 }
 
 
@@ -332,22 +362,38 @@ def _damages(prompts: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     return {"fall of P(answer)": np.array(fall), "rise of P(new target)": np.array(rise)}
 
 
-def _correlation(
-    x: np.ndarray, y: np.ndarray, cases: Sequence[str], seed: int, draws: int = 2000
-) -> dict[str, float]:
-    """Pearson and Spearman, with 95 % intervals by bootstrap over cases; not a number where one
-    of the two does not vary."""
-    weights = _draws(cases, seed, draws)
-    found: dict[str, float] = {}
-    for name, values in (
-        ("pearson", (x, y)),
-        ("spearman", (_ranks(x, weights), _ranks(y, weights))),
-    ):
-        value, *drawn = _pearson(*values, weights)
-        finite = [one for one in drawn if np.isfinite(one)] or [float("nan")]
-        low, high = np.quantile(finite, [0.025, 0.975])
-        found |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
-    return found
+def _correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Pearson and Spearman, over all prompts and in each draw."""
+    ranks = _ranks(x, weights), _ranks(y, weights)
+    return {"pearson": _pearson(x, y, weights), "spearman": _pearson(*ranks, weights)}
+
+
+def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
+    """The first value, and a 95 % interval of the others; without a number where one of the two
+    that are correlated does not vary, or there is one case only."""
+    drawn = values[1:][np.isfinite(values[1:])]
+    varies = len(drawn) > 0 and (np.ptp(drawn) > 1e-9 or name == "less_max_head")
+    low, high = np.quantile(drawn, [0.025, 0.975]) if varies else (float("nan"),) * 2
+    return {name: float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _told_correlations(rows: pd.DataFrame) -> str:
+    """The largest head's first, as in the paper; the others' beside it."""
+    parts = []
+    for row in rows.to_dict("records"):
+        if not np.isfinite(row["pearson"]):
+            continue
+        part = f"{row['drift']} {_in_brackets(row, 'pearson')}"
+        if row["drift"] != "max head" and np.isfinite(row["less_max_head"]):
+            part += f" ({_in_brackets(row, 'less_max_head', '+')} less max head)"
+        parts.append(part)
+    return ", ".join(parts) or "no correlation can be told"
+
+
+def _in_brackets(row: Mapping[Any, Any], name: str, sign: str = "") -> str:
+    """A number with two decimals and its interval."""
+    value, low, high = (f"{row[f'{name}{end}']:{sign}.2f}" for end in ("", "_low", "_high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _draws(cases: Sequence[str], seed: int, draws: int) -> np.ndarray:
@@ -399,19 +445,63 @@ def _pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.divide(products, spread, out=np.full_like(products, np.nan), where=spread > 1e-12)
 
 
-def _share(gain: float, lost: float, low: float) -> str:
-    """In per cent of what was lost, unless its interval holds 0."""
-    return f"{100 * gain / lost:.0f} %" if low > 0 else f"{gain:+.3f}"
+def _points(row: Mapping[Any, Any], of: str = "P(answer)") -> str:
+    """A change of a probability in points, with its interval."""
+    ends = ("low", "high") if of == "P(answer)" else ("new low", "new high")
+    value, low, high = (100 * row[name] for name in (f"change of {of}", *ends))
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def _best_heads(prompts: Sequence[dict[str, Any]], k: int = 5) -> str:
-    with_heads = [p for p in prompts if "heads" in p]
-    if not with_heads:
-        return ""
-    gains = np.mean([np.array(p["heads"]) - p["edited"]["answer"] for p in with_heads], axis=0)
-    best = np.argsort(-gains, axis=None, kind="stable")[:k]
-    places = zip(*np.unravel_index(best, gains.shape), strict=True)
-    return ", ".join(f"{head_name(int(y), int(x))} {gains[y, x]:+.3f}" for y, x in places)
+def _told_of_restoring(rows: pd.DataFrame) -> str:
+    """What restored attention brings back on prompts of one kind."""
+    first = rows.iloc[0]
+    whole = rows[rows["layers"] == "all"].to_dict("records")
+    windowed = rows[(rows["layers"] != "all") & (rows["patched"] == "pattern")]
+    best = max(windowed.to_dict("records"), key=lambda row: row["change of P(answer)"])
+    lost = f"{first['lost P(answer)']:.3f} [{first['lost low']:.3f}, {first['lost high']:.3f}]"
+    all_layers = ", ".join(f"{_restored(row)} {_brought_back(row)}" for row in whole)
+    told = (
+        f"{first['kind']}: P(answer) lost {lost}; of that all layers bring back {all_layers}; the "
+        f"best window of patterns, layers {best['layers']}, chosen on the same prompts, "
+        f"{_brought_back(best)}"
+    )
+    if best["P(answer) unpatched"] > 0:
+        rise = 100 * best["change of P(answer)"] / best["P(answer) unpatched"]
+        told += f", a change of P(answer) by {rise:+.1f} % relative"
+    patterns = next(row for row in whole if row["patched"] == "pattern")
+    return (
+        f"{told}; the answer is likelier than the new target on "
+        f"{patterns['likelier original, %']:.0f} % of the prompts in the original model, on "
+        f"{patterns['likelier edited, %']:.0f} % in the edited one, and on "
+        f"{patterns['answer likelier, %']:.0f} % with all patterns restored"
+    )
+
+
+def _restored(row: Mapping[Any, Any]) -> str:
+    """Both together give the last token all that it reads: a control of the method."""
+    return "both (the control)" if row["patched"] == "both" else str(row["patched"])
+
+
+def _brought_back(row: Mapping[Any, Any]) -> str:
+    """In per cent of what was lost if that is sure to be something, else in points."""
+    if np.isnan(row["share, %"]):
+        return f"{_points(row)} points"
+    return f"{row['share, %']:.0f} % [{row['share low']:.0f}, {row['share high']:.0f}]"
+
+
+def _best_heads(prompts: Sequence[dict[str, Any]], k: int = 5) -> list[str]:
+    """Which heads bring back most, for each kind of prompts, in points."""
+    told = []
+    for kind in dict.fromkeys(p["kind"] for p in prompts if "heads" in p):
+        own = [p for p in prompts if p["kind"] == kind]
+        gains = np.mean([np.array(p["heads"]) - p["edited"]["answer"] for p in own], axis=0)
+        best = np.argsort(-gains, axis=None, kind="stable")[:k]
+        places = zip(*np.unravel_index(best, gains.shape), strict=True)
+        heads = ", ".join(
+            f"{head_name(int(y), int(x))} {100 * gains[y, x]:+.2f}" for y, x in places
+        )
+        told.append(f"{kind}: single heads that bring back most, in points: {heads}")
+    return told
 
 
 def _scatter(prompts: Sequence[dict[str, Any]], title: str, seed: int) -> go.Figure:
