@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from driftlens.errors import RequestError
 from driftlens.facts import EditRequest
 
 Metric = Literal[
@@ -193,7 +194,13 @@ def tuning_split(cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
 
 def balanced(cases: Sequence[Case], n: int) -> list[Case]:
     """About ``n`` cases in a random but fixed order, half with neighbours, half with relations,
-    as far as there are such."""
+    as far as there are such.
+
+    Raises:
+        RequestError: If ``n`` is not positive.
+    """
+    if n < 1:
+        raise RequestError(f"{n} cases are asked for.", "Give at least 1.")
     ordered = sorted(cases, key=lambda case: hashlib.sha256(case.id.encode()).digest())
     with_neighbours = [case for case in ordered if case.neighbours]
     with_relations = [case for case in ordered if case.relations and not case.neighbours]

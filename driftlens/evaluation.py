@@ -205,6 +205,23 @@ def combined(
         seed: Of the bootstrap.
     """
     groups = list(cases)
+    found = _combined(groups, metrics, mean, by, draws, seed)
+    if found is None:
+        return None
+    value, spread, prompts = found
+    low, high = np.quantile(spread, [0.025, 0.975])
+    return Rate(value, float(low), float(high), prompts, len(groups))
+
+
+def _combined(
+    groups: Sequence[Sequence[Answer]],
+    metrics: Sequence[Metric],
+    mean: Callable[[Sequence[float]], float],
+    by: Literal["prompt", "case"],
+    draws: int,
+    seed: int,
+) -> tuple[float, np.ndarray, int] | None:
+    """A mean of several metrics, the same in each draw of cases, and the number of prompts."""
     chosen = np.random.default_rng(seed).integers(0, max(len(groups), 1), (draws, len(groups)))
     values, means, prompts = [], [], 0
     for metric in metrics:
@@ -219,9 +236,7 @@ def combined(
         drawn = counts[chosen].sum(1)
         # A draw without a prompt of some metric tells nothing of it: the value of all.
         means.append(np.where(drawn > 0, sums[chosen].sum(1) / np.maximum(drawn, 1), values[-1]))
-    spread = [mean(column) for column in np.array(means).T.tolist()]
-    low, high = np.quantile(spread, [0.025, 0.975])
-    return Rate(mean(values), float(low), float(high), prompts, len(groups))
+    return mean(values), np.array([mean(column) for column in np.array(means).T.tolist()]), prompts
 
 
 @dataclass(frozen=True)
@@ -279,6 +294,41 @@ def compare(
             continue
         found[metric] = difference((sums - others)[asked], counts[asked], draws, seed)
     return found
+
+
+def compare_combined(
+    first: Mapping[str, Sequence[Answer]],
+    second: Mapping[str, Sequence[Answer]],
+    metrics: Sequence[Metric],
+    draws: int = 2000,
+    seed: int = 0,
+) -> Difference | None:
+    """The paired difference of a mean of several metrics' success over the cases that both have.
+
+    Args:
+        first: Answers by the case's id.
+        second: The same under the other condition.
+        metrics: Which; ``None`` is returned where one has no prompt.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
+    common = [name for name in first if name in second]
+    several = [[side[name] for name in common] for side in (first, second)]
+    found, other = (_combined(g, metrics, statistics.fmean, "prompt", draws, seed) for g in several)
+    if found is None or other is None:
+        return None
+    low, high = np.quantile(found[1] - other[1], [0.025, 0.975])
+    gains = np.sum([np.subtract(*(_sums(g, m, "success")[0] for g in several)) for m in metrics], 0)
+    spread = float(gains.std(ddof=1)) if len(gains) > 1 else 0.0
+    return Difference(
+        found[0] - other[0],
+        float(low),
+        float(high),
+        float(gains.mean()) / spread if spread > 0 else float("nan"),
+        int((gains > 0).sum()),
+        int((gains < 0).sum()),
+        len(common),
+    )
 
 
 @dataclass(frozen=True)

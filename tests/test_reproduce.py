@@ -8,8 +8,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,11 +21,11 @@ from scipy import stats
 import driftlens as dl
 from driftlens.assets import asset
 from driftlens.bench import BenchResult, run_bench, units
-from driftlens.cases import Case, Cloze, Probe
+from driftlens.cases import Case, Cloze, Probe, balanced
 from driftlens.editing import defaults, methods
 from driftlens.editing.contexts import sample_contexts
 from driftlens.errors import RequestError
-from driftlens.evaluation import answers, rates
+from driftlens.evaluation import Answer, answers, rates
 from driftlens.experiments import sadr_search
 from driftlens.experiments.reproduce import EXPERIMENTS, Finding, Study, inside, reproduce
 from driftlens.experiments.reproduce import finding as finding_module
@@ -515,93 +514,161 @@ def test_a_case_that_fails_is_kept_with_its_reason(
         EXPERIMENTS["fig5"](alone)
 
 
-def rows_of(told: dict[str, dict[str, float]]) -> BenchResult:
-    """A result whose table has these values, each between 1 below and 1 above."""
-    metrics = dict.fromkeys(metric for found in told.values() for metric in found)
-    rows = [
-        {"arm": arm, "metric": metric, "value": value, "low": value - 1, "high": value + 1}
-        for arm, found in told.items()
-        for metric, value in found.items()
-    ]
-
-    class Told:
-        arms: ClassVar[list[str]] = list(told)
-        failed: ClassVar[list[Any]] = []
-
-        def table(self) -> pd.DataFrame:
-            return pd.DataFrame(rows, columns=["arm", "metric", "value", "low", "high"])
-
-        def conditions(self) -> list[Any]:
-            return []
-
-        def trade_off(self) -> pd.DataFrame:
-            kept = {"others": ("NS", "RS", "DNS"), "edit": ("ES", "PS")}
-            frame = []
-            for arm, found in list(told.items())[1:]:
-                if not found:
-                    continue
-                row: dict[str, Any] = {"arm": arm}
-                for name, chosen in kept.items():
-                    asked = [found[m] for m in chosen if m in metrics]
-                    value = np.mean(asked) if asked else np.nan
-                    row |= {name: value, f"{name}_low": value, f"{name}_high": value}
-                frame.append(row)
-            return pd.DataFrame(frame)
-
-    return Told()  # type: ignore[return-value]
+def result_of(told: dict[str, dict[str, float]]) -> BenchResult:
+    """A result of 100 cases with one prompt of each metric, of which the first succeed: as many as
+    the values say. Without values, all failed."""
+    result = object.__new__(BenchResult)
+    result.records = {}
+    for arm, found in told.items():
+        times = {} if arm == "unedited" else {"seconds": 6.0 if "SADR" in arm else 2.0, "steps": 4}
+        result.records[arm] = {
+            str(i): {
+                "answers": [
+                    Answer(metric, -1.0 if i < value else -3.0, -2.0, 0.2, 0.1).to_dict()  # type: ignore[arg-type]
+                    for metric, value in found.items()
+                ],
+                **times,
+            }
+            if found
+            else {"error": "a reason"}
+            for i in range(100)
+        }
+    arms = [{"name": arm, "method": None if arm == "unedited" else "rome", "config": {},
+             "penalties": [{}] if "gamma" in arm else []} for arm in told]  # fmt: skip
+    result.plan = {"arms": arms, "units": []}
+    return result
 
 
 def told(
     monkeypatch: pytest.MonkeyPatch, study: Study, name: str, found: dict[str, dict[str, float]]
-) -> str:
-    """What an experiment says of a table."""
-    monkeypatch.setattr(Study, "bench", lambda *_: rows_of(found))
-    return EXPERIMENTS[name](replace(study, quick=True)).text
+) -> tuple[str, Any]:
+    """What an experiment says of such a result, and a function that gives a paired difference as
+    it is told, once its value is seen to be the one that is expected."""
+    result = result_of(found)
+    monkeypatch.setattr(Study, "bench", lambda *_: result)
+
+    def change(arm: str, other: str, metric: Any, expected: float) -> str:
+        difference = result.compare(arm, other)[metric]
+        assert difference.value == pytest.approx(expected)
+        return f"{metric} {difference}"
+
+    return EXPERIMENTS[name](replace(study, quick=True)).text, change
 
 
 def test_what_the_first_table_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {"ES": 10.0, "NS": 80.0, "RS": 70.0, "DNS": 60.0, "lead-neighbour": 75.0}
-    after = {"ES": 99.0, "NS": 79.0, "RS": 12.5, "DNS": 30.0}
-    found = {"unedited": before, "rome": after}
-    assert told(monkeypatch, study, "table1", found) == (
-        "Points lost: rome RS 57.5, DNS 30.0, NS 1.0. On the unedited model, the prompts of NS "
-        "lose 20.0 behind the edited sentence, 5.0 behind an unrelated one: that much is no damage "
-        "of the edit."
+    after = {"ES": 99.0, "NS": 79.0, "RS": 12.0, "DNS": 30.0, "lead-neighbour": 70.0}
+    text, change = told(monkeypatch, study, "table1", {"unedited": before, "rome": after})
+    less = [change("rome", "unedited", m, v) for m, v in (("RS", -58), ("DNS", -30), ("NS", -1))]
+    start = "Edited less unedited on the same prompts, in points: "
+    assert text.startswith(
+        f"{start}rome (ES 99.0): {', '.join(less)}. The context alone changes, on the unedited "
+        "model, NS by -20.0 ["
+    )
+    assert "] behind the edited sentence, NS by -5.0 [" in text
+    assert text.endswith(
+        "] behind an unrelated one: that is no damage of an edit, and no part of the differences "
+        "above."
     )
     # Without neighbours, and with an editor of which every case failed.
     found = {"unedited": {"ES": 10.0, "RS": 70.0}, "rome": {"ES": 99.0, "RS": 20.0}, "memit": {}}
-    assert told(monkeypatch, study, "table1", found) == (
-        "Points lost: rome RS 50.0; memit nothing to compare."
+    text, change = told(monkeypatch, study, "table1", found)
+    assert text == (
+        f"{start}rome (ES 99.0): {change('rome', 'unedited', 'RS', -50)}; memit (nothing to "
+        "compare): nothing to compare."
     )
 
 
 def test_what_figure_6_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, every = "selected heads, gamma 0.2", "all heads, gamma 0.2"
-    values = {"ES": 99.0, "RS": 30.0, "Avg. S": 40.0}
+    one, every = "selected heads, gamma 5", "all heads, gamma 5"
+    values = {"ES": 99.0, "RS": 30.0}
     found = {"unedited": {}, "rome": values, one: values, every: {**values, "ES": 90.0, "RS": 25.0}}
-    assert told(monkeypatch, study, "fig6", found) == (
-        "Selected heads against all heads: at gamma 0.2, Avg. S 40.0 against 40.0, ES 99.0 against "
-        "90.0, RS 30.0 against 25.0."
+    text, change = told(monkeypatch, study, "fig6", found)
+    assert text.startswith(
+        f"Selected heads less all heads, in points: at gamma 5, {change(one, every, 'ES', 9)}, "
+        f"{change(one, every, 'RS', 5)}. At one gamma"
     )
     found[every] = {}
-    assert "at gamma 0.2, nothing to compare." in told(monkeypatch, study, "fig6", found)
+    assert "at gamma 5, nothing to compare." in told(monkeypatch, study, "fig6", found)[0]
 
 
 def test_what_figure_7_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {
         "unedited": {},
-        "rome": {"ES": 99.0, "PS": 95.0, "RS": 20.0},
-        "rome, gamma 0.2": {"ES": 98.0, "PS": 94.0, "RS": 40.0},
-        "rome, gamma 0.8": {"ES": 97.0, "PS": 90.0, "RS": 60.0},  # costs too much
-        "rome, steps 5": {"ES": 50.0, "PS": 40.0, "RS": 65.0},
+        "rome": {"ES": 99.0, "PS": 95.0, "NS": 60.0, "RS": 20.0},
+        "rome, gamma 0.2": {"ES": 98.0, "PS": 91.0, "NS": 60.0, "RS": 40.0},
+        "rome, gamma 0.8": {"ES": 99.0, "PS": 90.0, "NS": 60.0, "RS": 60.0},  # costs too much
+        "rome, lr 0.1": {"ES": 99.0, "PS": 95.0, "NS": 58.0, "RS": 32.0},
+        "rome, steps 5": {"ES": 50.0, "PS": 40.0, "NS": 60.0, "RS": 65.0},
     }
-    assert told(monkeypatch, study, "fig7", found) == (
-        "rome alone: mean of NS, RS and DNS 20.0, PS 95.0. Best settings that keep ES within a "
-        "point: gamma 0.2 (mean of NS, RS and DNS 40.0, PS 94.0); no setting of steps."
+    text, _ = told(monkeypatch, study, "fig7", found)
+    shape = (
+        r"rome \(ES 99\.0, PS 95\.0\), mean of NS, RS: what the best setting of each kind gains, "
+        r"in points, of those that cost at most 1 point of ES and 4 of PS \(one prompt in any "
+        r"case\), chosen on the same cases: gamma 0\.2 \+10\.0 \[\S+, \S+\] \(ES 98\.0, PS "
+        r"91\.0\); lr 0\.1 \+5\.0 \[\S+, \S+\] \(ES 99\.0, PS 95\.0\); no setting of steps\. "
+        r"Gamma's less that of lr \+5\.0 \[\S+, \S+\]\."
     )
+    assert re.fullmatch(shape, text), text
     bare = {arm: {m: v for m, v in row.items() if m == "ES"} for arm, row in found.items()}
-    assert told(monkeypatch, study, "fig7", bare) == "rome: nothing to compare."
-    assert told(monkeypatch, study, "fig7", {**found, "rome": {}}) == "rome: nothing to compare."
+    assert told(monkeypatch, study, "fig7", bare)[0] == "rome: nothing to compare."
+    assert told(monkeypatch, study, "fig7", {**found, "rome": {}})[0] == "rome: nothing to compare."
+
+
+def test_what_rivals_are_compared_with(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"ES": 99.0, "RS": 20.0}
+    found = {"unedited": {}, "rome": values, "SADR": {**values, "RS": 30.0},
+             "keys 0.01": {"ES": 95.0, "RS": 27.0}}  # fmt: skip
+    text, change = told(monkeypatch, study, "rivals", found)
+    gained = change("SADR", "rome", "RS", 10)
+    assert text.startswith(
+        f"SADR less rome, in points: {change('SADR', 'rome', 'ES', 0)}; {gained}, +50 % ["
+    )
+    assert "Its searches take 4 steps in the median (4 without), each 3.00 times as long." in text
+    assert (
+        f"keys 0.01 less SADR, in points: {change('keys 0.01', 'SADR', 'ES', -4)}, "
+        f"{change('keys 0.01', 'SADR', 'RS', -3)}."
+    ) in text
+    assert text.endswith("each 1.00 times as long. Only the strength of SADR was tuned.")
+
+
+def test_strengths_are_tried_around_the_known_one(study: Study) -> None:
+    from driftlens.experiments.reproduce import editors
+
+    whole = replace(study, quick=False)
+    assert editors._gammas(whole, "rome") == (1.25, 5.0, 20.0, 80.0)
+    assert editors._gammas(replace(study, quick=True), "memit") == (0.0025,)
+
+
+def test_findings_hold_differences_and_probabilities(study: Study) -> None:
+    finding = EXPERIMENTS["table3"](replace(study, quick=True))
+    record = json.loads(json.dumps(finding.to_dict(study, 1)))
+    result = BenchResult(study.out / "bench")
+    told = {(d["arm"], d["less"], d["metric"]): d for d in record["differences"]}
+    for metric, expected in result.compare("rome + sadr", "rome").items():
+        own = told["rome + sadr", "rome", metric]
+        assert (own["value"], own["low"], own["better"]) == (
+            expected.value, expected.low, expected.better
+        )  # fmt: skip
+    assert ("rome", "unedited", "RS") in told
+    chosen = [
+        row for row in record["probabilities"] if (row["arm"], row["metric"]) == ("rome", "RS")
+    ]
+    assert chosen[0]["value"] == pytest.approx(result.rates("rome", "prob")["RS"].value)
+
+
+def test_what_cannot_be_made_does_not_stop_the_others(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path
+) -> None:
+    bare = [Case(case.id, case.request, paraphrases=case.paraphrases) for case in cases[:1]]
+    study = Study(model, bare, tmp_path, quick=True, progress=False)
+    with pytest.raises(RequestError, match="fig3, fig4 cannot be made: None of the 1 cases"):
+        reproduce(study, ["fig3", "table1", "fig4"])
+    assert (tmp_path / "table1.json").is_file()
+    with pytest.raises(RequestError, match="There are no cases"):
+        Study(model, [], tmp_path)
+    with pytest.raises(RequestError, match="-1 cases are asked for"):
+        balanced(cases, -1)
 
 
 def restored(kind: str, lost: list[float], gains: list[float]) -> list[dict[str, Any]]:
@@ -686,33 +753,32 @@ def test_stages_of_the_search_build_on_the_best_so_far() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "prompts", "expected"),
+    ("held", "expected"),
     [
-        ({"ES": -1.0, "PS": -4.0, "NS": -50.0, "RS": 3.0, "DNS": 2.0}, 1000, (0.0, 5.0)),
-        ({"ES": -1.5, "PS": -6.0, "RS": 3.0, "DNS": -2.0}, 1000, (-2.5, 1.0)),
-        ({"ES": -5.0, "PS": -10.0, "RS": 3.0}, 20, (-5.0, 3.0)),  # one prompt is 5 points
-        ({"ES": 5.0, "PS": 5.0, "RS": 3.0}, 1000, (0.0, 3.0)),
+        ({"ES": 98.0, "PS": 86.0, "NS": 10.0, "RS": 23.0, "DNS": 32.0}, (0.0, 5.0)),
+        ({"ES": 96.0, "PS": 84.0, "NS": 60.0, "RS": 23.0, "DNS": 28.0}, (-4.0, 1.0)),
+        ({"ES": 99.0, "PS": 99.0, "NS": 60.0, "RS": 20.0, "DNS": 30.0}, (0.0, 0.0)),
     ],
 )
 def test_what_settings_of_sadr_are_compared_by(
-    changes: dict[str, float], prompts: int, expected: tuple[float, float]
+    held: dict[str, float], expected: tuple[float, float]
 ) -> None:
-    plain, held = sadr_search.Choice(dl.RomeConfig(layer=1), dl.SADR(gamma=1.0)).arms("rome")
-    asked = []
+    before = {"ES": 99.0, "PS": 90.0, "NS": 60.0, "RS": 20.0, "DNS": 30.0}
+    plain, arm = sadr_search.Choice(dl.RomeConfig(layer=1), dl.SADR(gamma=1.0)).arms("rome")
+    result = result_of({"unedited": {}, plain.name: before, arm.name: held, "another": before})
+    assert sadr_search.merit(result, plain, arm) == pytest.approx(expected)
+    result.records["another"]["3"] = {"error": "a reason"}
+    assert sadr_search.merit(result, plain, arm) == pytest.approx(expected)
+    result.records[arm.name]["3"] = {"error": "a reason"}
+    assert sadr_search.merit(result, plain, arm) < (-100.0, 0.0)
 
-    def compare(arm: str, other: str) -> dict[str, SimpleNamespace]:
-        asked.append((arm, other))
-        return {metric: SimpleNamespace(value=value) for metric, value in changes.items()}
 
-    result: Any = SimpleNamespace(
-        compare=compare,
-        failed=[("another arm", "a case", "a reason")],
-        rates=lambda arm: {metric: SimpleNamespace(prompts=prompts) for metric in changes},
-    )
-    assert sadr_search.merit(result, plain, held) == pytest.approx(expected)
-    assert asked == [(held.name, plain.name)]
-    result.failed.append((held.name, "a case", "a reason"))
-    assert sadr_search.merit(result, plain, held) < (-100.0, 0.0)
+def test_one_prompt_may_be_lost() -> None:
+    plain, arm = sadr_search.Choice(dl.RomeConfig(layer=1), dl.SADR(gamma=1.0)).arms("rome")
+    result = result_of({plain.name: {"ES": 10.0, "PS": 10.0}, arm.name: {"ES": 9.0, "PS": 8.0}})
+    for name in (plain.name, arm.name):  # ten cases: a prompt is 10 points
+        result.records[name] = {str(i): result.records[name][str(i)] for i in range(10)}
+    assert result.excess(arm.name, plain.name) == pytest.approx(10.0)
 
 
 def test_the_search_for_the_settings_of_sadr(

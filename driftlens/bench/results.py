@@ -26,6 +26,7 @@ from driftlens.evaluation import (
     bootstrap_interval,
     combined,
     compare,
+    compare_combined,
     growth,
     rates,
 )
@@ -35,6 +36,9 @@ from driftlens.records import write_result
 
 KEPT: dict[str, tuple[Metric, ...]] = {"edit": ("ES", "PS"), "others": ("NS", "RS", "DNS")}
 """What an edit should do, and what it should leave alone."""
+
+ALLOWED: dict[Metric, float] = {"ES": 1.0, "PS": 4.0}
+"""Points that a restriction may cost the edit."""
 
 PLAN, CASES, UNITS = "bench.json", "cases.jsonl", "units.jsonl"
 
@@ -162,6 +166,24 @@ class BenchResult:
         ``None`` if the other gives nothing."""
         return growth(self.answers(arm), self.answers(other), metric, measure)
 
+    def compare_kept(self, arm: str, other: str) -> Difference | None:
+        """The paired difference of the mean of NS, RS and DNS, as far as these were asked;
+        ``None`` if none was."""
+        asked = [metric for metric in KEPT["others"] if metric in self.rates(arm)]
+        if not asked:
+            return None
+        return compare_combined(self.answers(arm), self.answers(other), asked)
+
+    def excess(self, arm: str, other: str) -> float:
+        """Points of ES and PS that an arm has less than another, beyond `ALLOWED`; one prompt is
+        allowed in any case."""
+        found, asked = self.compare(arm, other), self.rates(arm)
+        return sum(
+            max(0.0, -found[metric].value - max(allowed, 100.0 / asked[metric].prompts) - 1e-9)
+            for metric, allowed in ALLOWED.items()
+            if metric in found
+        )
+
     def pairs(self) -> list[tuple[str, str]]:
         """What is compared with what: each restricted arm with the same editor without, each
         editor with the unedited model."""
@@ -233,6 +255,18 @@ class BenchResult:
         found = [r["seconds"] for r in self.records[arm].values() if "seconds" in r]
         return float(np.median(found)) if found else float("nan")
 
+    def steps(self, arm: str) -> float:
+        """Median steps of an edit's search, less than asked for where it stops early; ``nan`` for
+        the unedited model."""
+        found = [r["steps"] for r in self.records[arm].values() if "steps" in r]
+        return float(np.median(found)) if found else float("nan")
+
+    def seconds_per_step(self, arm: str) -> float:
+        """Median seconds of an edit for each step of its search; ``nan`` for the unedited
+        model."""
+        found = [r["seconds"] / r["steps"] for r in self.records[arm].values() if "steps" in r]
+        return float(np.median(found)) if found else float("nan")
+
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each prompt of each unit: arm, case, metric, texts, and what was answered."""
         metrics = self.plan["setting"]["metrics"]
@@ -267,12 +301,13 @@ class BenchResult:
 
     def conditions(self) -> list[dict[str, Any]]:
         """Each arm with its configuration, the number of its finished cases, and the median
-        seconds of its edits, JSON-ready."""
+        seconds and steps of its edits, JSON-ready."""
         return [
             {
                 **arm,
                 "finished": len(self.records[arm["name"]]),
                 "seconds_per_edit": _or_none(self.seconds(arm["name"])),
+                "steps_per_edit": _or_none(self.steps(arm["name"])),
             }
             for arm in self.plan["arms"]
         ]

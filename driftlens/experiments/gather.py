@@ -26,6 +26,9 @@ from driftlens.evaluation import rate_cells
 from driftlens.experiments.reproduce import EXPERIMENTS
 from driftlens.records import write_result
 
+MORE = ("differences", "probabilities")
+"""What results of experiments that compare arms hold."""
+
 
 def gather(folders: Sequence[Path], out: Path) -> list[Path]:
     """Write one file for each experiment that is in any of the folders.
@@ -80,7 +83,10 @@ def _merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     )  # fmt: skip
     return {
         **{name: first[name] for name in ("name", "title", "paper")},
-        "runs": [{name: record[name] for name in of_run} for record in records],
+        "runs": [
+            {**{name: record[name] for name in of_run}, **{n: record.get(n, []) for n in MORE}}
+            for record in records
+        ],
         "rows": [
             {"model": record["model"]["name"], "data": record["data"], **row}
             for record in records

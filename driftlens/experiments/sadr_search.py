@@ -8,7 +8,8 @@ are (restricted and not, always with the same number of steps at most), gamma, w
 held, by which divergence, and in which layers; each stage keeps the best setting so far.
 
 All settings are judged against the same arm, the editor with its own hyperparameters and without
-SADR, paired by case: first by the points beyond `ALLOWED` that they cost, then by what they gain,
+SADR, paired by case: first by the points of ES and PS that they cost beyond
+:data:`~driftlens.bench.results.ALLOWED`, then by what they gain,
 the sum of RS and DNS. The check repeats the best setting on held-back cases, once.
 
 Numbers go to ``OUT/sadr-MODEL-METHOD.json``, answers to a folder beside it, from which a stopped
@@ -36,8 +37,6 @@ from driftlens.readers import read_cases
 from driftlens.records import data_file, versions, write_result
 
 FIRST = dl.SADR(gamma=0.8)
-ALLOWED = {"ES": 1.0, "PS": 4.0}
-"""Points that a restriction may cost; one prompt is allowed in any case."""
 GAINS = ("RS", "DNS")
 
 
@@ -133,13 +132,9 @@ def merit(result: BenchResult, reference: Arm, held: Arm) -> tuple[float, float]
     failed = {arm for arm, _, _ in result.failed}
     if held.name in failed or reference.name in failed:
         return -math.inf, -math.inf
-    found, prompts = result.compare(held.name, reference.name), result.rates(held.name)
-    beyond = sum(
-        max(0.0, -found[metric].value - max(allowed, 100.0 / prompts[metric].prompts) - 1e-9)
-        for metric, allowed in ALLOWED.items()
-        if metric in found
-    )
-    return -beyond, sum(found[metric].value for metric in GAINS if metric in found)
+    found = result.compare(held.name, reference.name)
+    gained = sum(found[metric].value for metric in GAINS if metric in found)
+    return -result.excess(held.name, reference.name), gained
 
 
 def sentence(told: dict[str, Any]) -> str:

@@ -58,15 +58,27 @@ def reproduce(study: Study, names: Sequence[str] = ("all",)) -> list[Finding]:
         names: Of `EXPERIMENTS`, or ``"all"``.
 
     Raises:
-        RequestError: If there is no such experiment.
+        RequestError: If there is no such experiment; after all the others, if one cannot be made
+            with these cases.
         DataError: If results cannot be written.
     """
     findings = []
+    refused: dict[str, RequestError] = {}
     for name in known_names(names):
         started = time.monotonic()
-        finding = EXPERIMENTS[name](study)
+        try:
+            finding = EXPERIMENTS[name](study)
+        except RequestError as error:
+            refused[name] = error
+            continue
         finding.save(study, time.monotonic() - started)
         findings.append(finding)
         shown = [found for known in EXPERIMENTS if (found := recorded(study, known)) is not None]
         write_result(study.out / "index.html", page(study, shown))
+    if refused:
+        first, *_ = refused.values()
+        raise RequestError(
+            f"{', '.join(refused)} cannot be made: {first.problem}",
+            f"{first.remedy} The others are in {study.out}.",
+        ) from first
     return findings

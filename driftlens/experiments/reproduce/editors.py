@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +12,24 @@ import plotly.graph_objects as go
 
 from driftlens import figures
 from driftlens.bench import UNEDITED, Arm, BenchResult
-from driftlens.cases import METRICS
+from driftlens.bench.results import ALLOWED, KEPT
+from driftlens.cases import METRICS, Metric
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import METHODS, resolve_config
 from driftlens.editing.rivals import EssenceKL, HiddenDrift, KeyDrift
 from driftlens.editing.sadr import SADR
+from driftlens.evaluation import Answer, Difference, compare
 from driftlens.experiments.paper import TABLE_3
 from driftlens.experiments.reproduce.finding import Finding, Study
 
 PAPERS = ("rome", "memit", "pmet")
 """The editors of the paper."""
+
+CONTROLS: dict[Metric, dict[Metric, str]] = {
+    "NS": {"DNS": "the edited sentence", "lead-neighbour": "an unrelated one"},
+    "RS": {"distract-relation": "the edited sentence", "lead-relation": "an unrelated one"},
+}
+"""Prompts, and the same ones behind a sentence."""
 
 
 def table1(study: Study) -> Finding:
@@ -29,21 +38,22 @@ def table1(study: Study) -> Finding:
     arms = study.arms(PAPERS[:1] if study.quick else tuple(METHODS))
     result = study.bench(arms)
     rows = result.table()
-    value = _values(rows)
-    lost = [
-        f"{arm} {_list(_fall(value, arm, metric) for metric in ('RS', 'DNS', 'NS'))}"
+    told = [
+        f"{arm} ({_list(_rate(result, arm, metric) for metric in ('ES', 'PS'))}): "
+        f"{_changes(result.compare(arm, UNEDITED), ('RS', 'DNS', 'NS'))}"
         for arm in result.arms[1:]
     ]
-    text = f"Points lost: {'; '.join(lost)}."
+    text = f"Edited less unedited on the same prompts, in points: {'; '.join(told)}."
     contexts = [
-        f"{value[UNEDITED, 'NS'] - value[UNEDITED, metric]:.1f} behind {what}"
-        for metric, what in (("DNS", "the edited sentence"), ("lead-neighbour", "an unrelated one"))
-        if {(UNEDITED, "NS"), (UNEDITED, metric)} <= value.keys()
+        f"{base} by {change} behind {what}"
+        for base, controls in CONTROLS.items()
+        for metric, what in controls.items()
+        if (change := _between(result, UNEDITED, metric, base)) is not None
     ]
     if contexts:
         text += (
-            f" On the unedited model, the prompts of NS lose {_list(contexts)}: that much is no "
-            "damage of the edit."
+            f" The context alone changes, on the unedited model, {_list(contexts)}: that is no "
+            "damage of an edit, and no part of the differences above."
         )
     shown = ("ES", "PS", "NS", "lead-neighbour", "DNS", "RS", "lead-relation", "distract-relation")
     figure = figures.rate_bars(
@@ -70,7 +80,7 @@ def table3(study: Study) -> Finding:
 
 def fig6(study: Study) -> Finding:
     """Selective against blanket restriction: which heads are held, over gamma."""
-    gammas = (0.2,) if study.quick else (0.05, 0.2, 0.8, 3.2)
+    gammas = _gammas(study, "rome")
     rules: dict[str, dict[str, Any]] = {"selected heads": {}, "all heads": {"heads": "all"}}
     arms = _rome_arms(
         study,
@@ -82,17 +92,14 @@ def fig6(study: Study) -> Finding:
     )
     result = study.bench(arms)
     rows = result.table()
-    value = _values(rows)
     words = []
     for gamma in gammas:
-        names = [f"{rule}, gamma {gamma:g}" for rule in rules]
-        told = [
-            f"{metric} {value[names[0], metric]:.1f} against {value[names[1], metric]:.1f}"
-            for metric in ("Avg. S", "ES", "RS", "DNS")
-            if all((name, metric) in value for name in names)
-        ]
-        words.append(f"at gamma {gamma:g}, {_list(told)}")
-    text = f"Selected heads against all heads: {'; '.join(words)}."
+        selected, every = (f"{rule}, gamma {gamma:g}" for rule in rules)
+        words.append(f"at gamma {gamma:g}, {_changes(result.compare(selected, every))}")
+    text = (
+        f"Selected heads less all heads, in points: {'; '.join(words)}. At one gamma, holding all "
+        "heads is the larger penalty; the figure shows what each costs and keeps."
+    )
     figure = figures.trade_off(result.trade_off(), title="Selective and blanket restriction")
     paper = "Restricting all heads costs edit success and helps less, at every gamma (figure 6)."
     title = "Selective against blanket restriction"
@@ -106,7 +113,7 @@ def fig7(study: Study) -> Finding:
     for method in methods:
         config = resolve_config(study.model, method)
         found: dict[str, Arm] = {"": Arm(method, method, config)}
-        for gamma in (0.2,) if study.quick else (0.05, 0.2, 0.8, 3.2):
+        for gamma in _gammas(study, method):
             name = f"gamma {gamma:g}"
             found[name] = Arm(f"{method}, {name}", method, config, (SADR(gamma=gamma),))
         changes: dict[str, dict[str, Any]] = {
@@ -120,7 +127,7 @@ def fig7(study: Study) -> Finding:
     result = study.bench(arms)
     rows = result.table()
     kept = result.trade_off()
-    text = " ".join(_best_of_each_kind(rows, kept, method) for method in methods)
+    text = " ".join(_best_of_each_kind(result, method) for method in methods)
     figure = figures.trade_off(kept, title="What restrictions cost, and what they keep")
     paper = "Varying gamma dominates varying steps, learning rate or KL weight (figure 7, GPT-J)."
     title = "Trade-offs: gamma, steps, learning rate, KL"
@@ -173,12 +180,14 @@ def _comparison(
 ) -> Finding:
     """ROME under several restrictions, told by their paired gains and their cost in time."""
     result = study.bench(_rome_arms(study, penalties))
-    base = result.seconds("rome")
-    words = [
-        f"{_gain(result, 'rome', arm)} Its edits take {result.seconds(arm) / base:.2f} times as "
-        "long."
-        for arm in penalties
-    ]
+    first, *others = penalties
+    words = [_gain(result, "rome", first) + _time(result, first, "rome")]
+    for arm in others:
+        words.append(
+            f"{arm} less {first}, in points: {_changes(result.compare(arm, first))}."
+            + _time(result, arm, "rome")
+        )
+    words.append(f"Only the strength of {first} was tuned.")
     paper = "The paper does not report this; its reviewers ask for it."
     figure = figures.trade_off(result.trade_off(), title=title)
     return _finding(name, title, result, result.table(), figure, " ".join(words), paper)
@@ -194,18 +203,55 @@ def _finding(
     paper: str,
 ) -> Finding:
     """What a bench told, with its configurations and failures."""
-    return Finding(name, title, rows, figure, text, paper, result.conditions(), result.failed)
+    return Finding(
+        name, title, rows, figure, text, paper, result.conditions(), result.failed,
+        differences=result.differences(), probabilities=result.table("prob"),
+    )  # fmt: skip
 
 
-def _values(rows: pd.DataFrame) -> dict[tuple[str, str], float]:
-    return {(row["arm"], row["metric"]): row["value"] for row in rows.to_dict("records")}
+def _gammas(study: Study, method: str) -> tuple[float, ...]:
+    """Around the strength that is known for the model and the editor."""
+    known = sadr_gamma(study.model, method)
+    return tuple(
+        known * factor for factor in ((0.25,) if study.quick else (1 / 16, 0.25, 1.0, 4.0))
+    )
 
 
-def _fall(value: Mapping[tuple[str, str], float], arm: str, metric: str) -> str:
-    """What an edit takes of a metric; nothing if it was not asked."""
-    if not {(UNEDITED, metric), (arm, metric)} <= value.keys():
+def _rate(result: BenchResult, arm: str, metric: Metric) -> str:
+    """A metric of an arm; nothing if it was not asked."""
+    found = result.rates(arm)
+    return f"{metric} {found[metric].value:.1f}" if metric in found else ""
+
+
+def _changes(found: Mapping[Metric, Difference], metrics: Sequence[Metric] = METRICS) -> str:
+    """Paired differences in points, with their intervals."""
+    return _list(f"{metric} {found[metric]}" for metric in metrics if metric in found)
+
+
+def _between(result: BenchResult, arm: str, metric: Metric, base: Metric) -> Difference | None:
+    """What a metric has more than another on the same prompts in other surroundings."""
+    answers = result.answers(arm)
+
+    def only(name: Metric) -> dict[str, list[Answer]]:
+        return {
+            case: [replace(answer, metric=base) for answer in own if answer.metric == name]
+            for case, own in answers.items()
+        }
+
+    asked = {answer.metric for own in answers.values() for answer in own}
+    return compare(only(metric), only(base))[base] if {metric, base} <= asked else None
+
+
+def _time(result: BenchResult, arm: str, plain: str) -> str:
+    """How long the search of a restricted edit is."""
+    steps, before = result.steps(arm), result.steps(plain)
+    ratio = result.seconds_per_step(arm) / result.seconds_per_step(plain)
+    if not math.isfinite(ratio):
         return ""
-    return f"{metric} {value[UNEDITED, metric] - value[arm, metric]:.1f}"
+    return (
+        f" Its searches take {steps:g} steps in the median ({before:g} without), each "
+        f"{ratio:.2f} times as long."
+    )
 
 
 def _list(parts: Iterable[str]) -> str:
@@ -222,7 +268,8 @@ def _gain(result: BenchResult, plain: str, held: str) -> str:
             continue
         share = ""
         if metric in ("RS", "DNS") and before[metric].low > 0:  # else a share of next to nothing
-            share = f", {100 * found[metric].value / before[metric].value:+.0f} % relative"
+            growth = result.growth(held, plain, metric)
+            share = "" if growth is None else f", {growth} relative"
         parts.append(f"{metric} {found[metric]}{share}")
     return f"{held} less {plain}, in points: {'; '.join(parts) or 'nothing to compare'}."
 
@@ -242,31 +289,40 @@ def _paper_gains() -> str:
     return f"{'; '.join(found)} (table 3)."
 
 
-def _best_of_each_kind(rows: pd.DataFrame, trade_off: pd.DataFrame, method: str) -> str:
-    """For each thing that was varied, its best setting among those that keep the edit."""
-    value = _values(rows)
-    others = dict(zip(trade_off["arm"], trade_off["others"], strict=True))
-    told = {arm for arm, number in others.items() if number == number and (arm, "ES") in value}
-    if method not in told:
+def _best_of_each_kind(result: BenchResult, method: str) -> str:
+    """For each thing that was varied, its best setting among those that cost the edit little; and
+    gamma's less the others'."""
+    asked = [metric for metric in KEPT["others"] if metric in result.rates(method)]
+    if not asked:
         return f"{method}: nothing to compare."
     kinds: dict[str, list[str]] = {}
-    for arm in others:
+    for arm in result.arms:
         if arm.startswith(f"{method},"):
             kinds.setdefault(arm.split(", ")[1].split()[0], []).append(arm)
+    best: dict[str, str] = {}
+    gains: dict[str, Difference] = {}
     parts = []
     for kind, arms in kinds.items():
-        kept = [a for a in arms if a in told and value[a, "ES"] >= value[method, "ES"] - 1.0]
-        if kept:
-            best = max(kept, key=others.__getitem__)
-            parts.append(f"{best.split(', ')[1]} ({_kept(others, value, best)})")
-        else:
+        less = {arm: found for arm in arms if (found := result.compare_kept(arm, method))}
+        cheap = [arm for arm in less if result.excess(arm, method) == 0]
+        if not cheap:
             parts.append(f"no setting of {kind}")
-    return (
-        f"{method} alone: {_kept(others, value, method)}. Best settings that keep ES within a "
-        f"point: {'; '.join(parts)}."
+            continue
+        best[kind] = max(cheap, key=lambda arm: less[arm].value)
+        gains[kind] = less[best[kind]]
+        parts.append(
+            f"{best[kind].split(', ')[1]} {gains[kind]} "
+            f"({_list(_rate(result, best[kind], metric) for metric in KEPT['edit'])})"
+        )
+    text = (
+        f"{method} ({_list(_rate(result, method, metric) for metric in KEPT['edit'])}), mean of "
+        f"{', '.join(asked)}: what the best setting of each kind gains, in points, of those that "
+        f"cost at most {ALLOWED['ES']:g} point of ES and {ALLOWED['PS']:g} of PS (one prompt in "
+        f"any case), chosen on the same cases: {'; '.join(parts)}."
     )
-
-
-def _kept(others: Mapping[str, float], value: Mapping[tuple[str, str], float], arm: str) -> str:
-    paraphrases = f", PS {value[arm, 'PS']:.1f}" if (arm, "PS") in value else ""
-    return f"mean of NS, RS and DNS {others[arm]:.1f}{paraphrases}"
+    rivals = [
+        f"{kind} {found}" for kind in best
+        if kind != "gamma" and "gamma" in best
+        and (found := result.compare_kept(best["gamma"], best[kind]))
+    ]  # fmt: skip
+    return f"{text} Gamma's less that of {', '.join(rivals)}." if rivals else text

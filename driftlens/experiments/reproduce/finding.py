@@ -21,9 +21,10 @@ from driftlens.bench import (
     parts,
     run_bench,
 )
+from driftlens.bench.units import content_digest
 from driftlens.cases import Case
 from driftlens.edits import Edit
-from driftlens.errors import DriftLensError
+from driftlens.errors import DriftLensError, RequestError
 from driftlens.models import LensModel
 from driftlens.records import versions, write_result
 
@@ -45,6 +46,9 @@ class Study:
         seed: Of the sampled contexts, and of the bootstrap.
         progress: Whether to show bars.
         command: How to run this again, for the record.
+
+    Raises:
+        RequestError: If there are no cases.
     """
 
     model: LensModel
@@ -59,6 +63,13 @@ class Study:
     _edits: dict[str, Edit | DriftLensError] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def __post_init__(self) -> None:
+        if not self.cases:
+            raise RequestError(
+                "There are no cases.",
+                "Give some that were held back, with neighbours or relations.",
+            )
 
     def rome(self, case: Case) -> Edit:
         """ROME's edit of one of the cases, with the model's defaults, as :meth:`bench` makes it:
@@ -104,6 +115,8 @@ class Finding:
         paper: What the paper reports.
         arms: Editors and restrictions with their configurations, JSON-ready.
         failed: What failed; it is left out of the numbers.
+        differences: Paired differences in success, with effect sizes, if arms are compared.
+        probabilities: The mean probability of the right answer in each row, too.
     """
 
     name: str
@@ -114,6 +127,8 @@ class Finding:
     paper: str
     arms: Sequence[Mapping[str, Any]] = ()
     failed: Sequence[Failure] = ()
+    differences: Sequence[Mapping[str, Any]] = ()
+    probabilities: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def paragraph(self) -> str:
@@ -137,6 +152,7 @@ class Finding:
             "fingerprint": study.model.fingerprint(),
             "data": study.data,
             "cases": [case.id for case in study.cases],
+            "content": content_digest(study.cases),
             "quick": study.quick,
             "seed": study.seed,
             "command": study.command,
@@ -144,7 +160,9 @@ class Finding:
             "versions": versions(),
             "arms": list(self.arms),
             "failed": [{"arm": a, "case": c, "reason": r} for a, c, r in self.failed],
-            "rows": json.loads(self.rows.to_json(orient="records")),
+            "rows": _records(self.rows),
+            "differences": list(self.differences),
+            "probabilities": _records(self.probabilities),
         }
 
     def save(self, study: Study, seconds: float) -> Path:
@@ -158,6 +176,12 @@ class Finding:
         text = json.dumps(self.to_dict(study, seconds), indent=1, ensure_ascii=False) + "\n"
         write_result(target, text)
         return target
+
+
+def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """JSON-ready: what is no number is null."""
+    found: list[dict[str, Any]] = json.loads(rows.to_json(orient="records"))
+    return found
 
 
 @dataclass(frozen=True)
@@ -182,7 +206,8 @@ def recorded(study: Study, name: str) -> Recorded | None:
     """An experiment's files in the study's folder; ``None`` if they are not there, are damaged,
     or are of another model."""
     needed = {
-        "name", "title", "text", "paper", "rows", "data", "cases", "quick", "seed", "command",
+        "name", "title", "text", "paper", "rows", "data", "cases", "content", "quick", "seed",
+        "command",
     }  # fmt: skip
     try:
         record = json.loads((study.out / f"{name}.json").read_text("utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from driftlens.bench.units import content_digest
 from driftlens.documents import Section, TableOf, document
 from driftlens.experiments.reproduce.finding import Recorded, Study
 
@@ -35,8 +36,8 @@ def page(study: Study, findings: Sequence[Recorded]) -> str:
 def _earlier(study: Study, found: Recorded) -> list[str]:
     """How a finding was made, if not like this call's."""
     record = found.record
-    setting = (record["cases"], record["quick"], record["seed"])
-    if setting == ([case.id for case in study.cases], study.quick, study.seed):
+    setting = (record["content"], record["quick"], record["seed"])
+    if setting == (content_digest(study.cases), study.quick, study.seed):
         return []
     quick = QUICK if record["quick"] else ""
     of = f"{len(record['cases'])} cases ({record['data']})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ from plotly.subplots import make_subplots
 from driftlens import figures
 from driftlens.bench import UNEDITED, Arm
 from driftlens.cases import METRICS
+from driftlens.evaluation import Rate
 from driftlens.experiments.many import measure
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study
 from driftlens.journal import Journal
@@ -36,10 +38,11 @@ def sequential(study: Study) -> Finding:
         for count, rates in checkpoints.items():
             rows += _rows(arm.name, int(count), rates)
         if checkpoints:
-            texts.append(_told(arm.name, checkpoints))
+            texts.append(_told(arm.name, checkpoints, "error" in found))
         if "error" in found:
             failed.append((arm.name, "a sequence", found["error"]))
-    table = pd.DataFrame(rows)
+    texts.append("One order of the facts; intervals are over the facts in one edited model.")
+    table = pd.DataFrame(rows, columns=["arm", "facts", "metric", *(f.name for f in fields(Rate))])
     title = "Edits one after another"
     paper = "The paper edits one fact at a time; its reviewers ask what happens in a sequence."
     made = [{"name": arm.name, **arm.to_dict()} for arm in arms[1:]]
@@ -54,14 +57,14 @@ def _rows(arm: str, count: int, rates: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _told(arm: str, checkpoints: dict[str, Any]) -> str:
+def _told(arm: str, checkpoints: dict[str, Any], stopped: bool) -> str:
     """The first and the last look, in a sentence."""
     parts = []
     for count in dict.fromkeys((next(iter(checkpoints)), list(checkpoints)[-1])):
         rates = checkpoints[count]
         values = ", ".join(f"{m} {rates[m]['value']:.1f}" for m in METRICS if m in rates)
         parts.append(f"after {count} fact{'' if count == '1' else 's'} {values}")
-    return f"{arm}: {'; '.join(parts)}."
+    return f"{arm}: {'; '.join(parts)}{', the last before it stopped' if stopped else ''}."
 
 
 def _dash(arm: Arm) -> str:
