@@ -163,6 +163,19 @@ def test_the_trade_off_is_two_means_with_their_intervals(
     assert row["others_high"] == pytest.approx((100 + 0 + 100) / 3)
 
 
+def test_conditions_tell_seconds_and_steps(whole: BenchResult) -> None:
+    records = whole.records["ft"].values()
+    (arm,) = (arm for arm in whole.conditions() if arm["name"] == "ft")
+    assert arm["finished"] == len(records) == 5
+    assert arm["seconds_per_edit"] == np.median([record["seconds"] for record in records])
+    assert arm["steps_per_edit"] == np.median([record["steps"] for record in records]) == 3
+    each = [record["seconds"] / record["steps"] for record in records]
+    assert whole.seconds_per_step("ft") == pytest.approx(np.median(each))
+    unedited = whole.conditions()[0]
+    assert unedited["seconds_per_edit"] is None and unedited["steps_per_edit"] is None
+    assert np.isnan(whole.seconds_per_step(UNEDITED))
+
+
 def test_a_trade_off_of_what_was_asked(
     model: dl.LensModel, cases: list[Case], tmp_path: Path
 ) -> None:

@@ -27,7 +27,17 @@ from driftlens.cases import (
     tuning_split,
 )
 from driftlens.errors import DataError
-from driftlens.evaluation import Answer, answers, combined, compare, harmonic_mean, rates
+from driftlens.evaluation import (
+    Answer,
+    Growth,
+    answers,
+    combined,
+    compare,
+    compare_combined,
+    growth,
+    harmonic_mean,
+    rates,
+)
 from driftlens.experiments import many, tuning
 from driftlens.experiments.paper import TABLE_3
 from driftlens.journal import Journal
@@ -182,6 +192,41 @@ def test_paired_differences_by_hand() -> None:
     assert np.isnan(same.effect)
     with pytest.raises(ValueError, match="same prompts"):
         compare({"a": [good]}, {"a": [good, good]})
+
+
+def test_relative_growth_by_hand() -> None:
+    good, bad = answer("RS", -0.5), answer("RS", -2.0)
+    first = {"a": [good, good], "b": [good], "c": [bad], "only here": [good]}
+    second = {"c": [good], "a": [bad, good], "b": [bad], "only there": [good]}
+    found = growth(first, second, "RS")
+    assert found is not None
+    # Of the cases that both have: 3 successes less 2, of 2.
+    assert found.value == pytest.approx(50.0)
+    assert found.low == -100.0  # only the third case drawn
+    assert found.high == np.inf  # only the second, of which there was nothing
+    assert str(found) == "+50 % [-100, +inf]"
+    same = growth(first, first, "RS")
+    assert same is not None
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    assert growth(first, {"b": [bad]}, "RS") is None
+    assert growth(first, second, "NS") is None
+    assert str(Growth(-0.4, -3.0, 2.0)) == "+0 % [-3, +2]"
+
+
+def test_a_paired_difference_of_a_mean_of_several_metrics_by_hand() -> None:
+    good, bad = answer("RS", -0.5), answer("RS", -2.0)
+    yes, no = answer("NS", -0.5), answer("NS", -2.0)
+    first = {"a": [good, bad, yes], "b": [good, yes], "only here": [good]}
+    second = {"b": [bad, yes], "a": [good, bad, no], "only there": [bad]}
+    found = compare_combined(first, second, ["RS", "NS"])
+    assert found is not None
+    assert found.value == pytest.approx((100 / 3 + 50) / 2)  # 2 of 3 less 1 of 3, 2 of 2 less 1
+    # A draw has the first case twice, both, or the second twice: 50, 41.7 and 50.
+    assert (found.low, found.high) == (pytest.approx((100 / 3 + 50) / 2), 50.0)
+    assert (found.better, found.worse, found.cases) == (2, 0, 2)
+    apart = [compare(first, second)[m].value for m in ("RS", "NS")]
+    assert found.value == pytest.approx(np.mean(apart))
+    assert compare_combined(first, second, ["RS", "PS"]) is None
 
 
 def test_a_mean_of_several_metrics_by_hand() -> None:

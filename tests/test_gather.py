@@ -36,7 +36,7 @@ def finding(folder: Path, model: str, name: str = "table3", **changes: Any) -> P
 def test_rows_of_all_models_with_how_they_were_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = finding(tmp_path / "one", "small")
+    one = finding(tmp_path / "one", "small", differences=[{"arm": "rome", "value": 2.0}])
     other = finding(finding(tmp_path / "other", "large"), "large", "fig6")
     elsewhere = finding(tmp_path / "elsewhere", "small", data="theirs")
     out = tmp_path / "out"
@@ -51,6 +51,8 @@ def test_rows_of_all_models_with_how_they_were_made(
     assert [run["text"] for run in table["runs"]][:2] == ["What small does.", "What large does."]
     assert table["runs"][0]["arms"][0]["config"] == {"layer": 1}
     assert table["runs"][0]["failed"][0]["case"] == "b"
+    assert table["runs"][0]["differences"] == [{"arm": "rome", "value": 2.0}]
+    assert table["runs"][1]["probabilities"] == []
     assert [(row["model"], row["data"], row["metric"]) for row in table["rows"]] == [
         (*place, metric)
         for place in (("small", "facts"), ("large", "facts"), ("small", "theirs"))
