@@ -324,7 +324,8 @@ def trade_off(kept: pd.DataFrame, *, title: str) -> go.Figure:
     ``"gamma 0.8"``, are joined by a line.
 
     Args:
-        kept: Columns ``arm``, ``edit``, ``others``, and each with ``_low`` and ``_high``, in %.
+        kept: Columns ``arm``, ``edit``, ``others``, and each of these two with ``_low`` and
+            ``_high``, in %, and with ``_of``, the metrics that it is a mean of.
     """
     fig = Figure()
     kinds = kept["arm"].map(_kind)
@@ -342,8 +343,11 @@ def trade_off(kept: pd.DataFrame, *, title: str) -> go.Figure:
             line={"width": 1},
             hovertemplate="%{text}<br>edit %{x:.1f}, other knowledge %{y:.1f}<extra></extra>",
         )
-    fig.update_xaxes(title_text="mean of ES and PS, %")
-    fig.update_yaxes(title_text="mean of NS, RS and DNS, %")
+    of_edit, of_others = (
+        " / ".join(kept[f"{name}_of"].dropna().unique()) for name in ("edit", "others")
+    )
+    fig.update_xaxes(title_text=f"mean of {of_edit}, %")
+    fig.update_yaxes(title_text=f"mean of {of_others}, %")
     fig.update_layout({**LAYOUT, **_header(title, 760)})
     return fig
 

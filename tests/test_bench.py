@@ -184,6 +184,7 @@ def test_a_trade_off_of_what_was_asked(
     found = neighbours.rates("ft")
     assert kept.loc["ft", "edit"] == found["ES"].value
     assert kept.loc["ft", "others"] == found["NS"].value
+    assert tuple(kept.loc["ft", ["edit_of", "others_of"]]) == ("ES", "NS")
     edits = bench(model, cases[:2], tmp_path / "es", setting=Setting(metrics=("ES",)))
     kept = edits.trade_off()
     assert kept["edit"].notna().all()

@@ -46,7 +46,7 @@ def test_trade_offs_join_what_differs_in_its_number() -> None:
             ("rome, KL 4", 91.0, 90.0, 92.0, 51.0, 50.0, 52.0),
         ],
         columns=["arm", "edit", "edit_low", "edit_high", "others", "others_low", "others_high"],
-    )
+    ).assign(edit_of="ES, PS", others_of="NS, RS")
     figure = figures.trade_off(kept, title="T")
     plain, gamma, kl = figure.data
     assert [plain.name, gamma.name, kl.name] == ["rome", "rome, gamma", "rome, KL"]
@@ -57,7 +57,8 @@ def test_trade_offs_join_what_differs_in_its_number() -> None:
     assert list(gamma.error_y.array) == [10.0, 4.0]
     assert list(gamma.error_y.arrayminus) == [5.0, 8.0]
     assert "lines" in gamma.mode
-    assert figure.layout.xaxis.title.text == "mean of ES and PS, %"
+    assert figure.layout.xaxis.title.text == "mean of ES, PS, %"
+    assert figure.layout.yaxis.title.text == "mean of NS, RS, %"
 
 
 @pytest.mark.parametrize("name", ["value", "others"])

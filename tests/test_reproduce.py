@@ -743,6 +743,9 @@ def test_stages_of_the_search_build_on_the_best_so_far() -> None:
     lower, upper = going.send(drifted)  # layers 2 to 5 are above the edited one
     assert lower.sadr == replace(drifted.sadr, layers=(0, 1, 2, 3))
     assert upper.sadr == replace(drifted.sadr, layers=(4, 5))
+    assert [choice.sadr for choice in going.send(upper)] == [
+        replace(upper.sadr, gamma=6.4), replace(upper.sadr, gamma=12.8)
+    ]  # fmt: skip
     with pytest.raises(StopIteration):
         going.send(upper)
     plain, held = upper.arms("rome")
@@ -789,7 +792,8 @@ def test_the_search_for_the_settings_of_sadr(
     assert len(found["cases"]) == 2 and not found["failed"]
     result = BenchResult(tmp_path / "search")
     assert [arm["name"] for arm in found["arms"]] == result.arms
-    assert len(found["settings"]) == 9
+    # A stage may end with what had been tried before.
+    assert len(found["settings"]) in (9, 10, 11)
     arms = {arm["name"]: arm for arm in found["arms"]}
     reference = result.arms[1]
     assert arms[reference]["config"]["steps"] == SEARCH["steps"]

@@ -229,8 +229,9 @@ class BenchResult:
 
     def trade_off(self) -> pd.DataFrame:
         """What each editor keeps: columns ``arm``, ``edit`` (mean success of ES and PS, %) and
-        ``others`` (that of NS, RS and DNS), each with its 95 % interval ``_low``, ``_high``.
-        ``nan`` where none of these metrics was asked; the unedited model is left out."""
+        ``others`` (that of NS, RS and DNS), each with its 95 % interval ``_low``, ``_high`` and
+        ``_of``, the metrics that were asked. ``nan`` where none was; the unedited model is left
+        out."""
         rows: list[dict[str, Any]] = []
         for arm in self.plan["arms"]:
             if arm["method"] is None:
@@ -245,8 +246,9 @@ class BenchResult:
                 found = combined(groups, chosen) if chosen else None
                 if found is not None:
                     row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+                    row[f"{name}_of"] = ", ".join(chosen)
             rows.append(row)
-        ends = ("", "_low", "_high")
+        ends = ("", "_low", "_high", "_of")
         columns = ["arm", *(f"{name}{end}" for name in KEPT for end in ends)]
         return pd.DataFrame(rows, columns=columns)
 

@@ -5,7 +5,8 @@
 Two parts. The search uses cases of the tuning split only. It begins with the editor's own
 hyperparameters and `FIRST`, and goes through stages: how long and fast both searches for the value
 are (restricted and not, always with the same number of steps at most), gamma, which heads are
-held, by which divergence, and in which layers; each stage keeps the best setting so far.
+held, by which divergence, in which layers, and gamma once more; each stage keeps the best setting
+so far.
 
 All settings are judged against the same arm, the editor with its own hyperparameters and without
 SADR, paired by case: first by the points of ES and PS that they cost beyond
@@ -77,6 +78,8 @@ def stages(best: Choice, n_layers: int) -> Generator[list[Choice], Choice, None]
     ]
     for stage in changes:
         best = yield [replace(best, sadr=replace(best.sadr, **change)) for change in stage]
+    # What is held may have changed since gamma was chosen.
+    yield [replace(best, sadr=replace(best.sadr, gamma=best.sadr.gamma * by)) for by in (2, 4)]
 
 
 def search(
