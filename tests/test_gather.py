@@ -114,3 +114,40 @@ def test_a_page_shows_all_that_was_gathered(
     with pytest.raises(SystemExit):
         gather.main()
     assert "give folders to gather, or --page" in capsys.readouterr().err
+
+
+def test_tables_of_what_is_inside() -> None:
+    window = {
+        "model": "small", "data": "facts", "kind": "relation", "prompts": 7, "low": -0.02,
+        "high": 0.031, "change of P(new target)": 0.5, "new low": 0.25, "new high": 0.75,
+        "lost P(answer)": 0.2, "lost low": 0.15, "lost high": 0.25,
+        "share, %": 30.4, "share low": -5.0, "share high": 60.0,
+    }  # fmt: skip
+    rows = [
+        {**window, "patched": what, "layers": layers, "change of P(answer)": change}
+        for what in ("pattern", "values")
+        for layers, change in (("0-1", -0.01), ("1-2", 0.012), ("all", 0.05))
+    ]
+    rows[2] |= {"share, %": None}
+    table = gather.restored_markdown({"rows": rows}).splitlines()
+    assert table[0] == (
+        "| model | prompts | number | P(answer) lost | pattern | values | best window of patterns |"
+    )
+    assert table[2:] == [
+        "| small | relation | 7 | 0.200 [0.150, 0.250] | +5.0 [-2.0, +3.1] points | "
+        "30 % [-5, 60] | 1-2: 30 % [-5, 60] |"
+    ]
+    table = gather.substituted_markdown({"rows": rows}).splitlines()
+    assert table[0] == "| model | prompts | component | layers | P(answer) | P(new target) |"
+    assert table[2:] == [
+        f"| small | relation | {what} | 0-1 | -1.0 [-2.0, +3.1] | +50.0 [+25.0, +75.0] |"
+        for what in ("pattern", "values")
+    ]
+    correlations = [
+        {"model": "small", "kind": "relation", "damage": "fall", "prompts": 7, "drift": drift,
+         "pearson": r, "pearson_low": None, "pearson_high": 0.5}
+        for drift, r in (("max head", 0.254), ("row KL", None))
+    ]  # fmt: skip
+    table = gather.correlated_markdown({"rows": correlations}).splitlines()
+    assert table[0] == "| model | prompts | damage | number | max head | row KL |"
+    assert table[2:] == ["| small | relation | fall | 7 | 0.25 [-, 0.50] | - [-, 0.50] |"]

@@ -740,12 +740,13 @@ def test_stages_of_the_search_build_on_the_best_so_far() -> None:
     assert all_heads.sadr.gamma == drifted.sadr.gamma == 3.2
     (reverse,) = going.send(drifted)
     assert reverse.sadr == replace(drifted.sadr, divergence="reverse_kl")
-    lower, upper = going.send(drifted)  # layers 2 to 5 are above the edited one
-    assert lower.sadr == replace(drifted.sadr, layers=(0, 1, 2, 3))
-    assert upper.sadr == replace(drifted.sadr, layers=(4, 5))
-    assert [choice.sadr for choice in going.send(upper)] == [
-        replace(upper.sadr, gamma=6.4), replace(upper.sadr, gamma=12.8)
-    ]  # fmt: skip
+    again = going.send(drifted)
+    assert [choice.sadr for choice in again] == [
+        replace(drifted.sadr, gamma=gamma) for gamma in (0.8, 1.6, 6.4)
+    ]
+    lower, upper = going.send(again[1])  # layers 2 to 5 are above the edited one
+    assert lower.sadr == replace(again[1].sadr, layers=(0, 1, 2, 3))
+    assert upper.sadr == replace(again[1].sadr, layers=(4, 5))
     with pytest.raises(StopIteration):
         going.send(upper)
     plain, held = upper.arms("rome")
@@ -792,8 +793,7 @@ def test_the_search_for_the_settings_of_sadr(
     assert len(found["cases"]) == 2 and not found["failed"]
     result = BenchResult(tmp_path / "search")
     assert [arm["name"] for arm in found["arms"]] == result.arms
-    # A stage may end with what had been tried before.
-    assert len(found["settings"]) in (9, 10, 11)
+    assert 10 <= len(found["settings"]) <= 12  # a stage may name what was tried before
     arms = {arm["name"]: arm for arm in found["arms"]}
     reference = result.arms[1]
     assert arms[reference]["config"]["steps"] == SEARCH["steps"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,15 +142,103 @@ def markdown(record: Mapping[str, Any]) -> str:
     """Success by data, model and arm, in per cent with 95 % intervals, of a file that was
     written."""
     shown = ("Avg. S", *METRICS)
-    lines = [f"| data | model | arm | {' | '.join(shown)} |", "|---" * (3 + len(shown)) + "|"]
     arms: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in record["rows"]:
         rate = {name: row[name] for name in ("value", "low", "high", "prompts", "cases")}
         place = (row["data"], row["model"], row["arm"])
         arms.setdefault(place, {})[row["metric"]] = rate
-    for place, rates in arms.items():
-        lines.append(f"| {' | '.join((*place, *rate_cells(rates, shown)))} |")
-    return "\n".join(lines)
+    lines = [(*place, *rate_cells(rates, shown)) for place, rates in arms.items()]
+    return _table(["data", "model", "arm", *shown], lines)
+
+
+def substituted_markdown(record: Mapping[str, Any]) -> str:
+    """Figure 3: of each component, the window that costs P(answer) most, in points."""
+    lines = []
+    for place, rows in _by(record, "model", "kind", "patched"):
+        worst = min(rows, key=lambda row: row["change of P(answer)"])
+        lines.append((*place, worst["layers"], _points(worst), _points(worst, "P(new target)")))
+    return _table(["model", "prompts", "component", "layers", "P(answer)", "P(new target)"], lines)
+
+
+def correlated_markdown(record: Mapping[str, Any]) -> str:
+    """Figure 4: Pearson's correlation of measures of drift with damage."""
+    lines = [
+        (*place, str(rows[0]["prompts"]), *(_cell(row, "pearson", 2) for row in rows))
+        for place, rows in _by(record, "model", "kind", "damage")
+    ]
+    drifts = list(dict.fromkeys(row["drift"] for row in record["rows"]))
+    return _table(["model", "prompts", "damage", "number", *drifts], lines)
+
+
+def restored_markdown(record: Mapping[str, Any]) -> str:
+    """Figure 5: what original attention at the last token brings back, in per cent of what
+    P(answer) lost, all layers and the best window of patterns."""
+    lines = []
+    for place, rows in _by(record, "model", "kind"):
+        whole = [row for row in rows if row["layers"] == "all"]
+        windows = [r for r in rows if r["layers"] != "all" and r["patched"] == "pattern"]
+        best = max(windows, key=lambda row: row["change of P(answer)"])
+        lost = (_fixed(rows[0][f"lost {end}"], 3) for end in ("P(answer)", "low", "high"))
+        lines.append(
+            (
+                *place,
+                str(rows[0]["prompts"]),
+                "{} [{}, {}]".format(*lost),
+                *(_share(row) for row in whole),
+                f"{best['layers']}: {_share(best)}",
+            )
+        )
+    what = list(dict.fromkeys(row["patched"] for row in record["rows"]))
+    head = ["model", "prompts", "number", "P(answer) lost", *what, "best window of patterns"]
+    return _table(head, lines)
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "table3": markdown,
+    "fig3": substituted_markdown,
+    "fig4": correlated_markdown,
+    "fig5": restored_markdown,
+}
+"""Results as a table for a text."""
+
+
+def _by(
+    record: Mapping[str, Any], *names: str
+) -> Iterator[tuple[tuple[str, ...], list[dict[str, Any]]]]:
+    """Rows that agree in some columns, in the order of the first of each."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    yield from found.items()
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
+    return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]])
+
+
+def _fixed(value: float | None, digits: int, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def _cell(row: Mapping[str, Any], name: str, digits: int) -> str:
+    """A number with its interval, if there is one."""
+    value, low, high = (_fixed(row[f"{name}{end}"], digits) for end in ("", "_low", "_high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _points(row: Mapping[str, Any], of: str = "P(answer)") -> str:
+    ends = ("low", "high") if of == "P(answer)" else ("new low", "new high")
+    found = (_fixed(100 * row[name], 1, "+") for name in (f"change of {of}", *ends))
+    return "{} [{}, {}]".format(*found)
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    """In per cent of what was lost, or in points where that is not sure to be anything."""
+    if row["share, %"] is None:
+        return f"{_points(row)} points"
+    found = (_fixed(row[name], 0) for name in ("share, %", "share low", "share high"))
+    return "{} % [{}, {}]".format(*found)
 
 
 def main() -> None:
@@ -171,8 +259,8 @@ def main() -> None:
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
     for path in written:
-        if path.name == "table3.json":
-            sys.stdout.write(markdown(json.loads(path.read_text("utf-8"))) + "\n")
+        if path.stem in TABLES and path.suffix == ".json":
+            sys.stdout.write(TABLES[path.stem](json.loads(path.read_text("utf-8"))) + "\n")
         sys.stdout.write(f"wrote {path}\n")
 
 

@@ -5,7 +5,7 @@
 Two parts. The search uses cases of the tuning split only. It begins with the editor's own
 hyperparameters and `FIRST`, and goes through stages: how long and fast both searches for the value
 are (restricted and not, always with the same number of steps at most), gamma, which heads are
-held, by which divergence, in which layers, and gamma once more; each stage keeps the best setting
+held, by which divergence, gamma once more, and in which layers; each stage keeps the best setting
 so far.
 
 All settings are judged against the same arm, the editor with its own hyperparameters and without
@@ -68,18 +68,19 @@ def stages(best: Choice, n_layers: int) -> Generator[list[Choice], Choice, None]
     config = best.config
     longer = replace(config, steps=config.steps * 3 // 2, lr=2 * config.lr)
     best = yield [best, replace(best, config=longer)]
+
+    def changed(*changes: dict[str, Any]) -> list[Choice]:
+        return [replace(best, sadr=replace(best.sadr, **change)) for change in changes]
+
+    def scaled(*factors: float) -> list[Choice]:
+        return changed(*({"gamma": factor * best.sadr.gamma} for factor in factors))
+
+    best = yield scaled(0.25, 4.0)
+    best = yield changed({"heads": "all"}, {"heads": "drift"})
+    best = yield changed({"divergence": "reverse_kl"})
+    best = yield scaled(0.25, 0.5, 2.0)  # what is held may have changed
     middle = (max(config.edited_layers) + 1 + n_layers) // 2
-    lower, upper = tuple(range(middle)), tuple(range(middle, n_layers))
-    changes: list[list[dict[str, Any]]] = [
-        [{"gamma": best.sadr.gamma / 4}, {"gamma": best.sadr.gamma * 4}],
-        [{"heads": "all"}, {"heads": "drift"}],
-        [{"divergence": "reverse_kl"}],
-        [{"layers": lower}, {"layers": upper}],
-    ]
-    for stage in changes:
-        best = yield [replace(best, sadr=replace(best.sadr, **change)) for change in stage]
-    # What is held may have changed since gamma was chosen.
-    yield [replace(best, sadr=replace(best.sadr, gamma=best.sadr.gamma * by)) for by in (2, 4)]
+    yield changed({"layers": tuple(range(middle))}, {"layers": tuple(range(middle, n_layers))})
 
 
 def search(
