@@ -131,23 +131,25 @@ def test_tables_of_what_is_inside() -> None:
     rows[2] |= {"share, %": None}
     table = gather.restored_markdown({"rows": rows}).splitlines()
     assert table[0] == (
-        "| model | prompts | number | P(answer) lost | pattern | values | best window of patterns |"
+        "| data | model | prompts | number | P(answer) lost | pattern | values | best window of "
+        "patterns |"
     )
     assert table[2:] == [
-        "| small | relation | 7 | 0.200 [0.150, 0.250] | +5.0 [-2.0, +3.1] points | "
+        "| facts | small | relation | 7 | 0.200 [0.150, 0.250] | +5.0 [-2.0, +3.1] points | "
         "30 % [-5, 60] | 1-2: 30 % [-5, 60] |"
     ]
     table = gather.substituted_markdown({"rows": rows}).splitlines()
-    assert table[0] == "| model | prompts | component | layers | P(answer) | P(new target) |"
+    assert table[0] == "| data | model | prompts | component | layers | P(answer) | P(new target) |"
     assert table[2:] == [
-        f"| small | relation | {what} | 0-1 | -1.0 [-2.0, +3.1] | +50.0 [+25.0, +75.0] |"
+        f"| facts | small | relation | {what} | 0-1 | -1.0 [-2.0, +3.1] | +50.0 [+25.0, +75.0] |"
         for what in ("pattern", "values")
     ]
     correlations = [
-        {"model": "small", "kind": "relation", "damage": "fall", "prompts": 7, "drift": drift,
+        {"data": "facts", "model": "small", "kind": "relation", "damage": "fall",
+         "prompts": 7, "drift": drift,
          "pearson": r, "pearson_low": None, "pearson_high": 0.5}
         for drift, r in (("max head", 0.254), ("row KL", None))
     ]  # fmt: skip
     table = gather.correlated_markdown({"rows": correlations}).splitlines()
-    assert table[0] == "| model | prompts | damage | number | max head | row KL |"
-    assert table[2:] == ["| small | relation | fall | 7 | 0.25 [-, 0.50] | - [-, 0.50] |"]
+    assert table[0] == "| data | model | prompts | damage | number | max head | row KL |"
+    assert table[2:] == ["| facts | small | relation | fall | 7 | 0.25 [-, 0.50] | - [-, 0.50] |"]

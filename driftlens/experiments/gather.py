@@ -154,27 +154,29 @@ def markdown(record: Mapping[str, Any]) -> str:
 def substituted_markdown(record: Mapping[str, Any]) -> str:
     """Figure 3: of each component, the window that costs P(answer) most, in points."""
     lines = []
-    for place, rows in _by(record, "model", "kind", "patched"):
+    for place, rows in _by(record, "data", "model", "kind", "patched"):
         worst = min(rows, key=lambda row: row["change of P(answer)"])
         lines.append((*place, worst["layers"], _points(worst), _points(worst, "P(new target)")))
-    return _table(["model", "prompts", "component", "layers", "P(answer)", "P(new target)"], lines)
+    return _table(
+        ["data", "model", "prompts", "component", "layers", "P(answer)", "P(new target)"], lines
+    )
 
 
 def correlated_markdown(record: Mapping[str, Any]) -> str:
     """Figure 4: Pearson's correlation of measures of drift with damage."""
     lines = [
         (*place, str(rows[0]["prompts"]), *(_cell(row, "pearson", 2) for row in rows))
-        for place, rows in _by(record, "model", "kind", "damage")
+        for place, rows in _by(record, "data", "model", "kind", "damage")
     ]
     drifts = list(dict.fromkeys(row["drift"] for row in record["rows"]))
-    return _table(["model", "prompts", "damage", "number", *drifts], lines)
+    return _table(["data", "model", "prompts", "damage", "number", *drifts], lines)
 
 
 def restored_markdown(record: Mapping[str, Any]) -> str:
     """Figure 5: what original attention at the last token brings back, in per cent of what
     P(answer) lost, all layers and the best window of patterns."""
     lines = []
-    for place, rows in _by(record, "model", "kind"):
+    for place, rows in _by(record, "data", "model", "kind"):
         whole = [row for row in rows if row["layers"] == "all"]
         windows = [r for r in rows if r["layers"] != "all" and r["patched"] == "pattern"]
         best = max(windows, key=lambda row: row["change of P(answer)"])
@@ -189,7 +191,15 @@ def restored_markdown(record: Mapping[str, Any]) -> str:
             )
         )
     what = list(dict.fromkeys(row["patched"] for row in record["rows"]))
-    head = ["model", "prompts", "number", "P(answer) lost", *what, "best window of patterns"]
+    head = [
+        "data",
+        "model",
+        "prompts",
+        "number",
+        "P(answer) lost",
+        *what,
+        "best window of patterns",
+    ]
     return _table(head, lines)
 
 
