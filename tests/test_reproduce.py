@@ -838,6 +838,12 @@ def test_the_search_for_the_settings_of_sadr(
     told = {(row["arm"], row["metric"]): row["value"] for row in checked["rows"]}
     assert told[found["best"], "DNS"] == pytest.approx(alone["DNS"].value)
 
+    table = sadr_search.markdown({"search": found, "check": checked}).splitlines()
+    assert len(table) == 2 + len(found["arms"]) + len(checked["arms"])
+    rate = result.rates(reference)
+    assert f"| 2 tuning | {reference} | {rate['ES']} | {rate['PS']} | " in table[3]
+    assert table[-1].startswith(f"| 1 held back | {found['best']} | ")
+
     monkeypatch.setattr(units, "edit_each", None)  # nothing is edited again
     assert sadr_search.search(model, "rome", cases[:2], tmp_path / "search") == (best, found)
     with pytest.raises(RequestError, match="grace does not search for a value"):

@@ -33,6 +33,7 @@ from driftlens.cases import METRICS, Case, balanced, tuning_split
 from driftlens.editing.configs import ValueSearch
 from driftlens.editing.methods import METHODS, resolve_config
 from driftlens.errors import DriftLensError, RequestError
+from driftlens.evaluation import rate_cells
 from driftlens.experiments.options import arguments
 from driftlens.readers import read_cases
 from driftlens.records import data_file, versions, write_result
@@ -155,6 +156,21 @@ def sentence(told: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def markdown(record: dict[str, Any]) -> str:
+    """Success of all arms of the search and of the check, in per cent with 95 % intervals."""
+    lines = [f"| cases | setting | {' | '.join(METRICS)} |", "|---" * (2 + len(METRICS)) + "|"]
+    for part in ("search", "check"):
+        told = record[part]
+        of = f"{len(told['cases'])} {'tuning' if part == 'search' else 'held back'}"
+        found: dict[str, dict[str, dict[str, Any]]] = {arm["name"]: {} for arm in told["arms"]}
+        for row in told["rows"]:
+            rate = {name: row[name] for name in ("value", "low", "high", "prompts", "cases")}
+            found[row["arm"]][row["metric"]] = rate
+        for arm, rates in found.items():
+            lines.append(f"| {of} | {arm} | {' | '.join(rate_cells(rates))} |")
+    return "\n".join(lines)
+
+
 # --- parts ---
 
 
@@ -265,6 +281,7 @@ def main() -> None:
             }
             text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
             write_result(options.out / f"{name}.json", text)
+            _say(markdown(record))
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
 
