@@ -126,7 +126,7 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
                             exchange=what,
                         )  # fmt: skip
                         base = found.edited.prob
-                        if (what, layers) == ("pattern", "all"):
+                        if (what, layers) == ("pattern", "all") and probe is probes[0]:
                             gains = _gains_of_heads(study.model, edit, probe, base)
                             alone.append((title, gains))
                     place = (kind_, what, layers)

@@ -41,7 +41,8 @@ PER_KIND = 3
 """Prompts of each kind that are taken of a case."""
 
 Pair = dict[str, float]
-Measure = Callable[[LensModel, Edit, Probe], dict[str, Any]]
+Measure = Callable[[LensModel, Edit, Probe, bool], dict[str, Any]]
+"""What is measured on a prompt; the last argument tells the first one of its kind and case."""
 
 
 def fig3(study: Study) -> Finding:
@@ -49,7 +50,7 @@ def fig3(study: Study) -> Finding:
     edited one writes at the last token, in windows of layers."""
     windows = _windows(study.model.info.n_layers, study.quick)
 
-    def measure(model: LensModel, made: Edit, probe: Probe) -> dict[str, Any]:
+    def measure(model: LensModel, made: Edit, probe: Probe, is_first: bool) -> dict[str, Any]:
         experiment = PatchExperiment(
             model, made, probe.prompt, answer=probe.right, direction="contaminate"
         )
@@ -84,7 +85,7 @@ def fig3(study: Study) -> Finding:
 def fig4(study: Study) -> Finding:
     """Correlation of drift with damage, prompt by prompt (table 2 and figure 4)."""
 
-    def measure(model: LensModel, made: Edit, probe: Probe) -> dict[str, Any]:
+    def measure(model: LensModel, made: Edit, probe: Probe, is_first: bool) -> dict[str, Any]:
         experiment = PatchExperiment(model, made, probe.prompt, answer=probe.right)
         drift = measure_drift(model, made, probe.prompt)
         return _baselines(experiment, made) | {
@@ -117,13 +118,14 @@ def fig4(study: Study) -> Finding:
 
 def fig5(study: Study) -> Finding:
     """Patching the drift: the edited model with the original's attention at the last token, in
-    windows of layers and per head; patterns, values, or both."""
+    windows of layers and, on the first prompt of each kind and case, per head; patterns, values, or
+    both."""
     info = study.model.info
     layers, heads = range(info.n_layers), range(info.n_heads)
     windows = _windows(info.n_layers, study.quick)
     sets = [[(y, x) for y in window for x in heads] for window in (*windows, layers)]
 
-    def measure(model: LensModel, made: Edit, probe: Probe) -> dict[str, Any]:
+    def measure(model: LensModel, made: Edit, probe: Probe, is_first: bool) -> dict[str, Any]:
         experiment = PatchExperiment(model, made, probe.prompt, answer=probe.right)
         patched = {}
         for exchange in EXCHANGES:
@@ -131,7 +133,7 @@ def fig5(study: Study) -> Finding:
             patched[exchange] = _by_span(windows, windowed, made)
             patched[exchange]["all"] = _pair(everything.patched, made)
         found: dict[str, Any] = {**_baselines(experiment, made), "patched": patched}
-        if not study.quick:
+        if is_first and not study.quick:
             alone = experiment.attention_each([[(y, x)] for y in layers for x in heads])
             probs = np.array([one.patched.prob for one in alone])
             found["heads"] = probs.reshape(info.n_layers, info.n_heads).tolist()
@@ -216,7 +218,7 @@ def _of_case(study: Study, case: Case, measure: Measure) -> Iterator[dict[str, A
     for metric, kind in KINDS.items():
         about = [p for p in case.probes((metric,)) if case.request.subject in p.prompt]
         for probe in about[:PER_KIND]:
-            measured = measure(study.model, study.rome(case), probe)
+            measured = measure(study.model, study.rome(case), probe, probe is about[0])
             yield {"case": case.id, "kind": kind, "prompt": probe.prompt, **measured}
 
 
@@ -490,10 +492,12 @@ def _brought_back(row: Mapping[Any, Any]) -> str:
 
 
 def _best_heads(prompts: Sequence[dict[str, Any]], k: int = 5) -> list[str]:
-    """Which heads bring back most, for each kind of prompts, in points."""
+    """Which heads bring back most, for each kind of prompts, in points; asked of the first prompt
+    of each case."""
+    firsts = list({(p["kind"], p["case"]): p for p in reversed(prompts)}.values())[::-1]
     told = []
-    for kind in dict.fromkeys(p["kind"] for p in prompts if "heads" in p):
-        own = [p for p in prompts if p["kind"] == kind]
+    for kind in dict.fromkeys(p["kind"] for p in firsts if "heads" in p):
+        own = [p for p in firsts if p["kind"] == kind]
         gains = np.mean([np.array(p["heads"]) - p["edited"]["answer"] for p in own], axis=0)
         best = np.argsort(-gains, axis=None, kind="stable")[:k]
         places = zip(*np.unravel_index(best, gains.shape), strict=True)
