@@ -70,6 +70,7 @@ ORDER = [
     "experiments.paper",
     "experiments.survey",
     "experiments.tuning",
+    "experiments.sadr_search",
     "experiments.many",
     "experiments.known",
     "experiments.reproduce.finding",
