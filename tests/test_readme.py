@@ -13,7 +13,7 @@ import driftlens as dl
 from driftlens.assets import survey_result
 from driftlens.cases import METRICS
 from driftlens.editing.methods import METHODS
-from driftlens.experiments import gather, many
+from driftlens.experiments import gather, many, sadr_search
 from driftlens.experiments.survey import markdown, paired_markdown
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -134,6 +134,42 @@ def test_readme_shows_the_main_table():
         for cost in re.findall(r"(?:ES|PS) -([\d.]+)", run["text"]):
             assert re.search(rf"\b{cost}\b", README), cost
     assert min(row["cases"] for row in result["rows"] if row["metric"] in METRICS) >= 150
+
+
+@pytest.mark.parametrize("name", ["fig3", "fig4", "fig5"])
+def test_readme_shows_what_is_inside(name: str):
+    result = json.loads((REPOSITORY / f"assets/results/{name}.json").read_text())
+    assert gather.TABLES[name](result) in README
+    for run in result["runs"]:
+        assert run["command"] in README
+        assert not run["failed"]
+        assert len(run["cases"]) >= 150
+
+
+def test_the_search_for_the_settings_of_sadr_is_the_result_file():
+    text = (REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8")
+    result = json.loads(
+        (REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-rome.json").read_text()
+    )
+    assert sadr_search.markdown(result) in text
+    assert result["command"] in " ".join(text.replace("\\\n", " ").split())
+    assert not set(result["search"]["cases"]) & set(result["check"]["cases"])
+    settings = result["search"]["settings"]
+    cheap = [name for name, told in settings.items() if told["beyond what is allowed"] == 0]
+    assert result["search"]["best"] in cheap
+    ((best, told),) = result["check"]["settings"].items()
+    assert best == result["search"]["best"]
+    (less,) = told["less"].values()
+    for page in (text, README):
+        page = " ".join(page.replace("+", "").split())
+        for metric, share in (("RS", "73 % [24, 170]"), ("DNS", "7 % [-10, 31]")):
+            assert less[metric]["relative"].replace("+", "") == share
+            assert share in page
+        assert (
+            f"{-less['ES']['value']:.1f} points of ES and {-less['PS']['value']:.1f} of PS" in page
+        )
+    penalty = result["check"]["arms"][-1]["penalties"][0]
+    assert (penalty["gamma"], penalty["heads"], penalty["layers"]) == (0.8, "drift", [*range(18)])
 
 
 def test_the_table_of_many_facts_is_the_result_file():
