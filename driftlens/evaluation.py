@@ -319,16 +319,7 @@ def compare_combined(
         return None
     low, high = np.quantile(found[1] - other[1], [0.025, 0.975])
     gains = np.sum([np.subtract(*(_sums(g, m, "success")[0] for g in several)) for m in metrics], 0)
-    spread = float(gains.std(ddof=1)) if len(gains) > 1 else 0.0
-    return Difference(
-        found[0] - other[0],
-        float(low),
-        float(high),
-        float(gains.mean()) / spread if spread > 0 else float("nan"),
-        int((gains > 0).sum()),
-        int((gains < 0).sum()),
-        len(common),
-    )
+    return _difference(found[0] - other[0], float(low), float(high), gains)
 
 
 @dataclass(frozen=True)
@@ -396,10 +387,14 @@ def difference(
         seed: Of the bootstrap.
     """
     low, high = bootstrap_interval(gains, counts, draws, seed)
-    of_case = gains / counts
+    return _difference(float(gains.sum() / counts.sum()), low, high, gains / counts)
+
+
+def _difference(value: float, low: float, high: float, of_case: np.ndarray) -> Difference:
+    """With what the differences of the cases tell."""
     spread = float(of_case.std(ddof=1)) if len(of_case) > 1 else 0.0
     return Difference(
-        float(gains.sum() / counts.sum()),
+        value,
         low,
         high,
         float(of_case.mean()) / spread if spread > 0 else float("nan"),
