@@ -146,6 +146,22 @@ def test_readme_shows_what_is_inside(name: str):
         assert len(run["cases"]) >= 150
 
 
+def test_readme_says_of_the_papers_data_what_was_measured():
+    result = json.loads((REPOSITORY / "assets/results/fig5.json").read_text())
+    (run,) = (run for run in result["runs"] if run["data"] == "counterfact_wikidata_dev")
+    rows = [row for row in result["rows"] if row["data"] == run["data"]]
+    patterns = {row["kind"]: row for row in rows
+                if (row["patched"], row["layers"]) == ("pattern", "all")}  # fmt: skip
+    likelier = {
+        kind: [round(row[f"{of}, %"]) for of in ("likelier original", "likelier edited",
+                                                 "answer likelier")]
+        for kind, row in patterns.items()
+    }  # fmt: skip
+    assert likelier == {"relation": [83, 19, 69], "distract neighbourhood": [53, 18, 26]}
+    assert round(patterns["distract neighbourhood"]["share, %"]) == 32
+    assert "43 % [28, 64], a change of P(answer) by +35.6 % relative" in run["text"]
+
+
 def test_the_search_for_the_settings_of_sadr_is_the_result_file():
     text = (REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8")
     result = json.loads(
