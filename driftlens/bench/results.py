@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -254,20 +254,19 @@ class BenchResult:
 
     def seconds(self, arm: str) -> float:
         """Median seconds of an edit; ``nan`` for the unedited model."""
-        found = [r["seconds"] for r in self.records[arm].values() if "seconds" in r]
-        return float(np.median(found)) if found else float("nan")
+        return _median(r["seconds"] for r in self.records[arm].values() if "seconds" in r)
 
     def steps(self, arm: str) -> float:
         """Median steps of an edit's search, less than asked for where it stops early; ``nan`` for
         the unedited model."""
-        found = [r["steps"] for r in self.records[arm].values() if "steps" in r]
-        return float(np.median(found)) if found else float("nan")
+        return _median(r["steps"] for r in self.records[arm].values() if "steps" in r)
 
     def seconds_per_step(self, arm: str) -> float:
         """Median seconds of an edit for each step of its search; ``nan`` for the unedited
         model."""
-        found = [r["seconds"] / r["steps"] for r in self.records[arm].values() if "steps" in r]
-        return float(np.median(found)) if found else float("nan")
+        return _median(
+            r["seconds"] / r["steps"] for r in self.records[arm].values() if "steps" in r
+        )
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each prompt of each unit: arm, case, metric, texts, and what was answered."""
@@ -344,6 +343,11 @@ class BenchResult:
             shown = "-" if np.isnan(seconds) else f"{seconds:.1f}"
             lines.append(f"| {arm} | {whole or '-'} | {' | '.join(cells)} | {shown} |")
         return "\n".join(lines)
+
+
+def _median(values: Iterable[float]) -> float:
+    found = list(values)
+    return float(np.median(found)) if found else float("nan")
 
 
 def _or_none(value: float) -> float | None:

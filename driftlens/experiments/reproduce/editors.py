@@ -300,7 +300,6 @@ def _best_of_each_kind(result: BenchResult, method: str) -> str:
         if arm.startswith(f"{method},"):
             kinds.setdefault(arm.split(", ")[1].split()[0], []).append(arm)
     best: dict[str, str] = {}
-    gains: dict[str, Difference] = {}
     parts = []
     for kind, arms in kinds.items():
         less = {arm: found for arm in arms if (found := result.compare_kept(arm, method))}
@@ -309,9 +308,8 @@ def _best_of_each_kind(result: BenchResult, method: str) -> str:
             parts.append(f"no setting of {kind}")
             continue
         best[kind] = max(cheap, key=lambda arm: less[arm].value)
-        gains[kind] = less[best[kind]]
         parts.append(
-            f"{best[kind].split(', ')[1]} {gains[kind]} "
+            f"{best[kind].split(', ')[1]} {less[best[kind]]} "
             f"({_list(_rate(result, best[kind], metric) for metric in KEPT['edit'])})"
         )
     text = (
