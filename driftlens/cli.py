@@ -539,7 +539,8 @@ def reproduce(
         command=" ".join(["driftlens", *sys.argv[1:]]),
     )
     for finding in run(study, experiments):
-        print(f"{finding.title}\n  {finding.paragraph}\n  The paper: {finding.paper}\n")
+        lines = [finding.summary, *finding.points, f"The paper: {finding.paper}"]
+        print("\n  ".join([finding.title, *lines]) + "\n")
     print(f"wrote {out / 'index.html'}")
 
 

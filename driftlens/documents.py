@@ -62,6 +62,7 @@ class Section:
         id: To link to it.
         title: Its heading.
         texts: Paragraphs.
+        points: A list below them.
         figures: Charts.
         tables: Tables, after the charts.
         frames: Pages within the page, last.
@@ -71,6 +72,7 @@ class Section:
     id: str
     title: str
     texts: Sequence[str] = ()
+    points: Sequence[str] = ()
     figures: Sequence[go.Figure] = field(default=(), repr=False)
     tables: Sequence[TableOf] = ()
     frames: Sequence[Frame] = ()

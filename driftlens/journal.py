@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,14 @@ class Journal:
     @staticmethod
     def _key(unit: Any) -> str:
         return json.dumps(unit, sort_keys=True, ensure_ascii=False)
+
+
+def total(records: Iterable[Mapping[str, Any]], field: str) -> float | None:
+    """The sum of a number over records; ``None`` if some do not have it."""
+    try:
+        return float(sum(record[field] for record in records))
+    except KeyError:
+        return None
 
 
 def digest(value: Any) -> str:

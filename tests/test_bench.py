@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def records(result: BenchResult) -> dict[str, Any]:
     """Everything but times."""
     return {
         arm: {
-            case: {k: v for k, v in record.items() if k != "seconds"}
+            case: {k: v for k, v in record.items() if k not in ("seconds", "spent")}
             for case, record in found.items()
         }
         for arm, found in result.records.items()
@@ -161,6 +162,18 @@ def test_the_trade_off_is_two_means_with_their_intervals(
     assert (row["edit_low"], row["edit_high"]) == (50.0, 75.0)
     assert row["others_low"] == pytest.approx((50 + 0 + 100) / 3)  # DNS is not asked in b
     assert row["others_high"] == pytest.approx((100 + 0 + 100) / 3)
+
+
+def test_time_of_all_units_is_kept(model: dl.LensModel, cases: list[Case], tmp_path: Path) -> None:
+    started = time.monotonic()
+    found = bench(model, cases[:2], tmp_path)
+    passed = time.monotonic() - started
+    edits = sum(r.get("seconds", 0) for own in found.records.values() for r in own.values())
+    spent = found.seconds_in_all()
+    assert spent is not None and edits < spent < passed
+    assert bench(model, cases[:2], tmp_path).seconds_in_all() == spent  # of the earlier run
+    del found.records["ft"][cases[0].id]["spent"]
+    assert found.seconds_in_all() is None
 
 
 def test_conditions_tell_seconds_and_steps(whole: BenchResult) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import re
 import sys
@@ -148,15 +149,16 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
         assert tuple(ends) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=1e-6)
         spreads.append(ends["high"] - ends["low"])
     assert max(spreads) > 1e-4  # far above the tolerance
-    assert "P(answer)" in finding.text
+    said = " ".join(finding.points)
+    assert "P(answer)" in said
     if name == "fig5":
         own = finding.rows[finding.rows["patched"].eq("pattern") & finding.rows["layers"].ne("all")]
         best = own.loc[own[own["kind"] == "relation"]["change of P(answer)"].idxmax()]
         rise = 100 * best["change of P(answer)"] / best["P(answer) unpatched"]
-        assert f"a change of P(answer) by {rise:+.1f} % relative" in finding.text
+        assert f"a change of P(answer) by {rise:+.1f} % relative" in said
         for title in inside.KINDS.values():
             gains = np.mean([own for kind_, own in alone if kind_ == title], axis=0)
-            found = re.search(rf"{title}: single heads [a-z ,]+: L(\d)H(\d) ", finding.text)
+            found = re.search(rf"{title}: single heads [a-z ,]+: L(\d)H(\d) ", said)
             assert found is not None
             layer, head = map(int, found.groups())
             assert gains[layer, head] == pytest.approx(gains.max(), abs=1e-6)
@@ -191,7 +193,7 @@ def test_windows_hold_every_layer(quick: bool) -> None:
 
 def test_correlations_are_scipys(study: Study) -> None:
     finding = EXPERIMENTS["fig4"](study)
-    prompts, _ = inside._measured(study, "fig4", lambda *_: 1 / 0)  # all is kept
+    prompts, *_ = inside._measured(study, "fig4", lambda *_: 1 / 0)  # all is kept
     for row in finding.rows.to_dict("records"):
         own = [p for p in prompts if p["kind"] == row["kind"]]
         damage = inside._damages(own)[row["damage"]]
@@ -308,6 +310,9 @@ def test_quick_runs_of_all_experiments(model: dl.LensModel, cases: list[Case], t
         assert record["command"] == "the command"
         assert len(record["rows"]) == len(finding.rows) > 0
         assert record["text"] == finding.text
+        assert record["points"] == finding.points != []
+        assert all(point in html.unescape(shown) for point in finding.points)
+        assert record["seconds_in_all"] >= 0
         assert f'<section id="{finding.name}"' in shown
         assert finding.figure.data
         edited = [arm for arm in record["arms"] if arm["method"] is not None]
@@ -372,7 +377,7 @@ def test_the_main_table_is_the_benchmarks(study: Study) -> None:
             rate.value, rate.low, rate.high, rate.cases
         )  # fmt: skip
     gain = result.compare("rome + sadr", "rome")["DNS"]
-    assert f"DNS {gain}" in finding.text
+    assert f"DNS {gain}" in " ".join(finding.points)
     assert gain.value != 0
     assert "GPT-J 6B rome: RS 11.9 to 27.8, DNS 30.4 to 49.4" in finding.paper
 
@@ -400,7 +405,8 @@ def test_edits_that_pile_up(study: Study, tmp_path: Path, monkeypatch: pytest.Mo
                     assert row["value"] == pytest.approx(rate.value), (arm.name, count, metric)
                     assert row["prompts"] == rate.prompts
         edits.close()
-        assert f"after {len(study.cases)} facts ES {found['ES'].value:.1f}" in finding.text
+        said = f"after {len(study.cases)} facts ES {found['ES'].value:.1f}"
+        assert any(said in point for point in finding.points)
     assert study.model.fingerprint() == weights
     for count in (1, len(study.cases)):  # the same prompts of the unedited model
         before = rates([answers(study.model, case) for case in study.cases[:count]])
@@ -425,9 +431,11 @@ def test_a_sequence_that_fails_says_why(
     monkeypatch.setattr(dl, "edit_sequence", failing)
     quick = Study(study.model, study.cases[:2], tmp_path, quick=True, progress=False)
     finding = EXPERIMENTS["sequential"](quick)
-    assert "rome + sadr: after 1 fact ES" in finding.text  # what was seen before is kept
+    said = [point.split(" ES ")[0] for point in finding.points]
+    # What was seen before is kept.
+    assert said[1:] == ["rome: after 1 fact", "rome + sadr: after 1 fact"]
     assert finding.failed == [(arm, "a sequence", "enough") for arm in ("rome", "rome + sadr")]
-    assert finding.paragraph.endswith("2 that failed; the first, rome on a sequence: enough")
+    assert finding.summary.endswith("2 that failed; the first, rome on a sequence: enough")
     seen = finding.rows.groupby("arm")["facts"].unique().map(list).to_dict()
     assert seen == {"unedited": [1, 2], "rome": [1], "rome + sadr": [1]}
     # Nothing is tried again, unless it is asked for.
@@ -435,8 +443,8 @@ def test_a_sequence_that_fails_says_why(
     assert EXPERIMENTS["sequential"](quick).failed == finding.failed
     again = EXPERIMENTS["sequential"](replace(quick, retry_failed=True))
     assert not again.failed
-    assert again.paragraph == again.text
-    assert "rome + sadr: after 1 fact ES" in again.text
+    assert again.summary == again.text
+    assert again.points[-1].startswith("rome + sadr: after 1 fact ES")
 
 
 def test_bad_requests(study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -552,7 +560,8 @@ def told(
         assert difference.value == pytest.approx(expected)
         return f"{metric} {difference}"
 
-    return EXPERIMENTS[name](replace(study, quick=True)).text, change
+    finding = EXPERIMENTS[name](replace(study, quick=True))
+    return "\n".join([finding.text, *finding.points]), change
 
 
 def test_what_the_first_table_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -560,9 +569,9 @@ def test_what_the_first_table_says(study: Study, monkeypatch: pytest.MonkeyPatch
     after = {"ES": 99.0, "NS": 79.0, "RS": 12.0, "DNS": 30.0, "lead-neighbour": 70.0}
     text, change = told(monkeypatch, study, "table1", {"unedited": before, "rome": after})
     less = [change("rome", "unedited", m, v) for m, v in (("RS", -58), ("DNS", -30), ("NS", -1))]
-    start = "Edited less unedited on the same prompts, in points: "
+    start = "Edited less unedited on the same prompts, in points."
     assert text.startswith(
-        f"{start}rome (ES 99.0): {', '.join(less)}. The context alone changes, on the unedited "
+        f"{start}\nrome (ES 99.0): {', '.join(less)}.\nThe context alone changes, on the unedited "
         "model, NS by -20.0 ["
     )
     assert "] behind the edited sentence, NS by -5.0 [" in text
@@ -574,7 +583,7 @@ def test_what_the_first_table_says(study: Study, monkeypatch: pytest.MonkeyPatch
     found = {"unedited": {"ES": 10.0, "RS": 70.0}, "rome": {"ES": 99.0, "RS": 20.0}, "memit": {}}
     text, change = told(monkeypatch, study, "table1", found)
     assert text == (
-        f"{start}rome (ES 99.0): {change('rome', 'unedited', 'RS', -50)}; memit (nothing to "
+        f"{start}\nrome (ES 99.0): {change('rome', 'unedited', 'RS', -50)}.\nmemit (nothing to "
         "compare): nothing to compare."
     )
 
@@ -585,11 +594,13 @@ def test_what_figure_6_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> No
     found = {"unedited": {}, "rome": values, one: values, every: {**values, "ES": 90.0, "RS": 25.0}}
     text, change = told(monkeypatch, study, "fig6", found)
     assert text.startswith(
-        f"Selected heads less all heads, in points: at gamma 5, {change(one, every, 'ES', 9)}, "
-        f"{change(one, every, 'RS', 5)}. At one gamma"
+        "Selected heads less all heads, in points. At one gamma, holding all heads is the larger"
+    )
+    assert text.endswith(
+        f"\nAt gamma 5: {change(one, every, 'ES', 9)}, {change(one, every, 'RS', 5)}."
     )
     found[every] = {}
-    assert "at gamma 5, nothing to compare." in told(monkeypatch, study, "fig6", found)[0]
+    assert "\nAt gamma 5: nothing to compare." in told(monkeypatch, study, "fig6", found)[0]
 
 
 def test_what_figure_7_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -603,16 +614,18 @@ def test_what_figure_7_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> No
     }
     text, _ = told(monkeypatch, study, "fig7", found)
     shape = (
-        r"rome \(ES 99\.0, PS 95\.0\), mean of NS, RS: what the best setting of each kind gains, "
-        r"in points, of those that cost at most 1 point of ES and 4 of PS \(one prompt in any "
-        r"case\), chosen on the same cases: gamma 0\.2 \+10\.0 \[\S+, \S+\] \(ES 98\.0, PS "
-        r"91\.0\); lr 0\.1 \+5\.0 \[\S+, \S+\] \(ES 99\.0, PS 95\.0\); no setting of steps\. "
-        r"Gamma's less that of lr \+5\.0 \[\S+, \S+\]\."
+        r"What the best setting of each kind gains in the mean of what should be left alone, in "
+        r"points, of those that cost at most 1 point of ES and 4 of PS \(one prompt in any "
+        r"case\), chosen on the same cases\.\nrome \(ES 99\.0, PS 95\.0\), mean of NS, RS: "
+        r"gamma 0\.2 \+10\.0 \[\S+, \S+\] \(ES 98\.0, PS 91\.0\); lr 0\.1 \+5\.0 \[\S+, \S+\] "
+        r"\(ES 99\.0, PS 95\.0\); no setting of steps\. Gamma's less that of lr \+5\.0 "
+        r"\[\S+, \S+\]\."
     )
     assert re.fullmatch(shape, text), text
     bare = {arm: {m: v for m, v in row.items() if m == "ES"} for arm, row in found.items()}
-    assert told(monkeypatch, study, "fig7", bare)[0] == "rome: nothing to compare."
-    assert told(monkeypatch, study, "fig7", {**found, "rome": {}})[0] == "rome: nothing to compare."
+    for nothing in (bare, {**found, "rome": {}}):
+        text, _ = told(monkeypatch, study, "fig7", nothing)
+        assert text.endswith("\nrome: nothing to compare.")
 
 
 def test_what_rivals_are_compared_with(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,14 +635,15 @@ def test_what_rivals_are_compared_with(study: Study, monkeypatch: pytest.MonkeyP
     text, change = told(monkeypatch, study, "rivals", found)
     gained = change("SADR", "rome", "RS", 10)
     assert text.startswith(
-        f"SADR less rome, in points: {change('SADR', 'rome', 'ES', 0)}; {gained}, +50 % ["
+        "Differences in points, paired by case. Only the strength of SADR was tuned.\n"
+        f"SADR less rome: {change('SADR', 'rome', 'ES', 0)}; {gained}, +50 % ["
     )
     assert "Its searches take 4 steps in the median (4 without), each 3.00 times as long." in text
     assert (
-        f"keys 0.01 less SADR, in points: {change('keys 0.01', 'SADR', 'ES', -4)}, "
+        f"keys 0.01 less SADR: {change('keys 0.01', 'SADR', 'ES', -4)}, "
         f"{change('keys 0.01', 'SADR', 'RS', -3)}."
     ) in text
-    assert text.endswith("each 1.00 times as long. Only the strength of SADR was tuned.")
+    assert text.endswith("each 1.00 times as long.")
 
 
 def test_strengths_are_tried_around_the_known_one(study: Study) -> None:
@@ -723,7 +737,7 @@ def test_cases_without_some_prompts(
     bare = [replace(Case(c.id, c.request), **{asked: getattr(c, asked)}) for c in cases[:1]]
     study = Study(model, bare, tmp_path, quick=True, progress=False)
     for finding in reproduce(study, ["table1", "table3", "fig6", "fig7"]):
-        assert finding.text and len(finding.rows)
+        assert finding.text and finding.points and len(finding.rows)
 
 
 def test_stages_of_the_search_build_on_the_best_so_far() -> None:

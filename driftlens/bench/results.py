@@ -30,7 +30,7 @@ from driftlens.evaluation import (
     growth,
     rates,
 )
-from driftlens.journal import Journal
+from driftlens.journal import Journal, total
 from driftlens.readers import read_cases
 from driftlens.records import write_result
 
@@ -255,6 +255,11 @@ class BenchResult:
     def seconds(self, arm: str) -> float:
         """Median seconds of an edit; ``nan`` for the unedited model."""
         return _median(r["seconds"] for r in self.records[arm].values() if "seconds" in r)
+
+    def seconds_in_all(self) -> float | None:
+        """What all units took one after another, in this run or earlier ones; ``None`` if that is
+        not known of some."""
+        return total((r for own in self.records.values() for r in own.values()), "spent")
 
     def steps(self, arm: str) -> float:
         """Median steps of an edit's search, less than asked for where it stops early; ``nan`` for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -205,7 +206,8 @@ def _tokens_from_subject(model: LensModel, case: Case) -> int:
 def run_job(
     model: LensModel, job: Job, setting: Setting, store: ValueStore | None = None
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """A record for each missing case of a job.
+    """A record for each missing case of a job, with the seconds that it took (``spent``): what
+    cases are edited together is counted with the first of them.
 
     Args:
         store: Where values that other arms may take, too, are kept.
@@ -213,7 +215,7 @@ def run_job(
     Raises:
         ModelError: If the model's weights are not the same afterwards.
     """
-    before = model.fingerprint()
+    before, started = model.fingerprint(), time.monotonic()
     edited_cases: Iterable[tuple[Case, Edit | DriftLensError | None]] = (
         ((case, None) for case in job.cases)
         if job.arm.method is None
@@ -225,11 +227,13 @@ def run_job(
         try:
             if isinstance(edited, DriftLensError):
                 raise edited
-            yield case, _asked(model, case, edited, setting)
+            record = _asked(model, case, edited, setting)
         except DriftLensError as error:
-            yield case, {"error": f"{type(error).__name__}: {error}"}
+            record = {"error": f"{type(error).__name__}: {error}"}
+        yield case, {**record, "spent": time.monotonic() - started}
         if model.fingerprint() != before:
             raise ModelError("The model's weights are not what they were before the case.")
+        started = time.monotonic()
 
 
 def edits_of(

@@ -25,6 +25,8 @@ from driftlens.experiments.reproduce.finding import Finding, Study
 PAPERS = ("rome", "memit", "pmet")
 """The editors of the paper."""
 
+PAIRED = "Differences in points, paired by case."
+
 CONTROLS: dict[Metric, dict[Metric, str]] = {
     "NS": {"DNS": "the edited sentence", "lead-neighbour": "an unrelated one"},
     "RS": {"distract-relation": "the edited sentence", "lead-relation": "an unrelated one"},
@@ -38,12 +40,12 @@ def table1(study: Study) -> Finding:
     arms = study.arms(PAPERS[:1] if study.quick else tuple(METHODS))
     result = study.bench(arms)
     rows = result.table()
-    told = [
+    points = [
         f"{arm} ({_list(_rate(result, arm, metric) for metric in ('ES', 'PS'))}): "
-        f"{_changes(result.compare(arm, UNEDITED), ('RS', 'DNS', 'NS'))}"
+        f"{_changes(result.compare(arm, UNEDITED), ('RS', 'DNS', 'NS'))}."
         for arm in result.arms[1:]
     ]
-    text = f"Edited less unedited on the same prompts, in points: {'; '.join(told)}."
+    text = "Edited less unedited on the same prompts, in points."
     contexts = [
         f"{base} by {change} behind {what}"
         for base, controls in CONTROLS.items()
@@ -51,8 +53,8 @@ def table1(study: Study) -> Finding:
         if (change := _between(result, UNEDITED, metric, base)) is not None
     ]
     if contexts:
-        text += (
-            f" The context alone changes, on the unedited model, {_list(contexts)}: that is no "
+        points.append(
+            f"The context alone changes, on the unedited model, {_list(contexts)}: that is no "
             "damage of an edit, and no part of the differences above."
         )
     shown = ("ES", "PS", "NS", "lead-neighbour", "DNS", "RS", "lead-relation", "distract-relation")
@@ -61,7 +63,7 @@ def table1(study: Study) -> Finding:
     )
     paper = "GPT-J: ROME RS 79.73 to 11.94, DNS 61.99 to 30.42, NS 82.43 to 80.26 (table 3)."
     title = "Specificity failure of each editor"
-    return _finding("table1", title, result, rows, figure, text, paper)
+    return _finding("table1", title, result, rows, figure, text, points, paper)
 
 
 def table3(study: Study) -> Finding:
@@ -72,10 +74,10 @@ def table3(study: Study) -> Finding:
     rows.insert(1, "method", [arm.split(" + ")[0] for arm in rows["arm"]])
     rows.insert(2, "penalty", ["sadr" if arm.endswith("sadr") else "none" for arm in rows["arm"]])
     rows.insert(0, "model", study.model.info.name)
-    text = " ".join(_gain(result, method, f"{method} + sadr") for method in methods)
+    points = [_gain(result, method, f"{method} + sadr") for method in methods]
     figure = figures.rate_bars(rows, [*METRICS, "Avg. S"], title="Editors without and with SADR")
     title = "Editors without and with SADR"
-    return _finding("table3", title, result, rows, figure, text, _paper_gains())
+    return _finding("table3", title, result, rows, figure, PAIRED, points, _paper_gains())
 
 
 def fig6(study: Study) -> Finding:
@@ -92,18 +94,18 @@ def fig6(study: Study) -> Finding:
     )
     result = study.bench(arms)
     rows = result.table()
-    words = []
+    points = []
     for gamma in gammas:
         selected, every = (f"{rule}, gamma {gamma:g}" for rule in rules)
-        words.append(f"at gamma {gamma:g}, {_changes(result.compare(selected, every))}")
+        points.append(f"At gamma {gamma:g}: {_changes(result.compare(selected, every))}.")
     text = (
-        f"Selected heads less all heads, in points: {'; '.join(words)}. At one gamma, holding all "
-        "heads is the larger penalty; the figure shows what each costs and keeps."
+        "Selected heads less all heads, in points. At one gamma, holding all heads is the larger "
+        "penalty; the figure shows what each costs and keeps."
     )
     figure = figures.trade_off(result.trade_off(), title="Selective and blanket restriction")
     paper = "Restricting all heads costs edit success and helps less, at every gamma (figure 6)."
     title = "Selective against blanket restriction"
-    return _finding("fig6", title, result, rows, figure, text, paper)
+    return _finding("fig6", title, result, rows, figure, text, points, paper)
 
 
 def fig7(study: Study) -> Finding:
@@ -127,11 +129,16 @@ def fig7(study: Study) -> Finding:
     result = study.bench(arms)
     rows = result.table()
     kept = result.trade_off()
-    text = " ".join(_best_of_each_kind(result, method) for method in methods)
+    text = (
+        "What the best setting of each kind gains in the mean of what should be left alone, in "
+        f"points, of those that cost at most {ALLOWED['ES']:g} point of ES and {ALLOWED['PS']:g} "
+        "of PS (one prompt in any case), chosen on the same cases."
+    )
+    points = [_best_of_each_kind(result, method) for method in methods]
     figure = figures.trade_off(kept, title="What restrictions cost, and what they keep")
     paper = "Varying gamma dominates varying steps, learning rate or KL weight (figure 7, GPT-J)."
     title = "Trade-offs: gamma, steps, learning rate, KL"
-    return _finding("fig7", title, result, rows, figure, text, paper)
+    return _finding("fig7", title, result, rows, figure, text, points, paper)
 
 
 def rules(study: Study) -> Finding:
@@ -181,16 +188,16 @@ def _comparison(
     """ROME under several restrictions, told by their paired gains and their cost in time."""
     result = study.bench(_rome_arms(study, penalties))
     first, *others = penalties
-    words = [_gain(result, "rome", first) + _time(result, first, "rome")]
+    points = [_gain(result, "rome", first) + _time(result, first, "rome")]
     for arm in others:
-        words.append(
-            f"{arm} less {first}, in points: {_changes(result.compare(arm, first))}."
+        points.append(
+            f"{arm} less {first}: {_changes(result.compare(arm, first))}."
             + _time(result, arm, "rome")
         )
-    words.append(f"Only the strength of {first} was tuned.")
+    text = f"{PAIRED} Only the strength of {first} was tuned."
     paper = "The paper does not report this; its reviewers ask for it."
     figure = figures.trade_off(result.trade_off(), title=title)
-    return _finding(name, title, result, result.table(), figure, " ".join(words), paper)
+    return _finding(name, title, result, result.table(), figure, text, points, paper)
 
 
 def _finding(
@@ -200,12 +207,14 @@ def _finding(
     rows: pd.DataFrame,
     figure: go.Figure,
     text: str,
+    points: Sequence[str],
     paper: str,
 ) -> Finding:
     """What a bench told, with its configurations and failures."""
     return Finding(
-        name, title, rows, figure, text, paper, result.conditions(), result.failed,
+        name, title, rows, figure, text, paper, points, result.conditions(), result.failed,
         differences=result.differences(), probabilities=result.table("prob"),
+        seconds=result.seconds_in_all(),
     )  # fmt: skip
 
 
@@ -271,7 +280,7 @@ def _gain(result: BenchResult, plain: str, held: str) -> str:
             growth = result.growth(held, plain, metric)
             share = "" if growth is None else f", {growth} relative"
         parts.append(f"{metric} {found[metric]}{share}")
-    return f"{held} less {plain}, in points: {'; '.join(parts) or 'nothing to compare'}."
+    return f"{held} less {plain}: {'; '.join(parts) or 'nothing to compare'}."
 
 
 def _paper_gains() -> str:
@@ -314,9 +323,7 @@ def _best_of_each_kind(result: BenchResult, method: str) -> str:
         )
     text = (
         f"{method} ({_list(_rate(result, method, metric) for metric in KEPT['edit'])}), mean of "
-        f"{', '.join(asked)}: what the best setting of each kind gains, in points, of those that "
-        f"cost at most {ALLOWED['ES']:g} point of ES and {ALLOWED['PS']:g} of PS (one prompt in "
-        f"any case), chosen on the same cases: {'; '.join(parts)}."
+        f"{', '.join(asked)}: {'; '.join(parts)}."
     )
     rivals = [
         f"{kind} {found}" for kind in best

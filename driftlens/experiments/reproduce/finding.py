@@ -111,12 +111,15 @@ class Finding:
         title: What was looked at.
         rows: The numbers.
         figure: Their picture.
-        text: A paragraph computed from them.
+        text: What they say, computed from them.
+        points: The same in detail, one condition or kind of prompts each.
         paper: What the paper reports.
         arms: Editors and restrictions with their configurations, JSON-ready.
         failed: What failed; it is left out of the numbers.
         differences: Paired differences in success, with effect sizes, if arms are compared.
         probabilities: The mean probability of the right answer in each row, too.
+        seconds: What all that was measured took, in this call or earlier ones; ``None`` if that
+            is not known.
     """
 
     name: str
@@ -125,13 +128,15 @@ class Finding:
     figure: go.Figure = field(repr=False)
     text: str
     paper: str
+    points: Sequence[str] = ()
     arms: Sequence[Mapping[str, Any]] = ()
     failed: Sequence[Failure] = ()
     differences: Sequence[Mapping[str, Any]] = ()
     probabilities: pd.DataFrame = field(default_factory=pd.DataFrame)
+    seconds: float | None = None
 
     @property
-    def paragraph(self) -> str:
+    def summary(self) -> str:
         """The text, and what is missing."""
         if not self.failed:
             return self.text
@@ -146,7 +151,8 @@ class Finding:
         return {
             "name": self.name,
             "title": self.title,
-            "text": self.paragraph,
+            "text": self.summary,
+            "points": list(self.points),
             "paper": self.paper,
             "model": study.model.info.to_dict(),
             "fingerprint": study.model.fingerprint(),
@@ -157,6 +163,7 @@ class Finding:
             "seed": study.seed,
             "command": study.command,
             "seconds_of_last_run": round(seconds),
+            "seconds_in_all": None if self.seconds is None else round(self.seconds),
             "versions": versions(),
             "arms": list(self.arms),
             "failed": [{"arm": a, "case": c, "reason": r} for a, c, r in self.failed],
@@ -206,8 +213,8 @@ def recorded(study: Study, name: str) -> Recorded | None:
     """An experiment's files in the study's folder; ``None`` if they are not there, are damaged,
     or are of another model."""
     needed = {
-        "name", "title", "text", "paper", "rows", "data", "cases", "content", "quick", "seed",
-        "command",
+        "name", "title", "text", "points", "paper", "rows", "data", "cases", "content", "quick",
+        "seed", "command",
     }  # fmt: skip
     try:
         record = json.loads((study.out / f"{name}.json").read_text("utf-8"))

@@ -6,6 +6,7 @@ leave alone and that hold its subject: relations, and neighbours behind the edit
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +26,7 @@ from driftlens.edits import Edit
 from driftlens.errors import DriftLensError, RequestError
 from driftlens.evaluation import bootstrap_interval
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study
-from driftlens.journal import Journal
+from driftlens.journal import Journal, total
 from driftlens.models import LensModel
 from driftlens.patching import Component, Exchange, PatchExperiment, PatchResult, Readout
 
@@ -61,17 +62,17 @@ def fig3(study: Study) -> Finding:
             }
         }
 
-    prompts, failed = _measured(study, "fig3", measure)
+    prompts, failed, seconds = _measured(study, "fig3", measure)
     rows = _window_rows(prompts, COMPONENTS, from_state="original")
     worst = rows.loc[rows.groupby(["kind", "patched"], sort=False)["change of P(answer)"].idxmin()]
-    words = [
+    points = [
         f"{row['kind']}, {row['patched']}: P(answer) {_points(row)}, P(new target) "
-        f"{_points(row, 'P(new target)')} in layers {row['layers']}"
+        f"{_points(row, 'P(new target)')} in layers {row['layers']}."
         for row in worst.to_dict("records")
     ]
     text = (
         f"Into the original model, of all windows of {len(windows[0])} layers the one with the "
-        f"lowest P(answer), chosen on the same prompts; changes in points: {'; '.join(words)}."
+        "lowest P(answer), chosen on the same prompts; changes in points."
     )
     title = "Contaminating substitution, by component and window"
     paper = (
@@ -79,7 +80,9 @@ def fig3(study: Study) -> Finding:
         "4.59, the residual stream 5.26 (figure 3)."
     )
     figure = figures.window_lines(rows, "change of P(answer)", title=title)
-    return Finding("fig3", title, rows, figure, text, paper, _rome(study), failed)
+    return Finding(
+        "fig3", title, rows, figure, text, paper, points, _rome(study), failed, seconds=seconds
+    )
 
 
 def fig4(study: Study) -> Finding:
@@ -96,23 +99,24 @@ def fig4(study: Study) -> Finding:
             }
         }
 
-    prompts, failed = _measured(study, "fig4", measure)
+    prompts, failed, seconds = _measured(study, "fig4", measure)
     rows = pd.DataFrame(_correlations(prompts, study.seed))
-    words = [
-        f"{kind}, {damage}: {_told_correlations(own)}"
+    points = [
+        f"{kind}, {damage}: {_told_correlations(own)}."
         for (kind, damage), own in rows.groupby(["kind", "damage"], sort=False)
     ]
     text = (
-        "Drift of the last token, averaged over layers, against damage, Pearson's correlation: "
-        f"{'; '.join(words)}."
+        "Drift of the last token, averaged over layers, against damage, Pearson's correlation, "
+        "prompt by prompt."
     )
     paper = (
         "The largest head correlates best: Pearson 0.49 on distract neighbourhood, 0.62 on "
         "relation (table 2)."
     )
     title = "Attention drift against damage, prompt by prompt"
+    figure = _scatter(prompts, title, study.seed)
     return Finding(
-        "fig4", title, rows, _scatter(prompts, title, study.seed), text, paper, _rome(study), failed
+        "fig4", title, rows, figure, text, paper, points, _rome(study), failed, seconds=seconds
     )
 
 
@@ -139,18 +143,23 @@ def fig5(study: Study) -> Finding:
             found["heads"] = probs.reshape(info.n_layers, info.n_heads).tolist()
         return found
 
-    prompts, failed = _measured(study, "fig5", measure)
+    prompts, failed, seconds = _measured(study, "fig5", measure)
     rows = _window_rows(prompts, EXCHANGES, from_state="edited")
-    words = [_told_of_restoring(own) for _, own in rows.groupby("kind", sort=False)]
-    heads_told = _best_heads(prompts)
+    points = [_told_of_restoring(own) for _, own in rows.groupby("kind", sort=False)]
+    points += _best_heads(prompts)
     title = "Original attention restored in the edited model"
     paper = (
         "P(answer) rises by 28.6 % to 739 % relative with original attention rows in windows of "
         "10 layers (figure 5)."
     )
-    text = f"{'. '.join([*words, *heads_told])}."
+    text = (
+        "What the original attention at the last token brings back, in per cent of what P(answer) "
+        "lost where that is sure to be something, else in points."
+    )
     figure = figures.window_lines(rows, "change of P(answer)", title=title)
-    return Finding("fig5", title, rows, figure, text, paper, _rome(study), failed)
+    return Finding(
+        "fig5", title, rows, figure, text, paper, points, _rome(study), failed, seconds=seconds
+    )
 
 
 # --- measuring ---
@@ -158,8 +167,9 @@ def fig5(study: Study) -> Finding:
 
 def _measured(
     study: Study, name: str, measure: Measure
-) -> tuple[list[dict[str, Any]], list[Failure]]:
-    """A record for each prompt, and the cases that failed; each finished case is kept at once.
+) -> tuple[list[dict[str, Any]], list[Failure], float | None]:
+    """A record for each prompt, the cases that failed, and the seconds that all took, if that was
+    kept; each finished case is kept at once.
 
     Raises:
         RequestError: If no case has a prompt of these kinds, or each one failed.
@@ -169,12 +179,12 @@ def _measured(
     bar = tqdm(study.cases, desc=name, unit="case", disable=not study.progress)
     for unit, case in zip(units, bar, strict=True):
         if not journal.is_finished(unit, study.retry_failed):
+            started = time.monotonic()
             try:
-                found = list(_of_case(study, case, measure))
+                found: dict[str, Any] = {"prompts": list(_of_case(study, case, measure))}
             except DriftLensError as error:
-                journal.add(unit, error=f"{type(error).__name__}: {error}")
-                continue
-            journal.add(unit, prompts=found)
+                found = {"error": f"{type(error).__name__}: {error}"}
+            journal.add(unit, **found, seconds=time.monotonic() - started)
     records = [journal[unit] for unit in units]
     prompts = [prompt for record in records for prompt in record.get("prompts", ())]
     failed = [
@@ -193,7 +203,7 @@ def _measured(
             f"None of the {len(study.cases)} cases has a relation, or a neighbour.",
             "Give other cases, or more of them.",
         )
-    return prompts, failed
+    return prompts, failed, total(records, "seconds")
 
 
 def _rome(study: Study) -> list[dict[str, Any]]:
@@ -475,7 +485,7 @@ def _told_of_restoring(rows: pd.DataFrame) -> str:
         f"{told}; the answer is likelier than the new target on "
         f"{patterns['likelier original, %']:.0f} % of the prompts in the original model, on "
         f"{patterns['likelier edited, %']:.0f} % in the edited one, and on "
-        f"{patterns['answer likelier, %']:.0f} % with all patterns restored"
+        f"{patterns['answer likelier, %']:.0f} % with all patterns restored."
     )
 
 
@@ -504,7 +514,7 @@ def _best_heads(prompts: Sequence[dict[str, Any]], k: int = 5) -> list[str]:
         heads = ", ".join(
             f"{head_name(int(y), int(x))} {100 * gains[y, x]:+.2f}" for y, x in places
         )
-        told.append(f"{kind}: single heads that bring back most, in points: {heads}")
+        told.append(f"{kind}: single heads that bring back most, in points: {heads}.")
     return told
 
 

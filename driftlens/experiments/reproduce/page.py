@@ -1,4 +1,4 @@
-"""One page with the figures and paragraphs of all experiments, without a server or network."""
+"""One page with the figures and texts of all experiments, without a server or network."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def page(study: Study, findings: Sequence[Recorded]) -> str:
             str(found.record["name"]),
             str(found.record["title"]),
             texts=[str(found.record["text"]), *_earlier(study, found)],
+            points=found.record["points"],
             aside=f"The paper: {found.record['paper']}",
             figures=[] if found.figure is None else [found.figure],
             tables=[TableOf("Numbers", found.rows, folded=True)],

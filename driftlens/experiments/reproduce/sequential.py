@@ -27,27 +27,38 @@ def sequential(study: Study) -> Finding:
     arms = study.arms(methods, ("none", "sadr"))
     journal = Journal(study.out / "sequences.jsonl")
     rows: list[dict[str, Any]] = []
-    texts: list[str] = []
+    points: list[str] = []
     failed: list[Failure] = []
+    spent: list[float] = []
     for arm in arms:
         found = measure(
             study.model, study.cases, arm, UNEDITED if arm.method is None else "sequence", journal,
             seed=study.seed, retry_failed=study.retry_failed, progress=study.progress,
         )  # fmt: skip
+        spent.append(found.get("seconds", 0.0))
         checkpoints = found.get("checkpoints", {})
         for count, rates in checkpoints.items():
             rows += _rows(arm.name, int(count), rates)
         if checkpoints:
-            texts.append(_told(arm.name, checkpoints, "error" in found))
+            points.append(_told(arm.name, checkpoints, "error" in found))
         if "error" in found:
             failed.append((arm.name, "a sequence", found["error"]))
-    texts.append("One order of the facts; intervals are over the facts in one edited model.")
+    text = "One order of the facts; intervals are over the facts in one edited model."
     table = pd.DataFrame(rows, columns=["arm", "facts", "metric", *(f.name for f in fields(Rate))])
     title = "Edits one after another"
     paper = "The paper edits one fact at a time; its reviewers ask what happens in a sequence."
     made = [{"name": arm.name, **arm.to_dict()} for arm in arms[1:]]
     return Finding(
-        "sequential", title, table, _curves(table, arms), " ".join(texts), paper, made, failed
+        "sequential",
+        title,
+        table,
+        _curves(table, arms),
+        text,
+        paper,
+        points,
+        made,
+        failed,
+        seconds=sum(spent),
     )
 
 
