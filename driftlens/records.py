@@ -36,12 +36,13 @@ def data_file(path: Path) -> dict[str, str]:
 
 
 def write_result(path: Path, data: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all.
+    """Write a file so that it is there whole or not at all; its folder is made if need be.
 
     Raises:
         DataError: If it cannot be written.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data.encode() if isinstance(data, str) else data)
     except OSError as error:
         raise DataError(

@@ -59,8 +59,8 @@ def test_rows_of_all_models_with_how_they_were_made(
         for metric in ("ES", "RS", "Avg. S")
     ]
     assert len(json.loads((out / "fig6.json").read_text())["runs"]) == 1
-    shown = capsys.readouterr().out
-    cell = "50.0 [40.0, 60.0]"
+    assert f"wrote {out / 'fig6.json'}" in capsys.readouterr().out
+    cell, shown = "50.0 [40.0, 60.0]", gather.markdown(table)
     assert f"| facts | large | rome | {cell} | {cell} | - | - | {cell} | - |" in shown
     assert f"| theirs | small | rome | {cell} |" in shown
 
@@ -82,11 +82,62 @@ def test_what_cannot_be_gathered_is_said(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.json"))
 
 
+def test_what_was_gathered_before_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    small, large = (finding(tmp_path / name, name) for name in ("small", "large"))
+    gather.gather([small], out)
+    gather.gather([large], out)
+    one_by_one = (out / "table3.json").read_text()
+    (out / "table3.json").unlink()
+    gather.gather([small, large], out)
+    assert (out / "table3.json").read_text() == one_by_one
+    # Of the same model and data, the new one counts; the others keep their places.
+    gather.gather([finding(small, "small", text="Another.", rows=[{"arm": "memit"}])], out)
+    table = json.loads((out / "table3.json").read_text())
+    assert [run["text"] for run in table["runs"]] == ["Another.", "What large does."]
+    assert [row["arm"] for row in table["rows"]] == ["memit", *["rome"] * 3]
+    (out / "table3.json").write_text(json.dumps({"runs": []}))
+    with pytest.raises(DataError, match=r"table3\.json is damaged.*gather all of its results"):
+        gather.gather([large], out)
+
+
+def test_texts_are_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = finding(finding(tmp_path / "one", "small"), "small", "fig6", points=["One.", "Two."])
+    other = finding(finding(tmp_path / "other", "large"), "large", "fig6", command="another")
+    text = tmp_path / "text.md"
+    before = "Before.\n\n<!-- gathered {} -->\nold\n<!-- end -->\n\nAfter.\n"
+    text.write_text(before.format("table3") + before.format("fig6"))
+    options = ["gather", str(one), str(other), "--out", str(tmp_path), "--into", str(text)]
+    monkeypatch.setattr(sys, "argv", options)
+    gather.main()
+    assert f"wrote {text}" in capsys.readouterr().out
+    table = gather.markdown(json.loads((tmp_path / "table3.json").read_text()))
+    expected = (
+        "Before.\n\n<!-- gathered table3 -->\n\n" + table + "\n\n"
+        "    driftlens reproduce table3\n\n<!-- end -->\n\nAfter.\n"
+        "Before.\n\n<!-- gathered fig6 -->\n\n"
+        "*small, facts, 2 cases.* What small does.\n\n- One.\n- Two.\n\n"
+        "*large, facts, 2 cases.* What large does.\n\n"
+        "    driftlens reproduce table3\n    another\n\n<!-- end -->\n\nAfter.\n"
+    )
+    assert text.read_text() == expected
+    monkeypatch.setattr(sys, "argv", [*options[:1], *options[3:]])
+    gather.main()
+    assert text.read_text() == expected
+    with pytest.raises(DataError, match="holds no gathered fig5"):
+        gather.fill(before.format("fig5"), tmp_path)
+    monkeypatch.setattr(sys, "argv", [*options[:1], *options[3:-1], str(tmp_path / "none.md")])
+    with pytest.raises(SystemExit, match=r"Error: .*none\.md cannot be read"):
+        gather.main()
+
+
 def test_a_page_shows_all_that_was_gathered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = finding(finding(tmp_path / "one", "small"), "small", "fig6")
-    other = finding(tmp_path / "other", "large", text="What <large> does.")
+    other = finding(tmp_path / "other", "large", text="What <large> does.", points=["A <point>."])
     (other / "table3.figure.json").unlink()
     shown = tmp_path / "page.html"
     options = ["gather", str(one), str(other), "--out", str(tmp_path), "--page", str(shown)]
@@ -97,6 +148,7 @@ def test_a_page_shows_all_that_was_gathered(
     places = [text.index(f'<section id="{name}"') for name in ("table3-0", "table3-1", "fig6-0")]
     assert places == sorted(places)
     assert "T: large, facts" in text and "What &lt;large&gt; does." in text
+    assert "<li>A &lt;point&gt;.</li>" in text
     assert text.count("bar of small") == 2 and "bar of large" not in text
     assert "2 cases: driftlens reproduce table3" in text and text.count("The paper: P") == 2
     shown.unlink()

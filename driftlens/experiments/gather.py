@@ -3,14 +3,19 @@
     python -m driftlens.experiments.gather results/smollm2-135m results/gemma-3-270m
 
 Each ``NAME.json`` then holds ``rows``, with model and data in each, and ``runs``: how each was
-made, with which configurations, what its numbers say, and its figure. ``--page PAGE.html`` shows
-all that has been gathered; without folders, that is all that is done.
+made, with which configurations, what its numbers say, and its figure. What was gathered before
+stays, unless it is of the same model and data. ``--page PAGE.html`` shows all that has been
+gathered, and ``--into TEXT.md`` writes it into a text, between lines like these:
+
+    <!-- gathered fig5 -->
+    <!-- end -->
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,12 +31,25 @@ from driftlens.evaluation import rate_cells
 from driftlens.experiments.reproduce import EXPERIMENTS
 from driftlens.records import write_result
 
-MORE = ("differences", "probabilities")
-"""What results of experiments that compare arms hold."""
+Place = tuple[str, str]
+"""Model and data."""
+
+OF_RUN = (
+    "model", "data", "fingerprint", "command", "seed", "versions", "seconds_of_last_run",
+    "text", "arms", "cases", "failed", "figure",
+)  # fmt: skip
+MORE: dict[str, Any] = {
+    "points": [], "differences": [], "probabilities": [], "seconds_in_all": None
+}  # fmt: skip
+"""What not all results hold, and what stands for it."""
+
+BLOCK = re.compile(r"(<!-- gathered (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+"""A place in a text for what was gathered."""
 
 
 def gather(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Write one file for each experiment that is in any of the folders.
+    """Write one file for each experiment that is in any of the folders; what such a file holds of
+    other models and data stays in it.
 
     Args:
         folders: That `driftlens reproduce` wrote to, each with another model or other data.
@@ -52,14 +70,22 @@ def gather(folders: Sequence[Path], out: Path) -> list[Path]:
             found.setdefault(name, []).append(_read(folder / f"{name}.json"))
     written = []
     for name, records in found.items():
-        made_of = [(record["model"]["name"], record["data"]) for record in records]
-        if len(set(made_of)) < len(made_of):
+        new = {_place(record): record for record in records}
+        if len(new) < len(records):
             raise DataError(
                 f"Two results of {name} are of one model on the same data.", "Give each once."
             )
-        written.append(out / f"{name}.json")
-        write_result(written[-1], json.dumps(_merged(records), indent=1, ensure_ascii=False) + "\n")
+        target = out / f"{name}.json"
+        kept = _apart(_gathered(target)) if target.is_file() else []
+        both = {_place(record): record for record in kept} | new
+        text = json.dumps(_merged([*both.values()]), indent=1, ensure_ascii=False) + "\n"
+        write_result(target, text)
+        written.append(target)
     return written
+
+
+def _place(record: Mapping[str, Any]) -> Place:
+    return record["model"]["name"], record["data"]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -77,14 +103,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = records[0]
-    of_run = (
-        "model", "data", "fingerprint", "command", "seed", "versions", "seconds_of_last_run",
-        "text", "arms", "cases", "failed", "figure",
-    )  # fmt: skip
     return {
         **{name: first[name] for name in ("name", "title", "paper")},
         "runs": [
-            {**{name: record[name] for name in of_run}, **{n: record.get(n, []) for n in MORE}}
+            {name: record[name] for name in OF_RUN}
+            | {name: record.get(name, otherwise) for name, otherwise in MORE.items()}
             for record in records
         ],
         "rows": [
@@ -93,6 +116,31 @@ def _merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for row in record["rows"]
         ],
     }
+
+
+def _apart(gathered: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results that were merged."""
+    common = {name: gathered[name] for name in ("name", "title", "paper")}
+    return [{**common, **run, "rows": _rows_of(gathered, run)} for run in gathered["runs"]]
+
+
+def _rows_of(gathered: Mapping[str, Any], run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A run's own rows, without model and data."""
+    return [
+        {name: value for name, value in row.items() if name not in ("model", "data")}
+        for row in gathered["rows"]
+        if (row["model"], row["data"]) == _place(run)
+    ]
+
+
+def _gathered(path: Path) -> dict[str, Any]:
+    """A file that :func:`gather` wrote."""
+    try:
+        return _merged(_apart(json.loads(path.read_text("utf-8"))))
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"{path} is damaged.", "Delete it, and gather all of its results again."
+        ) from error
 
 
 def page(folder: Path, command: str) -> str:
@@ -108,12 +156,7 @@ def page(folder: Path, command: str) -> str:
     there = [path for name in EXPERIMENTS if (path := folder / f"{name}.json").is_file()]
     if not there:
         raise DataError(f"{folder} holds no gathered results.", "Gather some first.")
-    sections: list[Section] = []
-    for path in there:
-        try:
-            sections += _sections(json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged.", "Gather the results again.") from error
+    sections = [section for path in there for section in _sections(_gathered(path))]
     return document(
         "The paper's experiments",
         ["What each command below found, beside what the paper reports."],
@@ -124,24 +167,58 @@ def page(folder: Path, command: str) -> str:
 
 def _sections(gathered: Mapping[str, Any]) -> Iterator[Section]:
     """One for each run of an experiment."""
-    rows = pd.DataFrame(gathered["rows"])
     for number, run in enumerate(gathered["runs"]):
-        model = run["model"]["name"]
-        own = rows[(rows["model"] == model) & (rows["data"] == run["data"])]
+        own = pd.DataFrame(_rows_of(gathered, run))
         yield Section(
             f"{gathered['name']}-{number}",
-            f"{gathered['title']}: {model}, {run['data']}",
-            texts=[run["text"], f"{len(run['cases'])} cases: {run['command']}"],
+            f"{gathered['title']}: {run['model']['name']}, {run['data']}",
+            texts=[f"{len(run['cases'])} cases: {run['command']}", run["text"]],
+            points=run["points"],
             figures=[] if run["figure"] is None else [pio.from_json(json.dumps(run["figure"]))],
-            tables=[TableOf("Numbers", own.drop(columns=["model", "data"]), folded=True)],
+            tables=[TableOf("Numbers", own, folded=True)],
             aside="" if number else f"The paper: {gathered['paper']}",
         )
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def fill(text: str, folder: Path) -> str:
+    """A text with what has been gathered in its places: a table, or what the numbers say, and the
+    commands.
+
+    Args:
+        text: Markdown with lines like ``<!-- gathered fig5 -->`` and ``<!-- end -->``.
+        folder: That :func:`gather` wrote to.
+
+    Raises:
+        DataError: If what a place names has not been gathered, or a file is damaged.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match[2]
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            raise DataError(f"{folder} holds no gathered {name}.", "Gather it first.")
+        record = _gathered(path)
+        commands = dict.fromkeys(f"    {run['command']}" for run in record["runs"])
+        shown = TABLES.get(name, told_markdown)(record)
+        return "\n".join([match[1], shown, "", *commands, "", ""])
+
+    return BLOCK.sub(block, text)
+
+
+def told_markdown(record: Mapping[str, Any]) -> str:
+    """What the numbers say, run by run."""
+    parts = []
+    for run in record["runs"]:
+        place = f"*{run['model']['name']}, {run['data']}, {len(run['cases'])} cases.*"
+        parts.append(f"{place} {run['text']}")
+        if run["points"]:
+            parts.append("\n".join(f"- {point}" for point in run["points"]))
+    return "\n\n".join(parts)
+
+
+def markdown(record: Mapping[str, Any], shown: Sequence[str] = ("Avg. S", *METRICS)) -> str:
     """Success by data, model and arm, in per cent with 95 % intervals, of a file that was
     written."""
-    shown = ("Avg. S", *METRICS)
     arms: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in record["rows"]:
         rate = {name: row[name] for name in ("value", "low", "high", "prompts", "cases")}
@@ -203,7 +280,14 @@ def restored_markdown(record: Mapping[str, Any]) -> str:
     return _table(head, lines)
 
 
+def controlled_markdown(record: Mapping[str, Any]) -> str:
+    """Table 1: success with the controls, the same prompts behind another sentence."""
+    behind = ("lead-neighbour", "DNS", "RS", "lead-relation", "distract-relation")
+    return markdown(record, ("ES", "PS", "NS", *behind))
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "table1": controlled_markdown,
     "table3": markdown,
     "fig3": substituted_markdown,
     "fig4": correlated_markdown,
@@ -257,21 +341,30 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--out", type=Path, default=Path("assets/results"))
     parser.add_argument("--page", type=Path, help="HTML file with all that has been gathered.")
+    parser.add_argument("--into", type=Path, nargs="+", default=[], help="Texts to write it into.")
     options = parser.parse_args()
-    if not options.folders and options.page is None:
-        parser.error("give folders to gather, or --page, or both")
+    if not options.folders and options.page is None and not options.into:
+        parser.error("give folders to gather, or --page, or --into")
     command = " ".join(["python -m driftlens.experiments.gather", *sys.argv[1:]])
     try:
         written = gather(options.folders, options.out)
         if options.page is not None:
             write_result(options.page, page(options.out, command))
             written.append(options.page)
+        for path in options.into:
+            write_result(path, fill(_text(path), options.out))
+            written.append(path)
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
     for path in written:
-        if path.stem in TABLES and path.suffix == ".json":
-            sys.stdout.write(TABLES[path.stem](json.loads(path.read_text("utf-8"))) + "\n")
         sys.stdout.write(f"wrote {path}\n")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}.", "Give a text in UTF-8.") from error
 
 
 if __name__ == "__main__":
