@@ -318,8 +318,13 @@ def compare_combined(
     if found is None or other is None:
         return None
     low, high = np.quantile(found[1] - other[1], [0.025, 0.975])
-    gains = np.sum([np.subtract(*(_sums(g, m, "success")[0] for g in several)) for m in metrics], 0)
-    return _difference(found[0] - other[0], float(low), float(high), gains)
+    gains, asked = np.zeros(len(common)), np.zeros(len(common))
+    for metric in metrics:  # of each case, the mean over those that it has
+        (sums, counts), (others, _) = (_sums(group, metric, "success") for group in several)
+        gains += np.divide(sums - others, counts, out=np.zeros_like(sums), where=counts > 0)
+        asked += counts > 0
+    of_case = gains[asked > 0] / asked[asked > 0]
+    return _difference(found[0] - other[0], float(low), float(high), of_case)
 
 
 @dataclass(frozen=True)

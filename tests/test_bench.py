@@ -182,8 +182,8 @@ def test_conditions_tell_seconds_and_steps(whole: BenchResult) -> None:
     assert arm["finished"] == len(records) == 5
     assert arm["seconds_per_edit"] == np.median([record["seconds"] for record in records])
     assert arm["steps_per_edit"] == np.median([record["steps"] for record in records]) == 3
-    each = [record["seconds"] / record["steps"] for record in records]
-    assert whole.seconds_per_step("ft") == pytest.approx(np.median(each))
+    seconds, steps = (sum(record[of] for record in records) for of in ("seconds", "steps"))
+    assert whole.seconds_per_step("ft") == pytest.approx(seconds / steps)
     unedited = whole.conditions()[0]
     assert unedited["seconds_per_edit"] is None and unedited["steps_per_edit"] is None
     assert np.isnan(whole.seconds_per_step(UNEDITED))
@@ -260,7 +260,7 @@ def test_parquet(whole: BenchResult, tmp_path: Path) -> None:
         pd.read_parquet(tmp_path / "rows.parquet"), whole.to_dataframe(), check_dtype=False
     )
     with pytest.raises(DataError, match="cannot be written"):
-        whole.to_parquet(tmp_path / "no" / "folder" / "rows.parquet")
+        whole.to_parquet(tmp_path / "rows.parquet" / "rows.parquet")
 
 
 def test_nothing_finished_is_done_again(

@@ -224,6 +224,19 @@ def test_a_paired_difference_of_a_mean_of_several_metrics_by_hand() -> None:
     # A draw has the first case twice, both, or the second twice: 50, 41.7 and 50.
     assert (found.low, found.high) == (pytest.approx((100 / 3 + 50) / 2), 50.0)
     assert (found.better, found.worse, found.cases) == (2, 0, 2)
+    of_case = np.array([(50 - 50 + 100 - 0) / 2, (100 - 0 + 100 - 100) / 2])
+    assert np.isnan(found.effect) and of_case.std() == 0
+    # Each metric counts alike in a case, whatever the number of its prompts.
+    many = compare_combined({"a": [yes, bad, bad, bad]}, {"a": [no, good, good, bad]}, ["RS", "NS"])
+    assert many is not None
+    assert many.value == pytest.approx((100 - 200 / 3) / 2) and many.better == 1
+    uneven = compare_combined(
+        {"a": [yes, bad], "b": [good], "c": [yes, good]},
+        {"a": [no, bad], "b": [bad], "c": [no, good]}, ["RS", "NS"],
+    )  # fmt: skip
+    assert uneven is not None
+    gains = np.array([50.0, 100.0, 50.0])
+    assert uneven.effect == pytest.approx(gains.mean() / gains.std(ddof=1))
     apart = [compare(first, second)[m].value for m in ("RS", "NS")]
     assert found.value == pytest.approx(np.mean(apart))
     assert compare_combined(first, second, ["RS", "PS"]) is None

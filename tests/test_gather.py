@@ -92,10 +92,14 @@ def test_what_was_gathered_before_stays(tmp_path: Path) -> None:
     gather.gather([small, large], out)
     assert (out / "table3.json").read_text() == one_by_one
     # Of the same model and data, the new one counts; the others keep their places.
-    gather.gather([finding(small, "small", text="Another.", rows=[{"arm": "memit"}])], out)
+    rows = [{"arm": "memit"}]
+    gather.gather([finding(small, "small", text="Another.", rows=rows, paper="It says.")], out)
     table = json.loads((out / "table3.json").read_text())
     assert [run["text"] for run in table["runs"]] == ["Another.", "What large does."]
     assert [row["arm"] for row in table["rows"]] == ["memit", *["rome"] * 3]
+    assert table["paper"] == "It says."
+    gather.gather([finding(large, "large", paper="It says more.")], out)
+    assert json.loads((out / "table3.json").read_text())["paper"] == "It says more."
     (out / "table3.json").write_text(json.dumps({"runs": []}))
     with pytest.raises(DataError, match=r"table3\.json is damaged.*gather all of its results"):
         gather.gather([large], out)
@@ -128,6 +132,14 @@ def test_texts_are_filled(
     assert text.read_text() == expected
     with pytest.raises(DataError, match="holds no gathered fig5"):
         gather.fill(before.format("fig5"), tmp_path)
+    # A place without an end must not swallow what follows.
+    for damaged in (
+        before.format("table3").replace("<!-- end -->\n", "") + before.format("fig6"),
+        before.format("fig6").replace("<!-- end -->\n", ""),
+        "No place.\n",
+    ):
+        with pytest.raises(DataError, match="Write a line <!-- end --> below each"):
+            gather.fill(damaged, tmp_path)
     monkeypatch.setattr(sys, "argv", [*options[:1], *options[3:-1], str(tmp_path / "none.md")])
     with pytest.raises(SystemExit, match=r"Error: .*none\.md cannot be read"):
         gather.main()

@@ -165,6 +165,28 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
         assert gains.max() > 1e-5  # of the last kind
 
 
+def test_likelier_means_what_the_benchmarks_mean(study: Study) -> None:
+    one = replace(study, cases=study.cases[:1])
+    rows = EXPERIMENTS["fig5"](one).rows.set_index(["kind", "patched", "layers"])
+    (case,) = one.cases
+
+    def success(metric: Any) -> float:
+        found = zip(case.probes((metric,)), answers(study.model, case, (metric,)), strict=True)
+        asked = [answer for probe, answer in found if case.request.subject in probe.prompt]
+        return 100 * float(np.mean([answer.success for answer in asked[: inside.PER_KIND]]))
+
+    for metric, kind in inside.KINDS.items():
+        row = rows.loc[(kind, "pattern", "all")]
+        assert row["likelier original, %"] == pytest.approx(success(metric))
+        with study.rome(case).applied(study.model):
+            assert row["likelier edited, %"] == pytest.approx(success(metric))
+    # A longer answer is not less likely for that.
+    pair = {"answer": 0.2, "new": 0.25}
+    assert inside._is_ahead(pair, {"answer": 1, "new": 1}) == 0
+    assert inside._is_ahead(pair, {"answer": 2, "new": 1}) == 100
+    assert inside._is_ahead({"answer": 0.0, "new": 0.5}, {"answer": 1, "new": 1}) == 0
+
+
 def _gains_of_heads(model: dl.LensModel, edit: dl.Edit, probe: Probe, base: float) -> np.ndarray:
     """What each head, restored alone, brings back, ``[layer, head]``."""
     layers, heads = range(model.info.n_layers), range(model.info.n_heads)
@@ -435,7 +457,7 @@ def test_a_sequence_that_fails_says_why(
     # What was seen before is kept.
     assert said[1:] == ["rome: after 1 fact", "rome + sadr: after 1 fact"]
     assert finding.failed == [(arm, "a sequence", "enough") for arm in ("rome", "rome + sadr")]
-    assert finding.summary.endswith("2 that failed; the first, rome on a sequence: enough")
+    assert finding.summary.endswith(" 2 failed; the first, rome on a sequence: enough")
     seen = finding.rows.groupby("arm")["facts"].unique().map(list).to_dict()
     assert seen == {"unedited": [1, 2], "rome": [1], "rome + sadr": [1]}
     # Nothing is tried again, unless it is asked for.
@@ -617,9 +639,9 @@ def test_what_figure_7_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> No
         r"What the best setting of each kind gains in the mean of what should be left alone, in "
         r"points, of those that cost at most 1 point of ES and 4 of PS \(one prompt in any "
         r"case\), chosen on the same cases\.\nrome \(ES 99\.0, PS 95\.0\), mean of NS, RS: "
-        r"gamma 0\.2 \+10\.0 \[\S+, \S+\] \(ES 98\.0, PS 91\.0\); lr 0\.1 \+5\.0 \[\S+, \S+\] "
-        r"\(ES 99\.0, PS 95\.0\); no setting of steps\. Gamma's less that of lr \+5\.0 "
-        r"\[\S+, \S+\]\."
+        r"gamma 0\.2 \(of 2\) \+10\.0 \[\S+, \S+\] \(ES 98\.0, PS 91\.0\); lr 0\.1 \(of 1\) "
+        r"\+5\.0 \[\S+, \S+\] \(ES 99\.0, PS 95\.0\); none of 1 settings of steps\. Gamma's "
+        r"less that of lr \+5\.0 \[\S+, \S+\]\."
     )
     assert re.fullmatch(shape, text), text
     bare = {arm: {m: v for m, v in row.items() if m == "ES"} for arm, row in found.items()}
@@ -676,8 +698,12 @@ def test_what_cannot_be_made_does_not_stop_the_others(
 ) -> None:
     bare = [Case(case.id, case.request, paraphrases=case.paraphrases) for case in cases[:1]]
     study = Study(model, bare, tmp_path, quick=True, progress=False)
-    with pytest.raises(RequestError, match="fig3, fig4 cannot be made: None of the 1 cases"):
+    told = "fig3, fig4 cannot be made. fig3: None of the 1 cases.* fig4: None of"
+    with pytest.raises(RequestError, match=f"{told}.*The others are in"):
         reproduce(study, ["fig3", "table1", "fig4"])
+    with pytest.raises(RequestError, match="fig3 cannot be made") as refused:
+        reproduce(study, ["fig3"])
+    assert "others" not in str(refused.value)
     assert (tmp_path / "table1.json").is_file()
     with pytest.raises(RequestError, match="There are no cases"):
         Study(model, [], tmp_path)
@@ -693,7 +719,7 @@ def restored(kind: str, lost: list[float], gains: list[float]) -> list[dict[str,
 
     return [
         {
-            "case": str(i), "kind": kind, "prompt": "p",
+            "case": str(i), "kind": kind, "prompt": "p", "tokens": {"answer": 1, "new": 1},
             "original": at(0.4, value), "edited": at(0.4, 0.0),
             "patched": {what: {"0-1": at(0.4, gain), "all": at(0.4, 2 * gain)}
                         for what in inside.EXCHANGES},

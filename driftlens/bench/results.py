@@ -267,11 +267,11 @@ class BenchResult:
         return _median(r["steps"] for r in self.records[arm].values() if "steps" in r)
 
     def seconds_per_step(self, arm: str) -> float:
-        """Median seconds of an edit for each step of its search; ``nan`` for the unedited
-        model."""
-        return _median(
-            r["seconds"] / r["steps"] for r in self.records[arm].values() if "steps" in r
-        )
+        """Seconds of all edits over the steps of all their searches; ``nan`` for the unedited
+        model. (Not of each edit: those that are made together have equal shares of the time.)"""
+        made = [record for record in self.records[arm].values() if "steps" in record]
+        steps = sum(record["steps"] for record in made)
+        return sum(record["seconds"] for record in made) / steps if steps else float("nan")
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each prompt of each unit: arm, case, metric, texts, and what was answered."""

@@ -43,8 +43,9 @@ MORE: dict[str, Any] = {
 }  # fmt: skip
 """What not all results hold, and what stands for it."""
 
-BLOCK = re.compile(r"(<!-- gathered (\w+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-"""A place in a text for what was gathered."""
+START = re.compile(r"<!-- gathered (\w+) -->\n")
+BLOCK = re.compile(rf"({START.pattern})(?:(?!<!-- gathered ).)*?(?=<!-- end -->)", re.DOTALL)
+"""A place in a text for what was gathered, up to its end."""
 
 
 def gather(folders: Sequence[Path], out: Path) -> list[Path]:
@@ -78,8 +79,8 @@ def gather(folders: Sequence[Path], out: Path) -> list[Path]:
         target = out / f"{name}.json"
         kept = _apart(_gathered(target)) if target.is_file() else []
         both = {_place(record): record for record in kept} | new
-        text = json.dumps(_merged([*both.values()]), indent=1, ensure_ascii=False) + "\n"
-        write_result(target, text)
+        merged = _merged([*both.values()]) | {n: records[0][n] for n in ("title", "paper")}
+        write_result(target, json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
         written.append(target)
     return written
 
@@ -189,8 +190,17 @@ def fill(text: str, folder: Path) -> str:
         folder: That :func:`gather` wrote to.
 
     Raises:
-        DataError: If what a place names has not been gathered, or a file is damaged.
+        DataError: If there is no place, one has no end, what it names has not been gathered, or a
+            file is damaged.
     """
+    starts, whole = START.findall(text), [match[2] for match in BLOCK.finditer(text)]
+    if not starts or starts != whole:
+        missing = next((name for name in starts if name not in whole), "fig5")
+        raise DataError(
+            f"The text has {len(starts)} lines like <!-- gathered {missing} -->, and {len(whole)} "
+            "with an end.",
+            "Write a line <!-- end --> below each.",
+        )
 
     def block(match: re.Match[str]) -> str:
         name = match[2]

@@ -137,18 +137,20 @@ def measure(
     Returns:
         ``rates`` of metrics after all facts, ``seconds``, ``rank`` and, of a sequence,
         ``checkpoints``: the rates over the facts so far after some of them; of the unedited
-        model the rates over the same facts. Or ``error``, with the checkpoints before it.
+        model the rates over the same facts. Or ``error``, with the checkpoints before it. And
+        ``spent``: the seconds that all of it took, asking included.
     """
     unit = {
         **model.identity(), **arm.to_dict(), "way": way, "seed": seed, "covariance": COVARIANCE,
         "cases": [case.id for case in cases], "content": content_digest(cases), "metrics": METRICS,
     }  # fmt: skip
     if not journal.is_finished(unit, retry_failed):
+        started = time.monotonic()
         try:
             record = WAYS[way](model, cases, arm, seed, progress)
         except DriftLensError as error:
             record = {"error": str(error)}
-        journal.add(unit, **record)
+        journal.add(unit, **record, spent=time.monotonic() - started)
     return {key: value for key, value in journal[unit].items() if key != "unit"}
 
 

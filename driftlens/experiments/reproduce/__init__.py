@@ -76,9 +76,10 @@ def reproduce(study: Study, names: Sequence[str] = ("all",)) -> list[Finding]:
         shown = [found for known in EXPERIMENTS if (found := recorded(study, known)) is not None]
         write_result(study.out / "index.html", page(study, shown))
     if refused:
+        problems = " ".join(f"{name}: {error.problem}" for name, error in refused.items())
         first, *_ = refused.values()
+        remedies = [first.remedy, *([f"The others are in {study.out}."] if findings else [])]
         raise RequestError(
-            f"{', '.join(refused)} cannot be made: {first.problem}",
-            f"{first.remedy} The others are in {study.out}.",
+            f"{', '.join(refused)} cannot be made. {problems}", " ".join(filter(None, remedies))
         ) from first
     return findings

@@ -14,7 +14,7 @@ from driftlens import figures
 from driftlens.bench import UNEDITED, Arm, BenchResult
 from driftlens.bench.results import ALLOWED, KEPT
 from driftlens.cases import METRICS, Metric
-from driftlens.editing.defaults import sadr_gamma
+from driftlens.editing.defaults import known_gamma, sadr_gamma
 from driftlens.editing.methods import METHODS, resolve_config
 from driftlens.editing.rivals import EssenceKL, HiddenDrift, KeyDrift
 from driftlens.editing.sadr import SADR
@@ -74,10 +74,11 @@ def table3(study: Study) -> Finding:
     rows.insert(1, "method", [arm.split(" + ")[0] for arm in rows["arm"]])
     rows.insert(2, "penalty", ["sadr" if arm.endswith("sadr") else "none" for arm in rows["arm"]])
     rows.insert(0, "model", study.model.info.name)
+    text = f"{PAIRED}{_untuned(study, methods)}"
     points = [_gain(result, method, f"{method} + sadr") for method in methods]
     figure = figures.rate_bars(rows, [*METRICS, "Avg. S"], title="Editors without and with SADR")
     title = "Editors without and with SADR"
-    return _finding("table3", title, result, rows, figure, PAIRED, points, _paper_gains())
+    return _finding("table3", title, result, rows, figure, text, points, _paper_gains())
 
 
 def fig6(study: Study) -> Finding:
@@ -100,7 +101,7 @@ def fig6(study: Study) -> Finding:
         points.append(f"At gamma {gamma:g}: {_changes(result.compare(selected, every))}.")
     text = (
         "Selected heads less all heads, in points. At one gamma, holding all heads is the larger "
-        "penalty; the figure shows what each costs and keeps."
+        f"penalty; the figure shows what each costs and keeps.{_untuned(study, ['rome'])}"
     )
     figure = figures.trade_off(result.trade_off(), title="Selective and blanket restriction")
     paper = "Restricting all heads costs edit success and helps less, at every gamma (figure 6)."
@@ -132,7 +133,7 @@ def fig7(study: Study) -> Finding:
     text = (
         "What the best setting of each kind gains in the mean of what should be left alone, in "
         f"points, of those that cost at most {ALLOWED['ES']:g} point of ES and {ALLOWED['PS']:g} "
-        "of PS (one prompt in any case), chosen on the same cases."
+        f"of PS (one prompt in any case), chosen on the same cases.{_untuned(study, methods)}"
     )
     points = [_best_of_each_kind(result, method) for method in methods]
     figure = figures.trade_off(kept, title="What restrictions cost, and what they keep")
@@ -194,7 +195,8 @@ def _comparison(
             f"{arm} less {first}: {_changes(result.compare(arm, first))}."
             + _time(result, arm, "rome")
         )
-    text = f"{PAIRED} Only the strength of {first} was tuned."
+    tuned = f" Only the strength of {first} was tuned."
+    text = f"{PAIRED}{_untuned(study, ['rome']) or tuned}"
     paper = "The paper does not report this; its reviewers ask for it."
     figure = figures.trade_off(result.trade_off(), title=title)
     return _finding(name, title, result, result.table(), figure, text, points, paper)
@@ -219,10 +221,22 @@ def _finding(
 
 
 def _gammas(study: Study, method: str) -> tuple[float, ...]:
-    """Around the strength that is known for the model and the editor."""
-    known = sadr_gamma(study.model, method)
+    """Around the strength that is taken for the model and the editor."""
+    taken = sadr_gamma(study.model, method)
     return tuple(
-        known * factor for factor in ((0.25,) if study.quick else (1 / 16, 0.25, 1.0, 4.0))
+        taken * factor for factor in ((0.25,) if study.quick else (1 / 16, 0.25, 1.0, 4.0))
+    )
+
+
+def _untuned(study: Study, methods: Sequence[str]) -> str:
+    """A warning for editors whose strength of SADR nobody has searched for on the model."""
+    unknown = [method for method in methods if known_gamma(study.model, method) is None]
+    if not unknown:
+        return ""
+    return (
+        f" No strength of SADR is known for {', '.join(unknown)} on {study.model.info.name}: "
+        f"{sadr_gamma(study.model, unknown[0]):g} is taken, GPT-J's, which may be far from the "
+        "best."
     )
 
 
@@ -304,6 +318,7 @@ def _best_of_each_kind(result: BenchResult, method: str) -> str:
     asked = [metric for metric in KEPT["others"] if metric in result.rates(method)]
     if not asked:
         return f"{method}: nothing to compare."
+    failed = {arm for arm, _, _ in result.failed}  # not to be chosen for the cases that are left
     kinds: dict[str, list[str]] = {}
     for arm in result.arms:
         if arm.startswith(f"{method},"):
@@ -311,14 +326,18 @@ def _best_of_each_kind(result: BenchResult, method: str) -> str:
     best: dict[str, str] = {}
     parts = []
     for kind, arms in kinds.items():
-        less = {arm: found for arm in arms if (found := result.compare_kept(arm, method))}
+        less = {
+            arm: found
+            for arm in arms
+            if arm not in failed and (found := result.compare_kept(arm, method))
+        }
         cheap = [arm for arm in less if result.excess(arm, method) == 0]
         if not cheap:
-            parts.append(f"no setting of {kind}")
+            parts.append(f"none of {len(arms)} settings of {kind}")
             continue
         best[kind] = max(cheap, key=lambda arm: less[arm].value)
         parts.append(
-            f"{best[kind].split(', ')[1]} {less[best[kind]]} "
+            f"{best[kind].split(', ')[1]} (of {len(arms)}) {less[best[kind]]} "
             f"({_list(_rate(result, best[kind], metric) for metric in KEPT['edit'])})"
         )
     text = (

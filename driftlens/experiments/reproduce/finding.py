@@ -43,7 +43,7 @@ class Study:
         data: How tables call the cases.
         quick: Fewer conditions, to see that everything runs.
         retry_failed: Try again what failed before.
-        seed: Of the sampled contexts, and of the bootstrap.
+        seed: Of the sampled contexts.
         progress: Whether to show bars.
         command: How to run this again, for the record.
 
@@ -115,7 +115,7 @@ class Finding:
         points: The same in detail, one condition or kind of prompts each.
         paper: What the paper reports.
         arms: Editors and restrictions with their configurations, JSON-ready.
-        failed: What failed; it is left out of the numbers.
+        failed: What failed; the numbers are without it.
         differences: Paired differences in success, with effect sizes, if arms are compared.
         probabilities: The mean probability of the right answer in each row, too.
         seconds: What all that was measured took, in this call or earlier ones; ``None`` if that
@@ -141,10 +141,7 @@ class Finding:
         if not self.failed:
             return self.text
         arm, case, reason = self.failed[0]
-        return (
-            f"{self.text} Left out are {len(self.failed)} that failed; the first, {arm} on {case}: "
-            f"{reason}"
-        )
+        return f"{self.text} {len(self.failed)} failed; the first, {arm} on {case}: {reason}"
 
     def to_dict(self, study: Study, seconds: float) -> dict[str, Any]:
         """JSON-ready: how it was made, and the numbers."""

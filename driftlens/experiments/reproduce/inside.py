@@ -6,6 +6,7 @@ leave alone and that hold its subject: relations, and neighbours behind the edit
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -186,7 +187,13 @@ def _measured(
                 found = {"error": f"{type(error).__name__}: {error}"}
             journal.add(unit, **found, seconds=time.monotonic() - started)
     records = [journal[unit] for unit in units]
-    prompts = [prompt for record in records for prompt in record.get("prompts", ())]
+    prompts = [
+        {**prompt, "tokens": tokens[prompt["prompt"]]}
+        for record, case in zip(records, study.cases, strict=True)
+        if "prompts" in record
+        for tokens in [_lengths(study.model, case)]
+        for prompt in record["prompts"]
+    ]
     failed = [
         ("rome", case.id, record["error"])
         for case, record in zip(study.cases, records, strict=True)
@@ -222,6 +229,15 @@ def _units(study: Study) -> list[dict[str, Any]]:
         "per_kind": PER_KIND,
     }
     return [{**common, "case": case.to_record()} for case in study.cases]
+
+
+def _lengths(model: LensModel, case: Case) -> dict[str, dict[str, int]]:
+    """Tokens of the answer and of the new target, by prompt."""
+    new = len(model.tokens.target_ids(case.request.target_new))
+    return {
+        probe.prompt: {"answer": len(model.tokens.target_ids(probe.right)), "new": new}
+        for probe in case.probes(tuple(KINDS))
+    }
 
 
 def _of_case(study: Study, case: Case, measure: Measure) -> Iterator[dict[str, Any]]:
@@ -268,8 +284,8 @@ def _window_rows(
     prompts: Sequence[dict[str, Any]], kinds: Sequence[str], from_state: str
 ) -> pd.DataFrame:
     """Mean changes of P(answer) and P(new target), and how often the answer is the likelier of
-    the two, with intervals by bootstrap over cases; of a restored model also the share of what
-    P(answer) lost."""
+    the two per token, with intervals by bootstrap over cases; of a restored model also the share
+    of what P(answer) lost."""
     rows = []
     for kind in dict.fromkeys(p["kind"] for p in prompts):
         own = [p for p in prompts if p["kind"] == kind]
@@ -277,13 +293,18 @@ def _window_rows(
         lost = np.array([p["original"]["answer"] - p["edited"]["answer"] for p in own])
         lost_low, lost_high = _interval(cases, lost)
         before = {name: np.array([p[from_state][name] for p in own]) for name in ("answer", "new")}
-        ahead = {state: [_is_ahead(p[state]) for p in own] for state in ("original", "edited")}
+        ahead = {
+            state: [_is_ahead(p[state], p["tokens"]) for p in own]
+            for state in ("original", "edited")
+        }
         for what in kinds:
             for span in own[0]["patched"][what]:
                 found = [p["patched"][what][span] for p in own]
                 answer = np.array([one["answer"] for one in found]) - before["answer"]
                 new = np.array([one["new"] for one in found]) - before["new"]
-                is_ahead = np.array([_is_ahead(one) for one in found])
+                is_ahead = np.array(
+                    [_is_ahead(one, p["tokens"]) for one, p in zip(found, own, strict=True)]
+                )
                 low, high = _interval(cases, answer)
                 new_low, new_high = _interval(cases, new)
                 ahead_low, ahead_high = _interval(cases, is_ahead)
@@ -314,9 +335,11 @@ def _window_rows(
     return pd.DataFrame(rows)
 
 
-def _is_ahead(pair: Pair) -> float:
-    """100 if the answer is likelier than the new target, else 0."""
-    return 100.0 * (pair["answer"] > pair["new"])
+def _is_ahead(pair: Pair, tokens: Mapping[str, int]) -> float:
+    """100 if the answer is likelier than the new target per token, as RS and DNS ask, else 0."""
+    least = np.finfo(float).tiny
+    answer, new = (math.log(max(pair[of], least)) / tokens[of] for of in ("answer", "new"))
+    return 100.0 * (answer > new)
 
 
 def _interval(cases: Sequence[str], values: np.ndarray) -> tuple[float, float]:
@@ -482,7 +505,7 @@ def _told_of_restoring(rows: pd.DataFrame) -> str:
         told += f", a change of P(answer) by {rise:+.1f} % relative"
     patterns = next(row for row in whole if row["patched"] == "pattern")
     return (
-        f"{told}; the answer is likelier than the new target on "
+        f"{told}; the answer is likelier per token than the new target on "
         f"{patterns['likelier original, %']:.0f} % of the prompts in the original model, on "
         f"{patterns['likelier edited, %']:.0f} % in the edited one, and on "
         f"{patterns['answer likelier, %']:.0f} % with all patterns restored."

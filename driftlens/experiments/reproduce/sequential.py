@@ -16,7 +16,7 @@ from driftlens.cases import METRICS
 from driftlens.evaluation import Rate
 from driftlens.experiments.many import measure
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study
-from driftlens.journal import Journal
+from driftlens.journal import Journal, total
 
 SHOWN = ("ES", "RS", "DNS")
 
@@ -29,13 +29,13 @@ def sequential(study: Study) -> Finding:
     rows: list[dict[str, Any]] = []
     points: list[str] = []
     failed: list[Failure] = []
-    spent: list[float] = []
+    spent: list[dict[str, Any]] = []
     for arm in arms:
         found = measure(
             study.model, study.cases, arm, UNEDITED if arm.method is None else "sequence", journal,
             seed=study.seed, retry_failed=study.retry_failed, progress=study.progress,
         )  # fmt: skip
-        spent.append(found.get("seconds", 0.0))
+        spent.append(found)
         checkpoints = found.get("checkpoints", {})
         for count, rates in checkpoints.items():
             rows += _rows(arm.name, int(count), rates)
@@ -58,7 +58,7 @@ def sequential(study: Study) -> Finding:
         points,
         made,
         failed,
-        seconds=sum(spent),
+        seconds=total(spent, "spent"),
     )
 
 
