@@ -186,6 +186,7 @@ def test_tables_of_what_is_inside() -> None:
         "high": 0.031, "change of P(new target)": 0.5, "new low": 0.25, "new high": 0.75,
         "lost P(answer)": 0.2, "lost low": 0.15, "lost high": 0.25,
         "share, %": 30.4, "share low": -5.0, "share high": 60.0,
+        "likelier original, %": 90.4, "likelier edited, %": 12.0, "answer likelier, %": 55.0,
     }  # fmt: skip
     rows = [
         {**window, "patched": what, "layers": layers, "change of P(answer)": change}
@@ -193,14 +194,15 @@ def test_tables_of_what_is_inside() -> None:
         for layers, change in (("0-1", -0.01), ("1-2", 0.012), ("all", 0.05))
     ]
     rows[2] |= {"share, %": None}
+    rows[5] |= {"answer likelier, %": 40.0}
     table = gather.restored_markdown({"rows": rows}).splitlines()
     assert table[0] == (
         "| data | model | prompts | number | P(answer) lost | pattern | values | best window of "
-        "patterns |"
+        "patterns | answer likelier: original / edited / pattern / values |"
     )
     assert table[2:] == [
         "| facts | small | relation | 7 | 0.200 [0.150, 0.250] | +5.0 [-2.0, +3.1] points | "
-        "30 % [-5, 60] | 1-2: 30 % [-5, 60] |"
+        "30 % [-5, 60] | 1-2: 30 % [-5, 60] | 90 / 12 / 55 / 40 % |"
     ]
     table = gather.substituted_markdown({"rows": rows}).splitlines()
     assert table[0] == "| data | model | prompts | component | layers | P(answer) | P(new target) |"

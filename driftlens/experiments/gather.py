@@ -261,12 +261,15 @@ def correlated_markdown(record: Mapping[str, Any]) -> str:
 
 def restored_markdown(record: Mapping[str, Any]) -> str:
     """Figure 5: what original attention at the last token brings back, in per cent of what
-    P(answer) lost, all layers and the best window of patterns."""
+    P(answer) lost, all layers and the best window of patterns; and how often the answer is likelier
+    than the new target."""
     lines = []
     for place, rows in _by(record, "data", "model", "kind"):
         whole = [row for row in rows if row["layers"] == "all"]
         windows = [r for r in rows if r["layers"] != "all" and r["patched"] == "pattern"]
         best = max(windows, key=lambda row: row["change of P(answer)"])
+        likelier = [_fixed(rows[0][f"likelier {state}, %"], 0) for state in ("original", "edited")]
+        likelier += [_fixed(row["answer likelier, %"], 0) for row in whole[:2]]
         lost = (_fixed(rows[0][f"lost {end}"], 3) for end in ("P(answer)", "low", "high"))
         lines.append(
             (
@@ -275,6 +278,7 @@ def restored_markdown(record: Mapping[str, Any]) -> str:
                 "{} [{}, {}]".format(*lost),
                 *(_share(row) for row in whole),
                 f"{best['layers']}: {_share(best)}",
+                f"{' / '.join(likelier)} %",
             )
         )
     what = list(dict.fromkeys(row["patched"] for row in record["rows"]))
@@ -286,6 +290,7 @@ def restored_markdown(record: Mapping[str, Any]) -> str:
         "P(answer) lost",
         *what,
         "best window of patterns",
+        f"answer likelier: original / edited / {' / '.join(what[:2])}",
     ]
     return _table(head, lines)
 
