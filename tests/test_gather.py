@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import pytest
 
 from driftlens.errors import DataError
-from driftlens.experiments import gather
+from driftlens.experiments import gather, tables
 
 
 def finding(folder: Path, model: str, name: str = "table3", **changes: Any) -> Path:
@@ -60,7 +60,7 @@ def test_rows_of_all_models_with_how_they_were_made(
     ]
     assert len(json.loads((out / "fig6.json").read_text())["runs"]) == 1
     assert f"wrote {out / 'fig6.json'}" in capsys.readouterr().out
-    cell, shown = "50.0 [40.0, 60.0]", gather.markdown(table)
+    cell, shown = "50.0 [40.0, 60.0]", tables.markdown(table)
     assert f"| facts | large | rome | {cell} | {cell} | - | - | {cell} | - |" in shown
     assert f"| theirs | small | rome | {cell} |" in shown
 
@@ -117,7 +117,7 @@ def test_texts_are_filled(
     monkeypatch.setattr(sys, "argv", options)
     gather.main()
     assert f"wrote {text}" in capsys.readouterr().out
-    table = gather.markdown(json.loads((tmp_path / "table3.json").read_text()))
+    table = tables.markdown(json.loads((tmp_path / "table3.json").read_text()))
     expected = (
         "Before.\n\n<!-- gathered table3 -->\n\n" + table + "\n\n"
         "    driftlens reproduce table3\n\n<!-- end -->\n\nAfter.\n"
@@ -195,7 +195,7 @@ def test_tables_of_what_is_inside() -> None:
     ]
     rows[2] |= {"share, %": None}
     rows[5] |= {"answer likelier, %": 40.0}
-    table = gather.restored_markdown({"rows": rows}).splitlines()
+    table = tables.restored_markdown({"rows": rows}).splitlines()
     assert table[0] == (
         "| data | model | prompts | number | P(answer) lost | pattern | values | best window of "
         "patterns | answer likelier: original / edited / pattern / values |"
@@ -204,7 +204,7 @@ def test_tables_of_what_is_inside() -> None:
         "| facts | small | relation | 7 | 0.200 [0.150, 0.250] | +5.0 [-2.0, +3.1] points | "
         "30 % [-5, 60] | 1-2: 30 % [-5, 60] | 90 / 12 / 55 / 40 % |"
     ]
-    table = gather.substituted_markdown({"rows": rows}).splitlines()
+    table = tables.substituted_markdown({"rows": rows}).splitlines()
     assert table[0] == "| data | model | prompts | component | layers | P(answer) | P(new target) |"
     assert table[2:] == [
         f"| facts | small | relation | {what} | 0-1 | -1.0 [-2.0, +3.1] | +50.0 [+25.0, +75.0] |"
@@ -216,6 +216,6 @@ def test_tables_of_what_is_inside() -> None:
          "pearson": r, "pearson_low": None, "pearson_high": 0.5}
         for drift, r in (("max head", 0.254), ("row KL", None))
     ]  # fmt: skip
-    table = gather.correlated_markdown({"rows": correlations}).splitlines()
+    table = tables.correlated_markdown({"rows": correlations}).splitlines()
     assert table[0] == "| data | model | prompts | damage | number | max head | row KL |"
     assert table[2:] == ["| facts | small | relation | fall | 7 | 0.25 [-, 0.50] | - [-, 0.50] |"]

@@ -13,7 +13,7 @@ import driftlens as dl
 from driftlens.assets import survey_result
 from driftlens.cases import METRICS
 from driftlens.editing.methods import METHODS
-from driftlens.experiments import gather, many, sadr_search
+from driftlens.experiments import gather, many, sadr_search, tables
 from driftlens.experiments.reproduce import EXPERIMENTS
 from driftlens.experiments.survey import markdown, paired_markdown
 
@@ -126,7 +126,7 @@ def test_the_table_of_editors_is_the_result_file():
 
 def test_readme_shows_the_main_table():
     result = json.loads((REPOSITORY / "assets/results/table3.json").read_text())
-    assert gather.markdown(result) in README
+    assert tables.markdown(result) in README
     for run in result["runs"]:
         assert not run["failed"]
         told = " ".join([run["text"], *run["points"]])

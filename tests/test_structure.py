@@ -79,6 +79,7 @@ ORDER = [
     "experiments.reproduce.sequential",
     "experiments.reproduce.page",
     "experiments.reproduce",
+    "experiments.tables",
     "experiments.gather",
     "cli",
 ]

@@ -1,0 +1,148 @@
+"""What experiments found, as Markdown: a table, or what the numbers say.
+
+Each function takes a file that :func:`~driftlens.experiments.gather.gather` wrote; to add one, name
+it in TABLES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from driftlens.cases import METRICS
+from driftlens.evaluation import rate_cells
+
+
+def told_markdown(record: Mapping[str, Any]) -> str:
+    """What the numbers say, run by run."""
+    parts = []
+    for run in record["runs"]:
+        place = f"*{run['model']['name']}, {run['data']}, {len(run['cases'])} cases.*"
+        parts.append(f"{place} {run['text']}")
+        if run["points"]:
+            parts.append("\n".join(f"- {point}" for point in run["points"]))
+    return "\n\n".join(parts)
+
+
+def markdown(record: Mapping[str, Any], shown: Sequence[str] = ("Avg. S", *METRICS)) -> str:
+    """Success by data, model and arm, in per cent with 95 % intervals, of a file that was
+    written."""
+    arms: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        rate = {name: row[name] for name in ("value", "low", "high", "prompts", "cases")}
+        place = (row["data"], row["model"], row["arm"])
+        arms.setdefault(place, {})[row["metric"]] = rate
+    lines = [(*place, *rate_cells(rates, shown)) for place, rates in arms.items()]
+    return _table(["data", "model", "arm", *shown], lines)
+
+
+def substituted_markdown(record: Mapping[str, Any]) -> str:
+    """Figure 3: of each component, the window that costs P(answer) most, in points."""
+    lines = []
+    for place, rows in _by(record, "data", "model", "kind", "patched"):
+        worst = min(rows, key=lambda row: row["change of P(answer)"])
+        lines.append((*place, worst["layers"], _points(worst), _points(worst, "P(new target)")))
+    return _table(
+        ["data", "model", "prompts", "component", "layers", "P(answer)", "P(new target)"], lines
+    )
+
+
+def correlated_markdown(record: Mapping[str, Any]) -> str:
+    """Figure 4: Pearson's correlation of measures of drift with damage."""
+    lines = [
+        (*place, str(rows[0]["prompts"]), *(_cell(row, "pearson", 2) for row in rows))
+        for place, rows in _by(record, "data", "model", "kind", "damage")
+    ]
+    drifts = list(dict.fromkeys(row["drift"] for row in record["rows"]))
+    return _table(["data", "model", "prompts", "damage", "number", *drifts], lines)
+
+
+def restored_markdown(record: Mapping[str, Any]) -> str:
+    """Figure 5: what original attention at the last token brings back, in per cent of what
+    P(answer) lost, all layers and the best window of patterns; and how often the answer is likelier
+    than the new target."""
+    lines = []
+    for place, rows in _by(record, "data", "model", "kind"):
+        whole = [row for row in rows if row["layers"] == "all"]
+        windows = [r for r in rows if r["layers"] != "all" and r["patched"] == "pattern"]
+        best = max(windows, key=lambda row: row["change of P(answer)"])
+        likelier = [_fixed(rows[0][f"likelier {state}, %"], 0) for state in ("original", "edited")]
+        likelier += [_fixed(row["answer likelier, %"], 0) for row in whole[:2]]
+        lost = (_fixed(rows[0][f"lost {end}"], 3) for end in ("P(answer)", "low", "high"))
+        lines.append(
+            (
+                *place,
+                str(rows[0]["prompts"]),
+                "{} [{}, {}]".format(*lost),
+                *(_share(row) for row in whole),
+                f"{best['layers']}: {_share(best)}",
+                f"{' / '.join(likelier)} %",
+            )
+        )
+    what = list(dict.fromkeys(row["patched"] for row in record["rows"]))
+    head = [
+        "data",
+        "model",
+        "prompts",
+        "number",
+        "P(answer) lost",
+        *what,
+        "best window of patterns",
+        f"answer likelier: original / edited / {' / '.join(what[:2])}",
+    ]
+    return _table(head, lines)
+
+
+def controlled_markdown(record: Mapping[str, Any]) -> str:
+    """Table 1: success with the controls, the same prompts behind another sentence."""
+    behind = ("lead-neighbour", "DNS", "RS", "lead-relation", "distract-relation")
+    return markdown(record, ("ES", "PS", "NS", *behind))
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "table1": controlled_markdown,
+    "table3": markdown,
+    "fig3": substituted_markdown,
+    "fig4": correlated_markdown,
+    "fig5": restored_markdown,
+}
+"""Results as a table for a text."""
+
+
+def _by(
+    record: Mapping[str, Any], *names: str
+) -> Iterator[tuple[tuple[str, ...], list[dict[str, Any]]]]:
+    """Rows that agree in some columns, in the order of the first of each."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    yield from found.items()
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
+    return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]])
+
+
+def _fixed(value: float | None, digits: int, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def _cell(row: Mapping[str, Any], name: str, digits: int) -> str:
+    """A number with its interval, if there is one."""
+    value, low, high = (_fixed(row[f"{name}{end}"], digits) for end in ("", "_low", "_high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _points(row: Mapping[str, Any], of: str = "P(answer)") -> str:
+    ends = ("low", "high") if of == "P(answer)" else ("new low", "new high")
+    found = (_fixed(100 * row[name], 1, "+") for name in (f"change of {of}", *ends))
+    return "{} [{}, {}]".format(*found)
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    """In per cent of what was lost, or in points where that is not sure to be anything."""
+    if row["share, %"] is None:
+        return f"{_points(row)} points"
+    found = (_fixed(row[name], 0) for name in ("share, %", "share low", "share high"))
+    return "{} % [{}, {}]".format(*found)
