@@ -800,7 +800,8 @@ def test_stages_of_the_search_build_on_the_best_so_far() -> None:
     ("held", "expected"),
     [
         ({"ES": 98.0, "PS": 86.0, "NS": 10.0, "RS": 23.0, "DNS": 32.0}, (0.0, 5.0)),
-        ({"ES": 96.0, "PS": 84.0, "NS": 60.0, "RS": 23.0, "DNS": 28.0}, (-4.0, 1.0)),
+        ({"ES": 96.0, "PS": 84.0, "NS": 60.0, "RS": 23.0, "DNS": 28.0}, (-6.0, 1.0)),
+        ({"ES": 99.0, "PS": 90.0, "NS": 60.0, "RS": 15.0, "DNS": 45.0}, (-5.0, 10.0)),
         ({"ES": 99.0, "PS": 99.0, "NS": 60.0, "RS": 20.0, "DNS": 30.0}, (0.0, 0.0)),
     ],
 )
@@ -860,7 +861,7 @@ def test_the_search_for_the_settings_of_sadr(
         change = {m: c["value"] for m, c in told["less"][reference].items()}
         beyond = sum(
             max(0.0, -change[m] - max(points, 100 / result.rates(name)[m].prompts))
-            for m, points in (("ES", 1.0), ("PS", 4.0))
+            for m, points in (("ES", 1.0), ("PS", 4.0), ("RS", 0.0), ("DNS", 0.0))
         )
         assert told["beyond what is allowed"] == pytest.approx(beyond, abs=1e-6)
         assert told["gained"] == pytest.approx(change["RS"] + change["DNS"])

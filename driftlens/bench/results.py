@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -174,13 +174,17 @@ class BenchResult:
             return None
         return compare_combined(self.answers(arm), self.answers(other), asked)
 
-    def excess(self, arm: str, other: str) -> float:
-        """Points of ES and PS that an arm has less than another, beyond `ALLOWED`; one prompt is
-        allowed in any case."""
+    def excess(self, arm: str, other: str, allowed: Mapping[Metric, float] = ALLOWED) -> float:
+        """Points of some metrics that an arm has less than another, beyond what is allowed; one
+        prompt is allowed in any case.
+
+        Args:
+            allowed: Points, for each metric that counts.
+        """
         found, asked = self.compare(arm, other), self.rates(arm)
         return sum(
-            max(0.0, -found[metric].value - max(allowed, 100.0 / asked[metric].prompts) - 1e-9)
-            for metric, allowed in ALLOWED.items()
+            max(0.0, -found[metric].value - max(points, 100.0 / asked[metric].prompts) - 1e-9)
+            for metric, points in allowed.items()
             if metric in found
         )
 

@@ -9,9 +9,8 @@ held, by which divergence, gamma once more, and in which layers; each stage keep
 so far.
 
 All settings are judged against the same arm, the editor with its own hyperparameters and without
-SADR, paired by case: first by the points of ES and PS that they cost beyond
-:data:`~driftlens.bench.results.ALLOWED`, then by what they gain,
-the sum of RS and DNS. The check repeats the best setting on held-back cases, once.
+SADR, paired by case: first by the points that they cost beyond :data:`MAY_COST`, then by what they
+gain, the sum of RS and DNS. The check repeats the best setting on held-back cases, once.
 
 Numbers go to ``OUT/sadr-MODEL-METHOD.json``, answers to a folder beside it, from which a stopped
 call goes on.
@@ -29,7 +28,8 @@ from typing import Any
 
 import driftlens as dl
 from driftlens.bench import UNEDITED, Arm, BenchResult, Setting, run_bench
-from driftlens.cases import METRICS, Case, balanced, tuning_split
+from driftlens.bench.results import ALLOWED
+from driftlens.cases import METRICS, Case, Metric, balanced, tuning_split
 from driftlens.editing.configs import ValueSearch
 from driftlens.editing.methods import METHODS, resolve_config
 from driftlens.errors import DriftLensError, RequestError
@@ -39,7 +39,10 @@ from driftlens.readers import read_cases
 from driftlens.records import data_file, versions, write_result
 
 FIRST = dl.SADR(gamma=0.8)
-GAINS = ("RS", "DNS")
+GAINS: tuple[Metric, ...] = ("RS", "DNS")
+MAY_COST: dict[Metric, float] = {**ALLOWED, **dict.fromkeys(GAINS, 0.0)}
+"""Points that a setting may cost the edit, and nothing of what it is meant to save (but one prompt
+in any case): else a stronger edit could pay for DNS with RS."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def merit(result: BenchResult, reference: Arm, held: Arm) -> tuple[float, float]
         return -math.inf, -math.inf
     found = result.compare(held.name, reference.name)
     gained = sum(found[metric].value for metric in GAINS if metric in found)
-    return -result.excess(held.name, reference.name), gained
+    return -result.excess(held.name, reference.name, MAY_COST), gained
 
 
 def sentence(told: dict[str, Any]) -> str:
@@ -156,10 +159,11 @@ def sentence(told: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """Success of all arms of the search and of the check, in per cent with 95 % intervals."""
+def markdown(record: dict[str, Any], parts: Sequence[str] = ("search", "check")) -> str:
+    """Success of all arms of the search and of the check, or of one of them, in per cent with 95 %
+    intervals."""
     lines = [f"| cases | setting | {' | '.join(METRICS)} |", "|---" * (2 + len(METRICS)) + "|"]
-    for part in ("search", "check"):
+    for part in parts:
         told = record[part]
         of = f"{len(told['cases'])} {'tuning' if part == 'search' else 'held back'}"
         found: dict[str, dict[str, dict[str, Any]]] = {arm["name"]: {} for arm in told["arms"]}
