@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,21 +159,100 @@ def test_results_are_of_150_cases_without_failures(name: str):
         assert len(run["cases"]) >= 150
 
 
-def test_readme_says_of_the_papers_data_what_was_measured():
-    result = json.loads((REPOSITORY / "assets/results/fig5.json").read_text())
-    (run,) = (run for run in result["runs"] if run["data"] == "counterfact_wikidata_dev")
-    rows = [row for row in result["rows"] if row["data"] == run["data"]]
-    patterns = {row["kind"]: row for row in rows
-                if (row["patched"], row["layers"]) == ("pattern", "all")}  # fmt: skip
+def result_rows(name: str) -> list[dict[str, Any]]:
+    path = REPOSITORY / f"assets/results/{name}.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
+
+
+def flowing(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_readme_says_of_patterns_and_values_what_was_measured():
+    whole = {(row["data"], row["model"], row["kind"], row["patched"]): row
+             for row in result_rows("fig5") if row["layers"] == "all"}  # fmt: skip
+    kinds, text = ("relation", "distract neighbourhood"), flowing(README)
+    shares = {model: [round(whole["shipped facts", model, kind, "pattern"]["share, %"])
+                      for kind in kinds] for model in ("smollm2-135m", "gemma-3-270m")}  # fmt: skip
+    assert shares == {"smollm2-135m": [6, 1], "gemma-3-270m": [0, -3]}
+    assert "brings back 6 % (relation) and 1 % (distract neighbourhood)" in text
+    assert "and 0 and -3 % on Gemma" in text
+    values = [round(row["share, %"]) for (data, *_, what), row in whole.items()
+              if (data, what) == ("shipped facts", "values")]  # fmt: skip
+    assert (len(values), min(values), max(values)) == (4, 97, 107)
+    assert "brings back 97 to 107 %" in text
+    theirs = {kind: [whole["counterfact_wikidata_dev", "smollm2-135m", kind, what]
+                     for what in ("pattern", "values")] for kind in kinds}  # fmt: skip
     likelier = {
-        kind: [round(row[f"{of}, %"]) for of in ("likelier original", "likelier edited",
-                                                 "answer likelier")]
-        for kind, row in patterns.items()
-    }  # fmt: skip
-    assert likelier == {"relation": [83, 19, 69], "distract neighbourhood": [53, 18, 26]}
-    assert round(patterns["distract neighbourhood"]["share, %"]) == 32
-    told = [run["text"], *run["points"]]
-    assert any("43 % [28, 64], a change of P(answer) by +35.6 % relative" in t for t in told)
+        kind: [round(pattern[f"likelier {state}, %"]) for state in ("original", "edited")]
+        + [round(row["answer likelier, %"]) for row in (pattern, value)]
+        for kind, (pattern, value) in theirs.items()
+    }
+    assert likelier == {"relation": [70, 10, 46, 68], "distract neighbourhood": [54, 20, 28, 61]}
+    for said in (
+        "on 70 % of the prompts before the edit, on 10 % after it, and on 46 %",
+        "on distract neighbourhoods on 54, 20 and 28 %",
+        "(68 and 61 % of the prompts)",
+    ):
+        assert said in text
+    windows = [row for row in result_rows("fig5")
+               if row["kind"] == kinds[1] and row["data"] == "counterfact_wikidata_dev"
+               and row["patched"] == "pattern" and row["layers"] != "all"]  # fmt: skip
+    best = max(windows, key=lambda row: row["change of P(answer)"])
+    rise = 100 * best["change of P(answer)"] / best["P(answer) unpatched"]
+    pattern = theirs[kinds[1]][0]
+    assert (
+        f"patterns bring back {pattern['share, %']:.0f} % and those of layers "
+        f"{best['layers'].replace('-', ' to ')} alone {best['share, %']:.0f} %, a rise of "
+        f"P(answer) by {rise:.1f} % relative"
+    ) in text
+
+
+def test_readme_says_of_substitution_and_drift_what_was_measured():
+    text = flowing(README)
+    worst: dict[tuple[str, str, str], float] = {}
+    for row in result_rows("fig3"):
+        place = row["model"], row["kind"], row["patched"]
+        worst[place] = min(worst.get(place, 0.0), row["change of P(answer)"])
+    shares = {what: [round(100 * cost / worst[model, kind, "resid"])
+                     for (model, kind, found), cost in worst.items() if found == what]
+              for what in ("attn_out", "mlp_out")}  # fmt: skip
+    ends = [f"{min(own)} to {max(own)} %" for own in shares.values()]
+    assert f"costs the original model {ends[0]} of what" in text
+    assert f"what its MLPs write, {ends[1]}." in text
+    found = {(row["model"], row["damage"], row["kind"], row["drift"]): round(row["pearson"], 2)
+             for row in result_rows("fig4")}  # fmt: skip
+    kinds, models = ("relation", "distract neighbourhood"), ("smollm2-135m", "gemma-3-270m")
+    fall, rise = ([found[model, damage, kind, "max head"] for model in models for kind in kinds]
+                  for damage in ("fall of P(answer)", "rise of P(new target)"))  # fmt: skip
+    assert (
+        "correlates with the fall of P(answer) at {} and {} on SmolLM2 and at {} and {} on Gemma, "
+        "and with the rise of P(new target) at {} and {}, {} and {}."
+    ).format(*fall, *rise) in text
+    rows = {kind: sorted(found[model, damage, kind, "row KL"] for model in models
+                         for damage in ("fall of P(answer)", "rise of P(new target)"))
+            for kind in kinds}  # fmt: skip
+    ends = [f"({rows[kind][0]:.2f} to {rows[kind][-1]:.2f})" for kind in reversed(kinds)]
+    assert f"on distract neighbourhoods {ends[0]}, hardly on relations {ends[1]}." in text
+
+
+def test_readme_says_what_sadr_saves_of_what_is_lost():
+    rate = {(row["data"], row["model"], row["arm"], row["metric"]): row["value"]
+            for row in result_rows("table3")}  # fmt: skip
+    saved = []
+    for place in (
+        ("shipped facts", "smollm2-135m"),
+        ("counterfact_wikidata_dev", "smollm2-135m"),
+        ("shipped facts", "gemma-3-270m"),
+    ):
+        for metric in ("RS", "DNS"):
+            before, plain, held = (rate[(*place, arm, metric)]
+                                   for arm in ("unedited", "rome", "rome + sadr"))  # fmt: skip
+            saved.append(f"{100 * (held - plain) / (before - plain):.0f}")
+    assert (
+        "SADR saves {} % (RS) and {} % (DNS) on SmolLM2 and the shipped facts, {} and {} % on "
+        "SmolLM2 and the paper's data, {} and {} % on Gemma and the shipped facts."
+    ).format(*saved) in flowing(README)
 
 
 def test_the_search_for_the_settings_of_sadr_is_the_result_file():
