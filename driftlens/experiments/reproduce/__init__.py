@@ -1,7 +1,7 @@
 """The paper's experiments, and its reviewers' questions, on any model.
 
 Each experiment is one function from a :class:`Study` to a :class:`Finding`: numbers, a figure, and
-a paragraph that is computed from the numbers, beside what the paper reports. ``editors.py`` holds
+what these say, computed from them, beside what the paper reports. ``editors.py`` holds
 those that ask edited models, ``inside.py`` those that look into them, ``sequential.py`` those on
 edits that pile up. To add one, write such a function and name it in EXPERIMENTS.
 """
