@@ -255,30 +255,64 @@ def test_readme_says_what_sadr_saves_of_what_is_lost():
     ).format(*saved) in flowing(README)
 
 
-def test_the_search_for_the_settings_of_sadr_is_the_result_file():
+@pytest.mark.parametrize(
+    ("method", "parts", "gains"),
+    [
+        ("rome", ("search", "check"), {"RS": "73 % [24, 170]", "DNS": "7 % [-10, 31]"}),
+        ("memit", ("check",), {"RS": "103 % [43, 253]", "DNS": "54 % [25, 106]"}),
+    ],
+)
+def test_the_search_for_the_settings_of_sadr_is_the_result_file(
+    method: str, parts: tuple[str, ...], gains: dict[str, str]
+):
     text = (REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8")
     result = json.loads(
-        (REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-rome.json").read_text()
+        (REPOSITORY / f"assets/results/tuning/sadr-smollm2-135m-{method}.json").read_text()
     )
-    assert sadr_search.markdown(result) in text
-    assert result["command"] in " ".join(text.replace("\\\n", " ").split())
-    assert not set(result["search"]["cases"]) & set(result["check"]["cases"])
-    settings = result["search"]["settings"]
-    cheap = [name for name, told in settings.items() if told["beyond what is allowed"] == 0]
-    assert result["search"]["best"] in cheap
-    ((best, told),) = result["check"]["settings"].items()
-    assert best == result["search"]["best"]
+    assert sadr_search.markdown(result, parts) in text
+    assert result["command"] in flowing(text.replace("\\\n", " "))
+    searched, checked = result["search"], result["check"]
+    assert not set(searched["cases"]) & set(checked["cases"])
+    settings = searched["settings"]
+    merits = {name: (-told["beyond what is allowed"], told["gained"])
+              for name, told in settings.items()}  # fmt: skip
+    assert merits[searched["best"]] == max(merits.values())
+    ((best, told),) = checked["settings"].items()
+    assert best == searched["best"]
     (less,) = told["less"].values()
     for page in (text, README):
-        page = " ".join(page.replace("+", "").split())
-        for metric, share in (("RS", "73 % [24, 170]"), ("DNS", "7 % [-10, 31]")):
+        page = flowing(page.replace("+", ""))
+        for metric, share in gains.items():
             assert less[metric]["relative"].replace("+", "") == share
             assert share in page
-        assert (
-            f"{-less['ES']['value']:.1f} points of ES and {-less['PS']['value']:.1f} of PS" in page
-        )
-    penalty = result["check"]["arms"][-1]["penalties"][0]
-    assert (penalty["gamma"], penalty["heads"], penalty["layers"]) == (0.8, "drift", [*range(18)])
+        cost = f"{-less['ES']['value']:.1f} points of ES and {-less['PS']['value']:.1f} of PS"
+        assert cost in page
+    penalty = checked["arms"][-1]["penalties"][0]
+    shown = f'SADR(gamma={penalty["gamma"]:g}, heads="{penalty["heads"]}"'
+    shown += f', divergence="{penalty["divergence"]}"' * (penalty["divergence"] != "kl")
+    layers = penalty["layers"]
+    assert layers is None or layers == [*range(len(layers))]
+    shown += f", layers=range({len(layers)})" if layers else ""
+    assert f"`{shown})`" in flowing(README)
+
+
+def test_readme_says_what_each_editor_breaks():
+    (run,) = json.loads((REPOSITORY / "assets/results/table1.json").read_text())["runs"]
+    lost = {(one["metric"], one["arm"]): -one["value"]
+            for one in run["differences"] if one["less"] == "unedited"}  # fmt: skip
+    text = flowing(README)
+    for metric, least, most in (("RS", "pmet", "rome"), ("DNS", "pmet", "ft-l")):
+        own = {arm: value for (of, arm), value in lost.items() if of == metric and arm != "grace"}
+        assert (min(own, key=lambda a: own[a]), max(own, key=lambda a: own[a])) == (least, most)
+        points = f"{own[least]:.1f} ({least.upper()}) to {own[most]:.1f}"
+        assert points in text
+    grace = [f"{abs(lost[metric, 'grace']):.1f}" for metric in ("RS", "DNS", "NS")]
+    assert "({} and {}, but {} of NS)".format(*grace) in text
+    assert run["points"][-1].startswith(
+        "The context alone changes, on the unedited model, NS by -1.3 ["
+    )
+    assert "RS by -1.2 [-2.1, -0.4] behind the edited sentence" in run["points"][-1]
+    assert "changes RS by -1.2 points and NS by -1.3" in text
 
 
 def test_the_table_of_many_facts_is_the_result_file():
