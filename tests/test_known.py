@@ -77,6 +77,6 @@ def test_command(model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.Monkey
     assert result["summary"]["facts"]["asked"] == 3
     assert result["summary"]["relations"]["asked"] == sum(len(c.relations) for c in shipped)
     assert "facts: " in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["known", "--out", str(tmp_path / "no" / "folder")])
+    monkeypatch.setattr(sys, "argv", ["known", "--out", str(tmp_path / "known-tiny.json")])
     with pytest.raises(SystemExit, match="cannot be written"):
         known.main()

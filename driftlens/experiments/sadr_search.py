@@ -9,7 +9,7 @@ held, by which divergence, gamma once more, and in which layers; each stage keep
 so far.
 
 All settings are judged against the same arm, the editor with its own hyperparameters and without
-SADR, paired by case: first by the points that they cost beyond :data:`MAY_COST`, then by what they
+SADR, paired by case: first by the points that they cost beyond `MAY_COST`, then by what they
 gain, the sum of RS and DNS. The check repeats the best setting on held-back cases, once.
 
 Numbers go to ``OUT/sadr-MODEL-METHOD.json``, answers to a folder beside it, from which a stopped
