@@ -296,6 +296,17 @@ def test_the_search_for_the_settings_of_sadr_is_the_result_file(
     assert f"`{shown})`" in flowing(README)
 
 
+def test_longer_searches_pay_for_dns_with_rs():
+    text = (REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8")
+    path = REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-memit.json"
+    settings = json.loads(path.read_text())["search"]["settings"]
+    longer = settings["memit, 30 steps, lr 1, gamma 0.8, heads max, kl"]
+    less = longer["less"]["memit, 20 steps, lr 0.5"]
+    gained, lost = (round(sign * less[metric]["relative_value"])
+                    for metric, sign in (("DNS", 1), ("RS", -1)))  # fmt: skip
+    assert f"30 steps gain {gained} % of DNS and lose {lost} % of RS" in flowing(text)
+
+
 def test_readme_says_what_each_editor_breaks():
     (run,) = json.loads((REPOSITORY / "assets/results/table1.json").read_text())["runs"]
     lost = {(one["metric"], one["arm"]): -one["value"]

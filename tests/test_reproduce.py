@@ -645,6 +645,12 @@ def test_what_figure_7_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert re.fullmatch(shape, text), text
     bare = {arm: {m: v for m, v in row.items() if m == "ES"} for arm, row in found.items()}
+    # A setting under which a case failed is not chosen for the cases that are left.
+    result = result_of(found)
+    result.records["rome, gamma 0.2"]["7"] = {"error": "a reason"}
+    monkeypatch.setattr(Study, "bench", lambda *_: result)
+    points = EXPERIMENTS["fig7"](replace(study, quick=True)).points
+    assert "none of 2 settings of gamma; lr 0.1 (of 1) +5.0 [" in points[0]
     for nothing in (bare, {**found, "rome": {}}):
         text, _ = told(monkeypatch, study, "fig7", nothing)
         assert text.endswith("\nrome: nothing to compare.")

@@ -64,7 +64,7 @@ def fig3(study: Study) -> Finding:
         }
 
     prompts, failed, seconds = _measured(study, "fig3", measure)
-    rows = _window_rows(prompts, COMPONENTS, from_state="original")
+    rows = _window_rows(_with_lengths(study, prompts), COMPONENTS, from_state="original")
     worst = rows.loc[rows.groupby(["kind", "patched"], sort=False)["change of P(answer)"].idxmin()]
     points = [
         f"{row['kind']}, {row['patched']}: P(answer) {_points(row)}, P(new target) "
@@ -145,7 +145,7 @@ def fig5(study: Study) -> Finding:
         return found
 
     prompts, failed, seconds = _measured(study, "fig5", measure)
-    rows = _window_rows(prompts, EXCHANGES, from_state="edited")
+    rows = _window_rows(_with_lengths(study, prompts), EXCHANGES, from_state="edited")
     points = [_told_of_restoring(own) for _, own in rows.groupby("kind", sort=False)]
     points += _best_heads(prompts)
     title = "Original attention restored in the edited model"
@@ -187,13 +187,7 @@ def _measured(
                 found = {"error": f"{type(error).__name__}: {error}"}
             journal.add(unit, **found, seconds=time.monotonic() - started)
     records = [journal[unit] for unit in units]
-    prompts = [
-        {**prompt, "tokens": tokens[prompt["prompt"]]}
-        for record, case in zip(records, study.cases, strict=True)
-        if "prompts" in record
-        for tokens in [_lengths(study.model, case)]
-        for prompt in record["prompts"]
-    ]
+    prompts = [prompt for record in records for prompt in record.get("prompts", ())]
     failed = [
         ("rome", case.id, record["error"])
         for case, record in zip(study.cases, records, strict=True)
@@ -229,15 +223,6 @@ def _units(study: Study) -> list[dict[str, Any]]:
         "per_kind": PER_KIND,
     }
     return [{**common, "case": case.to_record()} for case in study.cases]
-
-
-def _lengths(model: LensModel, case: Case) -> dict[str, dict[str, int]]:
-    """Tokens of the answer and of the new target, by prompt."""
-    new = len(model.tokens.target_ids(case.request.target_new))
-    return {
-        probe.prompt: {"answer": len(model.tokens.target_ids(probe.right)), "new": new}
-        for probe in case.probes(tuple(KINDS))
-    }
 
 
 def _of_case(study: Study, case: Case, measure: Measure) -> Iterator[dict[str, Any]]:
@@ -333,6 +318,22 @@ def _window_rows(
                     row |= _share(cases, answer, lost)
                 rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _with_lengths(study: Study, prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The prompts with the numbers of tokens of the answer and of the new target."""
+
+    def count(text: str) -> int:
+        return len(study.model.tokens.target_ids(text))
+
+    found = {
+        (case.id, probe.prompt): {
+            "answer": count(probe.right), "new": count(case.request.target_new)
+        }
+        for case in study.cases
+        for probe in case.probes(tuple(KINDS))
+    }  # fmt: skip
+    return [{**p, "tokens": found[p["case"], p["prompt"]]} for p in prompts]
 
 
 def _is_ahead(pair: Pair, tokens: Mapping[str, int]) -> float:

@@ -29,13 +29,13 @@ def sequential(study: Study) -> Finding:
     rows: list[dict[str, Any]] = []
     points: list[str] = []
     failed: list[Failure] = []
-    spent: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
     for arm in arms:
         found = measure(
             study.model, study.cases, arm, UNEDITED if arm.method is None else "sequence", journal,
             seed=study.seed, retry_failed=study.retry_failed, progress=study.progress,
         )  # fmt: skip
-        spent.append(found)
+        measured.append(found)
         checkpoints = found.get("checkpoints", {})
         for count, rates in checkpoints.items():
             rows += _rows(arm.name, int(count), rates)
@@ -48,17 +48,10 @@ def sequential(study: Study) -> Finding:
     title = "Edits one after another"
     paper = "The paper edits one fact at a time; its reviewers ask what happens in a sequence."
     made = [{"name": arm.name, **arm.to_dict()} for arm in arms[1:]]
+    seconds = total(measured, "spent")
+    figure = _curves(table, arms)
     return Finding(
-        "sequential",
-        title,
-        table,
-        _curves(table, arms),
-        text,
-        paper,
-        points,
-        made,
-        failed,
-        seconds=total(spent, "spent"),
+        "sequential", title, table, figure, text, paper, points, made, failed, seconds=seconds
     )
 
 
