@@ -180,7 +180,21 @@ def test_likelier_means_what_the_benchmarks_mean(study: Study) -> None:
         assert row["likelier original, %"] == pytest.approx(success(metric))
         with study.rome(case).applied(study.model):
             assert row["likelier edited, %"] == pytest.approx(success(metric))
-    # A longer answer is not less likely for that.
+    # A longer answer is not less likely for that, and its length is what it adds to the prompt.
+    tokens = study.model.tokens
+    relation = case.relations[0]
+    longer = Cloze(relation.prompt, f"{relation.answer} and {relation.answer}")
+    several = replace(one, cases=[replace(case, relations=(longer, *case.relations[1:]))])
+    prompts = [{"case": case.id, "prompt": prompt} for prompt, _ in several.cases[0].relations]
+    lengths = [found["tokens"] for found in inside._with_lengths(several, prompts)]
+    for (prompt, answer), found in zip(several.cases[0].relations, lengths, strict=True):
+        whole, asked = (len(tokens.encode(text).ids) for text in (f"{prompt} {answer}", prompt))
+        assert found["answer"] == whole - asked
+    assert lengths[0]["answer"] > max(found["answer"] for found in lengths[1:])
+    new = f"{case.request.text} {case.request.target_new}"
+    assert {found["new"] for found in lengths} == {
+        len(tokens.encode(new).ids) - len(tokens.encode(case.request.text).ids)
+    }
     pair = {"answer": 0.2, "new": 0.25}
     assert inside._is_ahead(pair, {"answer": 1, "new": 1}) == 0
     assert inside._is_ahead(pair, {"answer": 2, "new": 1}) == 100
@@ -646,11 +660,14 @@ def test_what_figure_7_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> No
     assert re.fullmatch(shape, text), text
     bare = {arm: {m: v for m, v in row.items() if m == "ES"} for arm, row in found.items()}
     # A setting under which a case failed is not chosen for the cases that are left.
-    result = result_of(found)
-    result.records["rome, gamma 0.2"]["7"] = {"error": "a reason"}
+    cheap = {**found, "rome, gamma 0.2": {**found["rome, gamma 0.2"], "PS": 93.0}}
+    result = result_of(cheap)
     monkeypatch.setattr(Study, "bench", lambda *_: result)
-    points = EXPERIMENTS["fig7"](replace(study, quick=True)).points
-    assert "none of 2 settings of gamma; lr 0.1 (of 1) +5.0 [" in points[0]
+    (point,) = EXPERIMENTS["fig7"](replace(study, quick=True)).points
+    assert "gamma 0.2 (of 2) +10.0 [" in point
+    result.records["rome, gamma 0.2"]["7"] = {"error": "a reason"}
+    (point,) = EXPERIMENTS["fig7"](replace(study, quick=True)).points
+    assert "none of 2 settings of gamma; lr 0.1 (of 1) +5.0 [" in point
     for nothing in (bare, {**found, "rome": {}}):
         text, _ = told(monkeypatch, study, "fig7", nothing)
         assert text.endswith("\nrome: nothing to compare.")
