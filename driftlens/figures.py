@@ -50,7 +50,11 @@ class Figure(go.Figure):  # type: ignore[misc]
 
 SEQUENTIAL = "Cividis"
 DIVERGING = "PuOr_r"
-COLOURS = ["#3b4cc0", "#b35806", "#1b7837", "#762a83", "#666666", "#d01c8b"]
+COLOURS = [
+    "#3b4cc0", "#b35806", "#1b7837", "#762a83", "#666666", "#d01c8b",
+    "#1fa8c9", "#c9a400", "#a50026", "#7fbc41", "#000000",
+]  # fmt: skip
+"""Enough for the unedited model and every editor."""
 LAYOUT: dict[str, Any] = {
     "template": "plotly_white",
     "font": {"family": "Inter, Helvetica Neue, Arial, sans-serif", "size": 13},

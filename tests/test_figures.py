@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from driftlens import figures
+from driftlens.editing.methods import METHODS
 
 RATES = pd.DataFrame(
     [
@@ -35,6 +36,13 @@ def test_bars_are_values_with_their_intervals() -> None:
     assert figure.layout.yaxis.title.text == "points"
     assert tuple(figure.layout.yaxis.range) == (0, 110)
     assert figures.rate_bars(RATES, ["ES"], title="T", top=None).layout.yaxis.range is None
+
+
+def test_every_editor_has_a_colour_of_its_own() -> None:
+    arms = ["unedited", *METHODS]
+    rows = pd.DataFrame([(arm, "ES", 50.0, 40.0, 60.0) for arm in arms], columns=RATES.columns)
+    bars = figures.rate_bars(rows, ["ES"], title="T").data
+    assert len({bar.marker.color for bar in bars}) == len(arms)
 
 
 def test_trade_offs_join_what_differs_in_its_number() -> None:
