@@ -19,6 +19,7 @@ from driftlens.comparison import Comparison, compare
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import edit as make_an_edit
 from driftlens.editing.sadr import SADR
+from driftlens.evaluation import with_interval
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
 from driftlens.patching import Readout
@@ -172,8 +173,8 @@ def survey_tables(survey: dict[str, Any] | None) -> list[Table]:
     tables = []
     for kind, content in survey["kinds"].items():
         rows = [
-            [state, *(_with_interval(values, m) for m in ("answer", "target_new")),
-             _with_interval(values, "beats_target_new")]
+            [state, *(_mean(values, m) for m in ("answer", "target_new")),
+             _mean(values, "beats_target_new")]
             for state, values in content["states"].items()
         ]  # fmt: skip
         tables.append(
@@ -188,9 +189,8 @@ def survey_tables(survey: dict[str, Any] | None) -> list[Table]:
     return tables
 
 
-def _with_interval(values: dict[str, Any], measure: str) -> str:
-    low, high = values[f"{measure}_interval"]
-    return f"{values[measure]:.3f} [{low:.3f}, {high:.3f}]"
+def _mean(values: dict[str, Any], measure: str) -> str:
+    return with_interval(values[measure], *values[f"{measure}_interval"], digits=3)
 
 
 def _number(value: float) -> float | None:

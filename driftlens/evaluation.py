@@ -5,6 +5,7 @@ Prompts of one case belong together: every interval is a bootstrap over cases.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -115,7 +116,7 @@ class Rate:
     cases: int
 
     def __str__(self) -> str:
-        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
+        return with_interval(self.value, self.low, self.high)
 
 
 def rates(
@@ -263,7 +264,7 @@ class Difference:
     cases: int
 
     def __str__(self) -> str:
-        return f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        return with_interval(self.value, self.low, self.high, sign="+")
 
 
 def compare(
@@ -342,7 +343,7 @@ class Growth:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:+.0f} % [{self.low:+.0f}, {self.high:+.0f}]".replace("-0 %", "+0 %")
+        return with_interval(self.value, self.low, self.high, digits=0, sign="+", unit=" %")
 
 
 def growth(
@@ -424,6 +425,36 @@ def bootstrap_interval(
     means = sums[chosen].sum(1) / counts[chosen].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def with_interval(
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    *,
+    digits: int = 1,
+    sign: Literal["", "+"] = "",
+    unit: str = "",
+) -> str:
+    """A number and its interval for a reader, as ``1.5 [0.9, 2.2]``.
+
+    A number that is rounded to zero has no minus, but an end has: ``0.1 [-0.0, 0.2]`` says that
+    the interval begins below zero.
+
+    Args:
+        value: The number; ``None`` or not a number is told as ``-``, and so are the ends.
+        low: Lower end of the interval.
+        high: Its upper end.
+        digits: Decimals.
+        sign: ``"+"`` gives numbers that are not negative a sign too.
+        unit: Behind the number, in front of the interval.
+    """
+    own = _fixed(value, f"{sign}z.{digits}f")
+    return f"{own}{unit} [{_fixed(low, f'{sign}.{digits}f')}, {_fixed(high, f'{sign}.{digits}f')}]"
+
+
+def _fixed(number: float | None, form: str) -> str:
+    return "-" if number is None or math.isnan(number) else format(number, form)
 
 
 def rate_cells(

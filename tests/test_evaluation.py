@@ -37,6 +37,7 @@ from driftlens.evaluation import (
     growth,
     harmonic_mean,
     rates,
+    with_interval,
 )
 from driftlens.experiments import many, tuning
 from driftlens.experiments.paper import TABLE_3
@@ -211,6 +212,22 @@ def test_relative_growth_by_hand() -> None:
     assert growth(first, {"b": [bad]}, "RS") is None
     assert growth(first, second, "NS") is None
     assert str(Growth(-0.4, -3.0, 2.0)) == "+0 % [-3, +2]"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "how", "told"),
+    [
+        ((1.25, 0.5, 2.04), {}, "1.2 [0.5, 2.0]"),
+        ((0.4, -0.4, 1.6), {"digits": 0, "sign": "+", "unit": " %"}, "+0 % [-0, +2]"),
+        ((-0.04, -0.06, -0.01), {}, "0.0 [-0.1, -0.0]"),
+        ((0.125, float("nan"), None), {"digits": 3}, "0.125 [-, -]"),
+        ((50.0, 10.0, float("inf")), {"sign": "+"}, "+50.0 [+10.0, +inf]"),
+    ],
+)
+def test_a_number_is_told_with_its_interval(
+    numbers: tuple[float | None, ...], how: dict[str, Any], told: str
+) -> None:
+    assert with_interval(*numbers, **how) == told
 
 
 def test_a_paired_difference_of_a_mean_of_several_metrics_by_hand() -> None:

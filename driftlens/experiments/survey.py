@@ -34,7 +34,7 @@ from driftlens.cases import Case
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import resolve_config
 from driftlens.errors import DataError, DriftLensError
-from driftlens.evaluation import bootstrap_interval, difference
+from driftlens.evaluation import bootstrap_interval, difference, with_interval
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 from driftlens.records import versions, write_result
@@ -172,8 +172,7 @@ def markdown(result: dict[str, Any]) -> str:
         cells = []
         for content in kinds.values():
             values = content["states"][state]
-            low, high = values["answer_interval"]
-            cells.append(f"{values['answer']:.3f} [{low:.3f}, {high:.3f}]")
+            cells.append(with_interval(values["answer"], *values["answer_interval"], digits=3))
         lines.append(f"| {state} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -184,7 +183,7 @@ def paired_markdown(result: dict[str, Any]) -> str:
     lines = [f"| less edited | {' | '.join(kinds)} |", "|---" * (1 + len(kinds)) + "|"]
     for state in next(iter(kinds.values()))["less_edited"]:
         found = [content["less_edited"][state] for content in kinds.values()]
-        cells = ["{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**cell) for cell in found]
+        cells = [with_interval(c["value"], c["low"], c["high"], digits=3, sign="+") for c in found]
         lines.append(f"| {state} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

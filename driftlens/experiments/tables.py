@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from driftlens.cases import METRICS
-from driftlens.evaluation import rate_cells
+from driftlens.evaluation import rate_cells, with_interval
 
 
 def told_markdown(record: Mapping[str, Any]) -> str:
@@ -50,7 +50,7 @@ def substituted_markdown(record: Mapping[str, Any]) -> str:
 def correlated_markdown(record: Mapping[str, Any]) -> str:
     """Figure 4: Pearson's correlation of measures of drift with damage."""
     lines = [
-        (*place, str(rows[0]["prompts"]), *(_cell(row, "pearson", 2) for row in rows))
+        (*place, str(rows[0]["prompts"]), *(_pearson(row) for row in rows))
         for place, rows in _by(record, "data", "model", "kind", "damage")
     ]
     drifts = list(dict.fromkeys(row["drift"] for row in record["rows"]))
@@ -66,17 +66,17 @@ def restored_markdown(record: Mapping[str, Any]) -> str:
         whole = [row for row in rows if row["layers"] == "all"]
         windows = [r for r in rows if r["layers"] != "all" and r["patched"] == "pattern"]
         best = max(windows, key=lambda row: row["change of P(answer)"])
-        likelier = [_fixed(rows[0][f"likelier {state}, %"], 0) for state in ("original", "edited")]
-        likelier += [_fixed(row["answer likelier, %"], 0) for row in whole[:2]]
-        lost = (_fixed(rows[0][f"lost {end}"], 3) for end in ("P(answer)", "low", "high"))
+        likelier = [rows[0][f"likelier {state}, %"] for state in ("original", "edited")]
+        likelier += [row["answer likelier, %"] for row in whole[:2]]
+        lost = (rows[0][f"lost {end}"] for end in ("P(answer)", "low", "high"))
         lines.append(
             (
                 *place,
                 str(rows[0]["prompts"]),
-                "{} [{}, {}]".format(*lost),
+                with_interval(*lost, digits=3),
                 *(_share(row) for row in whole),
                 f"{best['layers']}: {_share(best)}",
-                f"{' / '.join(likelier)} %",
+                f"{' / '.join(f'{share:.0f}' for share in likelier)} %",
             )
         )
     what = list(dict.fromkeys(row["patched"] for row in record["rows"]))
@@ -124,25 +124,17 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]])
 
 
-def _fixed(value: float | None, digits: int, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.{digits}f}"
-
-
-def _cell(row: Mapping[str, Any], name: str, digits: int) -> str:
-    """A number with its interval, if there is one."""
-    value, low, high = (_fixed(row[f"{name}{end}"], digits) for end in ("", "_low", "_high"))
-    return f"{value} [{low}, {high}]"
+def _pearson(row: Mapping[str, Any]) -> str:
+    return with_interval(row["pearson"], row["pearson_low"], row["pearson_high"], digits=2)
 
 
 def _points(row: Mapping[str, Any], of: str = "P(answer)") -> str:
     ends = ("low", "high") if of == "P(answer)" else ("new low", "new high")
-    found = (_fixed(100 * row[name], 1, "+") for name in (f"change of {of}", *ends))
-    return "{} [{}, {}]".format(*found)
+    return with_interval(*(100 * row[name] for name in (f"change of {of}", *ends)), sign="+")
 
 
 def _share(row: Mapping[str, Any]) -> str:
     """In per cent of what was lost, or in points where that is not sure to be anything."""
     if row["share, %"] is None:
         return f"{_points(row)} points"
-    found = (_fixed(row[name], 0) for name in ("share, %", "share low", "share high"))
-    return "{} % [{}, {}]".format(*found)
+    return with_interval(row["share, %"], row["share low"], row["share high"], digits=0, unit=" %")

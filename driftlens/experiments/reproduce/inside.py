@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from driftlens.drift import measure_drift
 from driftlens.editing.methods import resolve_config
 from driftlens.edits import Edit
 from driftlens.errors import DriftLensError, RequestError
-from driftlens.evaluation import bootstrap_interval
+from driftlens.evaluation import bootstrap_interval, with_interval
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study
 from driftlens.journal import Journal, total
 from driftlens.models import LensModel
@@ -419,17 +419,16 @@ def _told_correlations(rows: pd.DataFrame) -> str:
     for row in rows.to_dict("records"):
         if not np.isfinite(row["pearson"]):
             continue
-        part = f"{row['drift']} {_in_brackets(row, 'pearson')}"
+        part = f"{row['drift']} {_correlated(row, 'pearson')}"
         if row["drift"] != "max head" and np.isfinite(row["less_max_head"]):
-            part += f" ({_in_brackets(row, 'less_max_head', '+')} less max head)"
+            part += f" ({_correlated(row, 'less_max_head', '+')} less max head)"
         parts.append(part)
     return ", ".join(parts) or "no correlation can be told"
 
 
-def _in_brackets(row: Mapping[Any, Any], name: str, sign: str = "") -> str:
-    """A number with two decimals and its interval."""
-    value, low, high = (f"{row[f'{name}{end}']:{sign}.2f}" for end in ("", "_low", "_high"))
-    return f"{value} [{low}, {high}]"
+def _correlated(row: Mapping[Any, Any], name: str, sign: Literal["", "+"] = "") -> str:
+    """A correlation with its interval, or a difference of two."""
+    return with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"], digits=2, sign=sign)
 
 
 def _draws(cases: Sequence[str], seed: int, draws: int) -> np.ndarray:
@@ -484,8 +483,9 @@ def _pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _points(row: Mapping[Any, Any], of: str = "P(answer)") -> str:
     """A change of a probability in points, with its interval."""
     ends = ("low", "high") if of == "P(answer)" else ("new low", "new high")
-    value, low, high = (100 * row[name] for name in (f"change of {of}", *ends))
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return with_interval(
+        *(100 * row[name] for name in (f"change of {of}", *ends)), digits=2, sign="+"
+    )
 
 
 def _told_of_restoring(rows: pd.DataFrame) -> str:
@@ -494,7 +494,7 @@ def _told_of_restoring(rows: pd.DataFrame) -> str:
     whole = rows[rows["layers"] == "all"].to_dict("records")
     windowed = rows[(rows["layers"] != "all") & (rows["patched"] == "pattern")]
     best = max(windowed.to_dict("records"), key=lambda row: row["change of P(answer)"])
-    lost = f"{first['lost P(answer)']:.3f} [{first['lost low']:.3f}, {first['lost high']:.3f}]"
+    lost = with_interval(first["lost P(answer)"], first["lost low"], first["lost high"], digits=3)
     all_layers = ", ".join(f"{_restored(row)} {_brought_back(row)}" for row in whole)
     told = (
         f"{first['kind']}: P(answer) lost {lost}; of that all layers bring back {all_layers}; the "
@@ -522,7 +522,7 @@ def _brought_back(row: Mapping[Any, Any]) -> str:
     """In per cent of what was lost if that is sure to be something, else in points."""
     if np.isnan(row["share, %"]):
         return f"{_points(row)} points"
-    return f"{row['share, %']:.0f} % [{row['share low']:.0f}, {row['share high']:.0f}]"
+    return with_interval(row["share, %"], row["share low"], row["share high"], digits=0, unit=" %")
 
 
 def _best_heads(prompts: Sequence[dict[str, Any]], k: int = 5) -> list[str]:
