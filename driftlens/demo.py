@@ -19,8 +19,8 @@ from driftlens.comparison import Comparison, compare
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import edit as make_an_edit
 from driftlens.editing.sadr import SADR
-from driftlens.evaluation import with_interval
 from driftlens.facts import EditRequest
+from driftlens.intervals import with_interval
 from driftlens.models import LensModel
 from driftlens.patching import Readout
 from driftlens.records import versions

@@ -5,7 +5,6 @@ Prompts of one case belong together: every interval is a bootstrap over cases.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from driftlens.cases import ALL_METRICS, METRICS, Case, Metric
+from driftlens.intervals import bootstrap_interval, with_interval
 from driftlens.models import LensModel
 from driftlens.scoring import ContinuationScore, ask, score_questions
 
@@ -408,53 +408,6 @@ def _difference(value: float, low: float, high: float, of_case: np.ndarray) -> D
         int((of_case < 0).sum()),
         len(of_case),
     )
-
-
-def bootstrap_interval(
-    sums: np.ndarray, counts: np.ndarray, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % interval of a mean over prompts, by bootstrap over the groups that they belong to.
-
-    Args:
-        sums: Of each group's prompts.
-        counts: Number of each group's prompts.
-        draws: Of the bootstrap.
-        seed: Of the bootstrap.
-    """
-    chosen = np.random.default_rng(seed).integers(0, len(counts), size=(draws, len(counts)))
-    means = sums[chosen].sum(1) / counts[chosen].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def with_interval(
-    value: float | None,
-    low: float | None,
-    high: float | None,
-    *,
-    digits: int = 1,
-    sign: Literal["", "+"] = "",
-    unit: str = "",
-) -> str:
-    """A number and its interval for a reader, as ``1.5 [0.9, 2.2]``.
-
-    A number that is rounded to zero has no minus, but an end has: ``0.1 [-0.0, 0.2]`` says that
-    the interval begins below zero.
-
-    Args:
-        value: The number; ``None`` or not a number is told as ``-``, and so are the ends.
-        low: Lower end of the interval.
-        high: Its upper end.
-        digits: Decimals.
-        sign: ``"+"`` gives numbers that are not negative a sign too.
-        unit: Behind the number, in front of the interval.
-    """
-    own = _fixed(value, f"{sign}z.{digits}f")
-    return f"{own}{unit} [{_fixed(low, f'{sign}.{digits}f')}, {_fixed(high, f'{sign}.{digits}f')}]"
-
-
-def _fixed(number: float | None, form: str) -> str:
-    return "-" if number is None or math.isnan(number) else format(number, form)
 
 
 def rate_cells(

@@ -37,10 +37,10 @@ from driftlens.evaluation import (
     growth,
     harmonic_mean,
     rates,
-    with_interval,
 )
 from driftlens.experiments import many, tuning
 from driftlens.experiments.paper import TABLE_3
+from driftlens.intervals import with_interval
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 

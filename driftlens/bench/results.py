@@ -23,13 +23,13 @@ from driftlens.evaluation import (
     Measure,
     Rate,
     average,
-    bootstrap_interval,
     combined,
     compare,
     compare_combined,
     growth,
     rates,
 )
+from driftlens.intervals import bootstrap_interval
 from driftlens.journal import Journal, total
 from driftlens.readers import read_cases
 from driftlens.records import write_result

@@ -34,7 +34,8 @@ from driftlens.cases import Case
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import resolve_config
 from driftlens.errors import DataError, DriftLensError
-from driftlens.evaluation import bootstrap_interval, difference, with_interval
+from driftlens.evaluation import difference
+from driftlens.intervals import bootstrap_interval, with_interval
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 from driftlens.records import versions, write_result

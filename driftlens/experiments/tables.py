@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from driftlens.cases import METRICS
-from driftlens.evaluation import rate_cells, with_interval
+from driftlens.evaluation import rate_cells
+from driftlens.intervals import with_interval
 
 
 def told_markdown(record: Mapping[str, Any]) -> str:

@@ -25,8 +25,8 @@ from driftlens.drift import measure_drift
 from driftlens.editing.methods import resolve_config
 from driftlens.edits import Edit
 from driftlens.errors import DriftLensError, RequestError
-from driftlens.evaluation import bootstrap_interval, with_interval
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study
+from driftlens.intervals import bootstrap_interval, with_interval
 from driftlens.journal import Journal, total
 from driftlens.models import LensModel
 from driftlens.patching import Component, Exchange, PatchExperiment, PatchResult, Readout
