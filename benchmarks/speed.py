@@ -51,7 +51,19 @@ from driftlens.editing.target import (  # noqa: E402
 from driftlens.interventions import down_in_name  # noqa: E402
 from driftlens.scoring import ask, score_questions  # noqa: E402
 
-ITEMS = ("rome_edit", "sadr_overhead", "sweep", "scoring", "covariance", "memory")
+ITEMS = ("rome_edit", "sadr_overhead", "restrictions", "sweep", "scoring", "covariance", "memory")
+RESTRICTIONS = {
+    "SADR, as in the paper": dl.SADR(),
+    "SADR, all heads": dl.SADR(heads="all"),
+    "SADR, heads by drift": dl.SADR(heads="drift"),
+    "SADR, reverse KL": dl.SADR(divergence="reverse_kl"),
+    "SADR, JS": dl.SADR(divergence="js"),
+    "SADR, all rows": dl.SADR(queries="all"),
+    "KeyDrift": dl.KeyDrift(),
+    "HiddenDrift": dl.HiddenDrift(),
+    "EssenceKL": dl.EssenceKL(),
+}
+"""What a search can be held by."""
 SWEEP = (
     "The Eiffel Tower is famous. Many people visit it every year. "
     "The Great Sphinx of Giza is located in the country of",
@@ -176,6 +188,29 @@ class Bench:
             "relative_error": error,
             "equal": error <= 1e-5,
             "floor_share": stats.median(shares),
+        }
+
+    def restrictions(self) -> dict[str, Any]:
+        """The same search under each restriction, over without, one after another."""
+        search = self._search()
+        contexts = sample_contexts(self.model)
+        descent = descent_of(search)
+        ratios: dict[str, list[float]] = {name: [] for name in RESTRICTIONS}
+        for request in self.requests():
+            begun = self._begun(request, contexts, search)
+            without, _ = timed(lambda b=begun: optimise_value(b, descent, (), False))
+            for name, penalty in RESTRICTIONS.items():
+                held = (penalty,)
+                with_it, _ = timed(lambda b=begun, p=held: optimise_value(b, descent, p, False))
+                ratios[name].append(with_it / without)
+                report(f"restrictions: {name}", with_it, without, f"{search.steps} steps")
+        medians = {name: stats.median(found) for name, found in ratios.items()}
+        return {
+            "ratio": max(medians.values()),
+            "medians": medians,
+            "ratios": ratios,
+            "equal": None,
+            "floor_share": None,
         }
 
     def sweep(self) -> dict[str, Any]:
@@ -596,6 +631,16 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             share = found["floor_share"]
             cells.append(f"{found['ratio']:.2f}" + (f" ({share:.0%})" if share else ""))
         lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def restrictions_table(results: Sequence[dict[str, Any]]) -> str:
+    """Time of a search under each restriction, over without, as Markdown."""
+    names = [result["model"]["name"] for result in results]
+    lines = [f"| restriction | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for restriction in RESTRICTIONS:
+        cells = [f"{result['restrictions']['medians'][restriction]:.2f}" for result in results]
+        lines.append(f"| {restriction} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

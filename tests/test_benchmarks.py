@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = REPOSITORY / "benchmarks" / "speed.py"
 ITEMS = ("rome_edit", "sadr_overhead", "sweep", "scoring", "covariance", "memory")
+"""Of the README's table."""
 
 sys.path.insert(0, str(SCRIPT.parent))
 
@@ -30,6 +32,7 @@ def test_the_benchmark_runs_and_results_are_equal(tmp_path: Path) -> None:
         assert result[item]["equal"], item
         assert result[item]["floor_share"] > 0
         assert result[item]["ratio"] > 0  # beside other tests, timings mean nothing
+    assert set(result["restrictions"]["medians"]) == set(speed.RESTRICTIONS)
     assert 0 < result["memory"]["ratio"] < 2
     kept = result["memory"]["step_bytes"]
     assert kept["none"] < kept["sadr"] < 1.1 * kept["none"]
@@ -59,6 +62,17 @@ def test_the_table_has_a_column_for_each_model() -> None:
     assert table.startswith("| | some | some |")
 
 
+def test_restrictions_have_a_row_each_and_models_a_column() -> None:
+    def result(model: str, times: float) -> dict[str, Any]:
+        medians = {name: times * (i + 1) for i, name in enumerate(speed.RESTRICTIONS)}
+        return {"model": {"name": model}, "restrictions": {"medians": medians}}
+
+    table = speed.restrictions_table([result("small", 1.0), result("large", 0.5)]).splitlines()
+    assert table[:2] == ["| restriction | small | large |", "|---|---|---|"]
+    assert table[2] == "| SADR, as in the paper | 1.00 | 0.50 |"
+    assert table[-1] == "| EssenceKL | 9.00 | 4.50 |"
+
+
 STORED = [
     REPOSITORY / "assets" / "results" / f"speed-{name}.json"
     for name in ("smollm2-135m", "gemma-3-270m")
@@ -72,15 +86,19 @@ def test_stored_results_are_whole_and_equal(path: Path) -> None:
         assert result[item]["ratio"] > 0
         assert result[item]["equal"] is (None if item == "memory" else True)
     assert result["pairs"] >= 5
+    for restriction in speed.RESTRICTIONS:
+        assert len(result["restrictions"]["ratios"][restriction]) == result["pairs"]
     assert len(result["rome_edit"]["ratios"]) == result["pairs"]
     assert (result["rome_edit"]["steps"], result["rome_edit"]["contexts"]) == (20, 21)
     for item in ITEMS[:-1]:
         assert 0 < result[item]["floor_share"] < 1
 
 
-def test_the_readme_shows_the_stored_results() -> None:
+def test_the_texts_show_the_stored_results() -> None:
     results = [json.loads(path.read_text()) for path in STORED]
     assert speed.table(results) in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "concepts" / "sadr.md").read_text(encoding="utf-8")
+    assert speed.restrictions_table(results) in page
 
 
 @pytest.mark.browser

@@ -108,11 +108,13 @@ def test_what_was_gathered_before_stays(tmp_path: Path) -> None:
 def test_texts_are_filled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = finding(finding(tmp_path / "one", "small"), "small", "fig6", points=["One.", "Two."])
-    other = finding(finding(tmp_path / "other", "large"), "large", "fig6", command="another")
+    one = finding(
+        finding(tmp_path / "one", "small"), "small", "sequential", points=["One.", "Two."]
+    )
+    other = finding(finding(tmp_path / "other", "large"), "large", "sequential", command="another")
     text = tmp_path / "text.md"
     before = "Before.\n\n<!-- gathered {} -->\nold\n<!-- end -->\n\nAfter.\n"
-    text.write_text(before.format("table3") + before.format("fig6"))
+    text.write_text(before.format("table3") + before.format("sequential"))
     options = ["gather", str(one), str(other), "--out", str(tmp_path), "--into", str(text)]
     monkeypatch.setattr(sys, "argv", options)
     gather.main()
@@ -121,7 +123,7 @@ def test_texts_are_filled(
     expected = (
         "Before.\n\n<!-- gathered table3 -->\n\n" + table + "\n\n"
         "    driftlens reproduce table3\n\n<!-- end -->\n\nAfter.\n"
-        "Before.\n\n<!-- gathered fig6 -->\n\n"
+        "Before.\n\n<!-- gathered sequential -->\n\n"
         "*small, facts, 2 cases.* What small does.\n\n- One.\n- Two.\n\n"
         "*large, facts, 2 cases.* What large does.\n\n"
         "    driftlens reproduce table3\n    another\n\n<!-- end -->\n\nAfter.\n"
@@ -134,8 +136,8 @@ def test_texts_are_filled(
         gather.fill(before.format("fig5"), tmp_path)
     # A place without an end must not swallow what follows.
     for damaged in (
-        before.format("table3").replace("<!-- end -->\n", "") + before.format("fig6"),
-        before.format("fig6").replace("<!-- end -->\n", ""),
+        before.format("table3").replace("<!-- end -->\n", "") + before.format("sequential"),
+        before.format("sequential").replace("<!-- end -->\n", ""),
         "No place.\n",
     ):
         with pytest.raises(DataError, match="Write a line <!-- end --> below each"):
@@ -178,6 +180,30 @@ def test_a_page_shows_all_that_was_gathered(
     with pytest.raises(SystemExit):
         gather.main()
     assert "give folders to gather, or --page" in capsys.readouterr().err
+
+
+def test_restricted_edits_have_the_steps_that_they_take(tmp_path: Path) -> None:
+    arms = [
+        {"name": name, "steps_per_edit": steps} for name, steps in (("rome", 19.5), ("no", None))
+    ]
+    rate = {"value": 50.0, "low": 40.0, "high": 60.0, "prompts": 4, "cases": 2}
+    rows = [{"arm": name, "metric": "RS", **rate} for name in ("rome", "no")]
+    small = finding(tmp_path / "one", "small", "fig6", arms=arms, rows=rows)
+    other = [{"name": "rome", "steps_per_edit": 20.0}]
+    large = finding(tmp_path / "other", "large", "fig6", arms=other, rows=rows[:1])
+    gather.gather([small, large], tmp_path)
+    record = json.loads((tmp_path / "fig6.json").read_text())
+    table = tables.TABLES["fig6"](record).splitlines()
+    assert table[0] == "| data | model | arm | ES | PS | NS | RS | DNS | Avg. S | steps |"
+    start, cells = "| facts | {} | {} |", " - | - | - | 50.0 [40.0, 60.0] | - | - | {} |"
+    assert table[2:] == [
+        start.format(model, arm) + cells.format(steps)
+        for model, arm, steps in (
+            ("small", "rome", "19.5"),
+            ("small", "no", "-"),
+            ("large", "rome", "20"),
+        )
+    ]
 
 
 def test_tables_of_what_is_inside() -> None:

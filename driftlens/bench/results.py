@@ -270,13 +270,6 @@ class BenchResult:
         the unedited model."""
         return _median(r["steps"] for r in self.records[arm].values() if "steps" in r)
 
-    def seconds_per_step(self, arm: str) -> float:
-        """Seconds of all edits over the steps of all their searches; ``nan`` for the unedited
-        model. (Not of each edit: those that are made together have equal shares of the time.)"""
-        made = [record for record in self.records[arm].values() if "steps" in record]
-        steps = sum(record["steps"] for record in made)
-        return sum(record["seconds"] for record in made) / steps if steps else float("nan")
-
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each prompt of each unit: arm, case, metric, texts, and what was answered."""
         metrics = self.plan["setting"]["metrics"]

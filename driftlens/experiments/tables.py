@@ -7,10 +7,11 @@ it in TABLES.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from driftlens.cases import METRICS
-from driftlens.evaluation import rate_cells
+from driftlens.evaluation import Rate, rate_cells
 from driftlens.intervals import with_interval
 
 
@@ -28,12 +29,7 @@ def told_markdown(record: Mapping[str, Any]) -> str:
 def markdown(record: Mapping[str, Any], shown: Sequence[str] = ("Avg. S", *METRICS)) -> str:
     """Success by data, model and arm, in per cent with 95 % intervals, of a file that was
     written."""
-    arms: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-    for row in record["rows"]:
-        rate = {name: row[name] for name in ("value", "low", "high", "prompts", "cases")}
-        place = (row["data"], row["model"], row["arm"])
-        arms.setdefault(place, {})[row["metric"]] = rate
-    lines = [(*place, *rate_cells(rates, shown)) for place, rates in arms.items()]
+    lines = [(*place, *cells) for place, cells in _successes(record, shown)]
     return _table(["data", "model", "arm", *shown], lines)
 
 
@@ -100,14 +96,42 @@ def controlled_markdown(record: Mapping[str, Any]) -> str:
     return markdown(record, ("ES", "PS", "NS", *behind))
 
 
+def restricted_markdown(record: Mapping[str, Any]) -> str:
+    """Success under restrictions, and the median of the steps that searches take."""
+    shown = (*METRICS, "Avg. S")
+    steps: dict[tuple[str, ...], float | None] = {
+        (run["data"], run["model"]["name"], arm["name"]): arm["steps_per_edit"]
+        for run in record["runs"]
+        for arm in run["arms"]
+    }
+    lines = [
+        (*place, *cells, "-" if (found := steps[place]) is None else f"{found:g}")
+        for place, cells in _successes(record, shown)
+    ]
+    return _table(["data", "model", "arm", *shown, "steps"], lines)
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "table1": controlled_markdown,
     "table3": markdown,
     "fig3": substituted_markdown,
     "fig4": correlated_markdown,
     "fig5": restored_markdown,
+    "fig6": restricted_markdown,
+    "fig7": restricted_markdown,
+    "rules": restricted_markdown,
+    "rivals": restricted_markdown,
 }
 """Results as a table for a text."""
+
+
+def _successes(
+    record: Mapping[str, Any], shown: Sequence[str]
+) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """By data, model and arm: some metrics in per cent, each with its interval."""
+    for place, rows in _by(record, "data", "model", "arm"):
+        rates = {row["metric"]: {f.name: row[f.name] for f in fields(Rate)} for row in rows}
+        yield place, rate_cells(rates, shown)
 
 
 def _by(
