@@ -207,6 +207,7 @@ class Bench:
         medians = {name: stats.median(found) for name, found in ratios.items()}
         return {
             "ratio": max(medians.values()),
+            "steps": search.steps,
             "medians": medians,
             "ratios": ratios,
             "equal": None,
