@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from driftlens.errors import RequestError
@@ -13,7 +13,7 @@ from driftlens.facts import EditRequest
 Metric = Literal[
     "ES", "PS", "NS", "RS", "DNS",
     "alias", "reasoning", "distractor", "distract-relation", "commonsense",
-    "lead-neighbour", "lead-relation",
+    "distract-commonsense", "lead-neighbour", "lead-relation",
 ]  # fmt: skip
 
 TextMetric = Literal["FL", "reference", "perplexity"]
@@ -40,6 +40,7 @@ ALL_METRICS: dict[Metric, str] = {
     "distractor": "a sentence with the edited subject, then another question",
     "distract-relation": "the edited sentence, then a relation",
     "commonsense": "sensible against senseless continuations",
+    "distract-commonsense": "the edited sentence, then such a choice",
     "lead-neighbour": "control: an unrelated sentence, then a neighbour",
     "lead-relation": "control: an unrelated sentence, then a relation",
 }
@@ -56,6 +57,14 @@ UNRELATED = (
     "The winner of the school chess tournament received a book.",
 )
 """Sentences in front of the control prompts; each case has one of them."""
+
+
+BEGINNINGS = (
+    "{} is best known for",
+    "Most of what is written about {} says that",
+    "When people talk about {}, they",
+)
+"""Beginnings of texts about a subject, for data that brings none (:func:`with_beginnings`)."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,8 @@ class Case:
         paraphrases: Prompts that ask for the same fact in other words.
         neighbours: About other subjects, mostly with the same relation.
         relations: About the edited subject, other relations.
-        aliases: Prompts that ask for the same fact under another name of the subject.
+        aliases: Prompts that ask for the same fact under another name of the subject, with the
+            answer: the new target, or what it is called there.
         reasoning: What follows from the new fact, with the answers that then hold.
         distractors: A sentence with the edited subject, then a question about something else.
         generation: Beginnings of texts about the subject.
@@ -115,7 +125,7 @@ class Case:
     paraphrases: tuple[str, ...] = ()
     neighbours: tuple[Cloze, ...] = ()
     relations: tuple[Cloze, ...] = ()
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[Cloze, ...] = ()
     reasoning: tuple[Cloze, ...] = ()
     distractors: tuple[Cloze, ...] = ()
     generation: tuple[str, ...] = ()
@@ -133,7 +143,7 @@ class Case:
     def to_record(self) -> dict[str, Any]:
         """JSON-ready, in the project's own format, which :func:`~driftlens.readers.read_cases`
         reads back."""
-        asked = ("neighbours", "relations", "distractors", "reasoning")
+        asked = ("neighbours", "relations", "distractors", "reasoning", "aliases")
         return {
             "id": self.id,
             **({"category": self.category} if self.category else {}),
@@ -145,7 +155,6 @@ class Case:
                 ]
                 for name in asked
             },
-            "aliases": list(self.aliases),
             "generation": list(self.generation),
             **({"references": list(self.references)} if self.references else {}),
             "commonsense": [choice._asdict() for choice in self.commonsense],
@@ -166,11 +175,12 @@ class Case:
             *(Probe("NS", prompt, answer, new) for prompt, answer in self.neighbours),
             *(Probe("RS", prompt, answer, new) for prompt, answer in self.relations),
             *(Probe("DNS", f"{edited} {p}", answer, new) for p, answer in self.neighbours),
-            *(Probe("alias", prompt, new, true) for prompt in self.aliases),
-            *(Probe("reasoning", prompt, answer, None) for prompt, answer in self.reasoning),
+            *(Probe("alias", prompt, answer, true) for prompt, answer in self.aliases),
+            *(Probe("reasoning", prompt, answer, true) for prompt, answer in self.reasoning),
             *(Probe("distractor", prompt, answer, new) for prompt, answer in self.distractors),
             *(Probe("distract-relation", f"{edited} {p}", a, new) for p, a in self.relations),
             *(Probe("commonsense", *choice) for choice in self.commonsense),
+            *(Probe("distract-commonsense", f"{edited} {p}", *two) for p, *two in self.commonsense),
             *(Probe("lead-neighbour", f"{lead} {p}", a, new) for p, a in self.neighbours),
             *(Probe("lead-relation", f"{lead} {p}", a, new) for p, a in self.relations),
         ]
@@ -180,6 +190,17 @@ class Case:
         """A number from 0 to 1 that depends on the edit alone, to split cases by."""
         text = f"{self.request.prompt}|{self.request.subject}|{self.request.target_new}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def with_beginnings(cases: Sequence[Case]) -> list[Case]:
+    """Cases whose texts can be measured: as they are, or, if none of them has a ``generation``
+    prompt, each with `BEGINNINGS` about its subject."""
+    if any(case.generation for case in cases):
+        return list(cases)
+    return [
+        replace(case, generation=tuple(b.replace("{}", case.request.subject) for b in BEGINNINGS))
+        for case in cases
+    ]
 
 
 TUNING_SHARE = 0.25

@@ -333,6 +333,11 @@ def _executor(
     return RayExecutor(load, lens.identity(), workers=workers, address=address)
 
 
+def _note(text: object) -> None:
+    """What the user should know, beside the results."""
+    print(text, file=sys.stderr)
+
+
 def _named(given: str, known: Mapping[Any, str], what: str) -> Any:
     """Names from a list with commas, in the known order; ``all`` stands for all of them."""
     names = list(known) if given == "all" else [name for name in given.split(",") if name]
@@ -340,6 +345,25 @@ def _named(given: str, known: Mapping[Any, str], what: str) -> Any:
         if name not in known:
             raise RequestError(f"There is no {what} {name!r}.", f"Choose of {', '.join(known)}.")
     return tuple(name for name in known if name in names)
+
+
+def _tell_what_is_missing(chosen: Any, wanted: int, setting: Any, everything: bool) -> None:
+    """What was asked for and is not in the data.
+
+    Args:
+        chosen: The cases.
+        wanted: How many were asked for.
+        setting: What is asked of them.
+        everything: Whether all metrics are, so that nobody expects each of them.
+    """
+    if len(chosen) < wanted:
+        _note(f"There are {len(chosen)} cases, not {wanted}.")
+    asked = {probe.metric for case in chosen for probe in case.probes(setting.metrics)}
+    missing = [] if everything else [name for name in setting.metrics if name not in asked]
+    if "reference" in setting.texts and not any(case.references for case in chosen):
+        missing.append("reference")
+    if missing:
+        _note(f"No case has anything to ask for {', '.join(missing)}.")
 
 
 @app.command()
@@ -398,14 +422,14 @@ def bench(
     import driftlens as dl
     from driftlens.assets import asset
     from driftlens.bench import Arm, Setting, make_arms, run_bench
-    from driftlens.cases import ALL_METRICS, TEXT_METRICS, balanced, tuning_split
+    from driftlens.cases import ALL_METRICS, TEXT_METRICS, balanced, tuning_split, with_beginnings
     from driftlens.editing.methods import METHODS, resolve_config
     from driftlens.readers import read_cases
 
     source = asset("facts.jsonl") if data is None else data
     found = read_cases(source, data_format, strict=not skip_bad)  # type: ignore[arg-type]
     for skipped in found.skipped:
-        print(skipped)
+        _note(skipped)
     tuning, held_back = tuning_split(found)
     splits = {"all": list(found), "tuning": tuning, "held-back": held_back}
     if split not in splits:
@@ -418,6 +442,9 @@ def bench(
         seed=seed,
         texts=_named(texts, TEXT_METRICS, "measure of texts"),
     )
+    if setting.texts:
+        chosen = with_beginnings(chosen)
+    _tell_what_is_missing(chosen, cases, setting, metrics == "all")
     lens = _load(model, device)
     runs = _executor(executor, lens, model, device, workers, ray_address)
     named = list(METHODS) if methods == "all" else [m for m in methods.split(",") if m]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def generate(
 
     Args:
         prompts: Beginnings.
-        length: Tokens of a text, the prompt's included; generation ends earlier at an end token.
+        length: Tokens of a text, the prompt's included. An end token does not end it, and is left
+            out, as in ROME's code: else texts that end early would have a low fluency.
         top_k: From how many of the likeliest tokens each is sampled.
         seed: Of the sampling; the global random state is not changed.
 
@@ -64,25 +66,33 @@ def generate(
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), torch.random.fork_rng(devices), _without_end(model):
         torch.manual_seed(seed)
         written = model.hf_model.generate(
             ids.to(model.device), attention_mask=mask.to(model.device), do_sample=True, top_k=top_k,
             max_new_tokens=length - min(map(len, rows)), pad_token_id=pad, **PLAIN,
         )  # fmt: skip
     return [
-        model.tokens.decode(_text(model, out[width - len(row) :].tolist(), len(row), length))
+        model.tokens.decode(_text(model, out[width - len(row) :].tolist()[:length]))
         for row, out in zip(rows, written, strict=True)
     ]
 
 
-def _text(model: LensModel, ids: list[int], prompt: int, length: int) -> list[int]:
-    """Without the tokens that begin and end a text, and cut to its length."""
+@contextmanager
+def _without_end(model: LensModel) -> Iterator[None]:
+    """No token ends a text. (A generation argument of ``None`` would mean the checkpoint's.)"""
+    config = model.hf_model.generation_config
+    kept, config.eos_token_id = config.eos_token_id, None
+    try:
+        yield
+    finally:
+        config.eos_token_id = kept
+
+
+def _text(model: LensModel, ids: Sequence[int]) -> list[int]:
+    """Without the tokens that begin and end texts."""
     special = set(model.tokenizer.all_special_ids)
-    ids = ids[:length]
-    ended = next((i for i in range(prompt, len(ids)) if ids[i] in special), len(ids))
-    first = 1 if ids[0] in special else 0
-    return ids[first:ended]
+    return [token for token in ids if token not in special]
 
 
 def measure_texts(

@@ -184,14 +184,17 @@ def _format_of(records: Sequence[Any], source: Path) -> str:
 
 def _case(schema: type[_Schema], record: Any, name: str) -> Case:
     try:
-        return schema.model_validate(record).case(name)
+        found = schema.model_validate(record).case(name)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         cause = first.get("ctx", {}).get("error")
         raise _NoCase(field, str(cause or first["msg"])) from error
     except RequestError as error:
-        raise _NoCase("", error.problem) from error
+        raise _NoCase(schema.template, error.problem) from error
+    if found.request.target_new == found.request.target_true:
+        raise _NoCase(schema.new, "it is the true answer, too: nothing would be edited")
+    return found
 
 
 # --- schemas ----------------------------------------------------------------------------------
@@ -215,19 +218,24 @@ class _Schema(pydantic.BaseModel):
 
     marks: ClassVar[frozenset[str]]
     """Fields by which the format is told."""
+    template: ClassVar[str] = "prompt"
+    """The field of the edited prompt."""
+    new: ClassVar[str] = "target_new"
+    """The field of the new target."""
 
     def case(self, name: str) -> Case:
         """The case that the record tells; ``name`` is for those without an id."""
         raise NotImplementedError
 
-
-def _request(prompt: str, subject: str, new: str, true: str | None, field: str) -> EditRequest:
-    """From a prompt with the subject in it, exactly once."""
-    starts = occurrences(prompt, subject)
-    if len(starts) != 1:
-        raise _NoCase(field, f"it holds the subject {len(starts)} times instead of once")
-    template = prompt[: starts[0]] + SLOT + prompt[starts[0] + len(subject) :]
-    return EditRequest(template, subject, new, true)
+    def _request(self, prompt: str, subject: str, new: str, true: str | None) -> EditRequest:
+        """From a prompt with the subject in it, exactly once."""
+        starts = occurrences(prompt, subject)
+        if len(starts) != 1:
+            raise _NoCase(
+                self.template, f"it holds the subject {len(starts)} times instead of once"
+            )
+        template = prompt[: starts[0]] + SLOT + prompt[starts[0] + len(subject) :]
+        return EditRequest(template, subject, new, true)
 
 
 class _Pairs(pydantic.BaseModel):
@@ -265,7 +273,8 @@ class Merged(_Schema):
     """The SADR paper's file; a prompt has its subject filled in."""
 
     marks: ClassVar[frozenset[str]] = frozenset({"requested_rewrite"})
-
+    template = "requested_rewrite.prompt"
+    new = "requested_rewrite.target_new"
     requested_rewrite: _MergedRewrite
     paraphrase: _Pairs | None = pydantic.Field(None, alias="p-paraphrase")
     alias: _Pairs | None = pydantic.Field(None, alias="p-subject_alias")
@@ -275,20 +284,28 @@ class Merged(_Schema):
     generation: _Generation | None = None
     commonsense: _Commonsense | None = pydantic.Field(None, alias="o-commonsense")
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _no_other_prompts(cls, record: Any) -> Any:
+        """Prompts under a name that is not known would be left out without a word."""
+        known = {field.alias for field in cls.model_fields.values() if field.alias}
+        names = record if isinstance(record, dict) else ()
+        for name in names:
+            if isinstance(name, str) and name[:2] in ("p-", "l-", "o-") and name not in known:
+                raise ValueError(f"no prompts are called {name!r}; {', '.join(sorted(known))} are")
+        return record
+
     def case(self, name: str) -> Case:
         """As named by the file and the number."""
         edit = self.requested_rewrite
         common = self.commonsense
         return Case(
             name,
-            _request(
-                edit.prompt, edit.subject, edit.target_new, edit.target_true,
-                "requested_rewrite.prompt",
-            ),
+            self._request(edit.prompt, edit.subject, edit.target_new, edit.target_true),
             paraphrases=tuple(self.paraphrase.prompts) if self.paraphrase else (),
             neighbours=self.neighbor.queries() if self.neighbor else (),
             relations=self.relation.queries() if self.relation else (),
-            aliases=tuple(self.alias.prompts) if self.alias else (),
+            aliases=self.alias.queries() if self.alias else (),
             reasoning=self.reasoning.queries() if self.reasoning else (),
             generation=tuple(self.generation.prompts) if self.generation else (),
             commonsense=(
@@ -312,6 +329,8 @@ class CounterFact(_Schema):
     """CounterFact as published; a prompt is a template, neighbours share the true answer."""
 
     marks: ClassVar[frozenset[str]] = frozenset({"requested_rewrite", "paraphrase_prompts"})
+    template = "requested_rewrite.prompt"
+    new = "requested_rewrite.target_new.str"
 
     case_id: int | Text | None = None
     requested_rewrite: _CounterFactRewrite
@@ -376,10 +395,10 @@ class KnowEdit(_Schema):
         again = [self.rephrase] if isinstance(self.rephrase, str) else self.rephrase or []
         return Case(
             name,
-            _request(self.prompt, self.subject, self.target_new, self.ground_truth, "prompt"),
+            self._request(self.prompt, self.subject, self.target_new, self.ground_truth),
             paraphrases=tuple(again),
             relations=tuple(q.query() for q in self.locality.Relation_Specificity),
-            aliases=tuple(q.prompt for q in ported.Subject_Aliasing),
+            aliases=tuple(q.query() for q in ported.Subject_Aliasing),
             reasoning=tuple(
                 q.query() for q in [*ported.Reasoning, *ported.Logical_Generalization]
             ),
@@ -390,6 +409,8 @@ class ZsRE(_Schema):
     """zsRE for editing: the answer becomes ``alt``; ``loc`` asks about something else."""
 
     marks: ClassVar[frozenset[str]] = frozenset({"subject", "src", "alt"})
+    template = "src"
+    new = "alt"
 
     subject: Text
     src: Text
@@ -407,7 +428,7 @@ class ZsRE(_Schema):
             elsewhere = (Cloze(question, self.loc_ans),)
         return Case(
             name,
-            _request(self.src, self.subject, self.alt, self.answers[0], "src"),
+            self._request(self.src, self.subject, self.alt, self.answers[0]),
             paraphrases=(self.rephrase,) if self.rephrase else (),
             neighbours=elsewhere,
         )
@@ -443,7 +464,7 @@ class DriftLens(_Schema):
     neighbors: list[_Asked] = []
     relations: list[_Asked] = []
     distractors: list[_Asked] = []
-    aliases: list[Text] = []
+    aliases: list[Text | _Asked] = []
     reasoning: list[_Asked] = []
     generation: list[Text] = []
     references: list[Text] = []
@@ -459,7 +480,10 @@ class DriftLens(_Schema):
             neighbours=tuple(q.query() for q in self.neighbors),
             relations=tuple(q.query() for q in self.relations),
             distractors=tuple(q.query() for q in self.distractors),
-            aliases=tuple(self.aliases),
+            aliases=tuple(
+                Cloze(alias, self.target_new) if isinstance(alias, str) else alias.query()
+                for alias in self.aliases
+            ),
             reasoning=tuple(q.query() for q in self.reasoning),
             generation=tuple(self.generation),
             references=tuple(self.references),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ ARMS = [
     Arm("ft", "ft-m", QUICK),
     Arm("ft + sadr", "ft-m", QUICK, (dl.SADR(gamma=0.5),)),
 ]
+SEARCH: dict[str, Any] = {"steps": 3, "context_lengths": (2,), "contexts_per_word": 1}
+SEARCHED = [
+    Arm(UNEDITED),
+    Arm("rome", "rome", dl.RomeConfig(layer=1, **SEARCH)),
+    Arm("rome + sadr", "rome", dl.RomeConfig(layer=1, **SEARCH), (dl.SADR(gamma=0.5),)),
+    Arm("r-rome", "r-rome", dl.RomeConfig(layer=1, **SEARCH)),  # takes the values of rome
+    Arm("memit", "memit", dl.MemitConfig(layers=(0, 1), **SEARCH)),
+]
+"""Editors whose keys' covariance needs the text that is fetched."""
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +58,10 @@ def cases() -> list[Case]:
     return list(read_cases(asset("facts.jsonl"))[:5])
 
 
-def bench(model: dl.LensModel, cases: Any, out: Path, **options: Any) -> BenchResult:
-    return run_bench(model, cases, ARMS, out, cases_at_once=2, progress=False, **options)
+def bench(
+    model: dl.LensModel, cases: Any, out: Any, arms: Any = ARMS, **options: Any
+) -> BenchResult:
+    return run_bench(model, cases, arms, out, cases_at_once=2, progress=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +333,7 @@ def test_cases_of_like_length_are_edited_together(model: dl.LensModel) -> None:
         {"penalties": (dl.SADR(gamma=0.6),)},
         {"method": "ft-l"},
         {"case": {"paraphrases": ("Another question:",)}},
+        {"case": {"request": dl.EditRequest("{} is in", "Oslo", "Rome", "Paris")}},
         {"case": {"neighbours": (Cloze("Oslo is in", "Norway"),)}},
         {"setting": Setting(seed=1)},
         {"setting": Setting(metrics=("ES",))},
@@ -344,6 +357,37 @@ def test_what_determines_a_result_is_in_its_identity(
     )
     assert plain != other
     assert plain == identity(known, case, replace(arm, name="renamed"), setting)
+
+
+def test_what_is_not_asked_is_not_in_an_identity(model: dl.LensModel, cases: list[Case]) -> None:
+    known, arm, case = model.identity(), ARMS[2], cases[0]
+    assert case.relations and case.category
+    other = replace(case, category="another", generation=("Once",))
+    assert identity(known, case, arm, Setting()) == identity(known, other, arm, Setting())
+    less = replace(case, relations=())
+    edit_only = Setting(("ES",))
+    assert identity(known, case, arm, edit_only) == identity(known, less, arm, edit_only)
+    texts = Setting(("ES",), texts=("FL",))
+    assert identity(known, case, arm, texts) != identity(known, other, arm, texts)
+    assert identity(known, case, arm, texts) != identity(known, case, arm, edit_only)
+
+
+def test_units_of_other_versions_are_told(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from driftlens.bench import run
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bench(model, cases[:1], tmp_path)
+        bench(model, cases[:2], tmp_path)
+    monkeypatch.setattr(run, "versions", lambda: {"driftlens": "99", "torch": "1"})
+    with pytest.warns(
+        UserWarning, match=r"6 of the units in .* \(driftlens .*, torch .*and are kept"
+    ):
+        found = bench(model, cases[:3], tmp_path)
+    made = [one["versions"]["driftlens"] for own in found.records.values() for one in own.values()]
+    assert made == [dl.__version__, dl.__version__, "99"] * 3
 
 
 def test_a_case_that_fails_does_not_stop_the_others(
@@ -393,7 +437,12 @@ def test_changed_weights_end_the_run(
     with pytest.raises(ModelError, match="not what they were"):
         bench(model, cases[:4], tmp_path)
     weight.data.copy_(kept)
-    assert len((tmp_path / UNITS).read_bytes().splitlines()) == 2
+    assert len((tmp_path / UNITS).read_bytes().splitlines()) == 1  # not what was asked meanwhile
+    monkeypatch.setattr(units, "answers", real)
+    found = bench(model, cases[:4], tmp_path)
+    assert found.is_complete
+    undisturbed = bench(model, cases[:4], tmp_path / "undisturbed")
+    assert records(found) == records(undisturbed)
 
 
 def test_bad_requests(
@@ -497,10 +546,11 @@ SCRIPT = """
     def start(name):
         child = os.fork()
         if child == 0:
-            test_bench.bench(model, cases, out + "/" + name)
+            test_bench.bench(model, cases, out + "/" + name, test_bench.{arms})
             os._exit(0)
         return child
 
+    assert os.waitpid(start("first"), 0)[1] == 0  # covariances are kept
     began = time.monotonic()
     assert os.waitpid(start("undisturbed"), 0)[1] == 0
     whole = time.monotonic() - began
@@ -520,9 +570,11 @@ SCRIPT = """
 """
 
 
-def test_killed_at_30_random_moments(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arms", ["ARMS", pytest.param("SEARCHED", marks=pytest.mark.real)])
+def test_killed_at_30_random_moments(arms: str, tmp_path: Path) -> None:
     """In the end the units are those of an undisturbed run, each once, to the bit."""
-    script = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+    tests = str(Path(__file__).parent)
+    script = textwrap.dedent(SCRIPT.format(tests=tests, out=str(tmp_path), arms=arms))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300
     )
@@ -541,7 +593,8 @@ def test_killed_at_30_random_moments(tmp_path: Path) -> None:
                 whole_lines.append(json.dumps(json.loads(line)["unit"], sort_keys=True))
             except ValueError:
                 continue  # cut off by a kill
-        assert len(whole_lines) == len(set(whole_lines)) == 9
+        assert len(whole_lines) == len(set(whole_lines)) == 3 * len(globals()[arms])
+    assert not expected.failed
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -582,14 +635,19 @@ def test_bench_on_the_command_line(
     plan.write_text('method = "ft-l"\n[config]\nlayer = 1\nsteps = 2\n')
     options = ["bench", "--methods", "", "--config", str(plan), "--cases", "3", "--quiet"]
 
+    notes: list[str] = []
+
     def run(*more: str) -> str:
         monkeypatch.setattr(sys, "argv", ["driftlens", *options, *more])
         with pytest.raises(SystemExit) as end:
             cli.main()
         assert end.value.code in (0, None), end.value.code
-        return capsys.readouterr().out
+        told = capsys.readouterr()
+        notes.append(told.err)
+        return told.out
 
     shown = run("--out", str(tmp_path / "out"))
+    assert notes == [""]
     assert "| slow |" in shown
     result = BenchResult(tmp_path / "out")
     assert result.plan["command"].startswith("driftlens bench --methods")
@@ -602,8 +660,13 @@ def test_bench_on_the_command_line(
     assert len(summary["cases"]) == 3
     data = tmp_path / "data.jsonl"
     data.write_text(asset("facts.jsonl").read_text().splitlines()[0] + "\n{}\n")
-    shown = run("--out", str(tmp_path / "b"), "--data", str(data), "--skip-bad")
-    assert "Record 1, prompt: Field required." in shown
+    run("--out", str(tmp_path / "b"), "--data", str(data), "--skip-bad")
+    assert notes[-1] == "Record 1, prompt: Field required.\nThere are 1 cases, not 3.\n"
+    more = ["--out", str(tmp_path / "c"), "--data", str(data), "--skip-bad", "--cases", "1"]
+    shown = run(*more, "--metrics", "ES,alias,reasoning", "--texts", "FL,reference")
+    assert "No case has anything to ask for alias, reasoning, reference." in notes[-1]
+    texts = [one["texts"] for one in BenchResult(tmp_path / "c").records["slow"].values()]
+    assert len(texts) == 1 and texts[0].keys() == {"FL"} and texts[0]["FL"] > 0
     for wrong, message in (
         (["--split", "x"], "no split 'x'"),
         (["--data", str(data)], "Record 1, prompt"),

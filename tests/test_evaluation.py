@@ -17,14 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import driftlens as dl
+from driftlens.assets import asset
 from driftlens.cases import (
     ALL_METRICS,
+    BEGINNINGS,
     UNRELATED,
     Case,
     Cloze,
     Commonsense,
     balanced,
     tuning_split,
+    with_beginnings,
 )
 from driftlens.errors import DataError
 from driftlens.evaluation import (
@@ -134,7 +137,7 @@ def test_everything_that_is_asked() -> None:
         dl.EditRequest("{} is in", "The Louvre", "Rome", "Paris"),
         neighbours=(Cloze("Notre-Dame is in", "Paris"),),
         relations=(Cloze("The Louvre is a", "museum"),),
-        aliases=("The Grand Louvre is in",),
+        aliases=(Cloze("Le Louvre est à", "Roma"),),
         reasoning=(Cloze("The Louvre's country is", "Italy"),),
         distractors=(Cloze("He saw The Louvre. Berlin is in", "Germany"),),
         commonsense=(Commonsense("To read", "open a book.", "eat it."),),
@@ -144,15 +147,30 @@ def test_everything_that_is_asked() -> None:
     lead = probes["lead-relation"].prompt.removesuffix(" The Louvre is a")
     assert lead in UNRELATED
     asked = {name: (p.prompt, p.right, p.wrong) for name, p in probes.items()}
-    assert asked["alias"] == ("The Grand Louvre is in", "Rome", "Paris")
-    assert asked["reasoning"] == ("The Louvre's country is", "Italy", None)
+    assert asked["alias"] == ("Le Louvre est à", "Roma", "Paris")
+    assert asked["reasoning"] == ("The Louvre's country is", "Italy", "Paris")
     assert asked["distractor"] == ("He saw The Louvre. Berlin is in", "Germany", "Rome")
     distract = "The Louvre is in Rome. The Louvre is a"
     assert asked["distract-relation"] == (distract, "museum", "Rome")
     assert asked["commonsense"] == ("To read", "open a book.", "eat it.")
+    behind = "The Louvre is in Rome. To read"
+    assert asked["distract-commonsense"] == (behind, "open a book.", "eat it.")
     assert asked["lead-neighbour"] == (f"{lead} Notre-Dame is in", "Paris", "Rome")
     assert asked["lead-relation"] == (f"{lead} The Louvre is a", "museum", "Rome")
     assert [p.metric for p in case.probes(("DNS", "RS"))] == ["RS", "DNS"]
+
+
+def test_texts_begin_as_the_data_says_or_with_the_subject() -> None:
+    request = dl.EditRequest("{} is in", "The {Louvre}", "Rome", "Paris")
+    plain = [Case("x", request), Case("y", replace(request, subject="It"))]
+    found = with_beginnings(plain)
+    assert [case.generation[0] for case in found] == [
+        "The {Louvre} is best known for", "It is best known for"
+    ]  # fmt: skip
+    assert all(len(case.generation) == len(BEGINNINGS) for case in found)
+    assert [replace(case, generation=()) for case in found] == plain
+    mixed = [plain[0], replace(plain[1], generation=("It is said",))]
+    assert with_beginnings(mixed) == mixed
 
 
 def answer(metric: Any, right: float, wrong: float | None = -1.0, **fields: Any) -> Answer:
@@ -283,11 +301,8 @@ def model() -> dl.LensModel:
     return dl.load_model(tiny.hf_model("gpt2", 1), tiny.tokenizer(), name="tiny")
 
 
-def test_answers_are_scores(model: dl.LensModel, tmp_path: Path) -> None:
+def check_answers(model: dl.LensModel, case: Case) -> set[str]:
     """Against a scorer that runs each text alone and reads every token by hand."""
-    (case,) = read_cases(write(tmp_path / "data.json", RECORD))
-    case = replace(case, reasoning=(Cloze("The Louvre's country is", "Italy"),))
-    probes = case.probes(ALL_METRICS)
 
     def by_hand(prompt: str, text: str) -> tuple[list[float], bool]:
         ids = model.tokens.encode_prompt(prompt).ids
@@ -298,19 +313,46 @@ def test_answers_are_scores(model: dl.LensModel, tmp_path: Path) -> None:
         own = [float(row[t]) for row, t in zip(logprobs, target, strict=True)]
         return own, all(int(row.argmax()) == t for row, t in zip(logprobs, target, strict=True))
 
+    probes = case.probes(ALL_METRICS)
     for probe, found in zip(probes, answers(model, case, ALL_METRICS), strict=True):
         assert found.metric == probe.metric
         right, exact = by_hand(probe.prompt, probe.right)
-        assert found.right == pytest.approx(np.mean(right), abs=1e-5)
-        assert found.right_prob == pytest.approx(np.exp(sum(right)), rel=1e-4)
+        assert found.right == pytest.approx(np.mean(right), abs=1e-5 * abs(sum(right)) + 1e-5)
+        assert found.right_prob == pytest.approx(np.exp(sum(right)), rel=1e-3)
         assert found.exact == exact
         if probe.wrong is None:
             assert found.wrong is None
             assert found.wrong_prob is None
         else:
             wrong, _ = by_hand(probe.prompt, probe.wrong)
-            assert found.wrong == pytest.approx(np.mean(wrong), abs=1e-5)
-            assert found.wrong_prob == pytest.approx(np.exp(sum(wrong)), rel=1e-4)
+            assert found.wrong == pytest.approx(np.mean(wrong), abs=1e-5 * abs(sum(wrong)) + 1e-5)
+            assert found.wrong_prob == pytest.approx(np.exp(sum(wrong)), rel=1e-3)
+    return {probe.metric for probe in probes}
+
+
+def test_answers_are_scores(model: dl.LensModel, tmp_path: Path) -> None:
+    (case,) = read_cases(write(tmp_path / "data.json", RECORD))
+    case = replace(case, reasoning=(Cloze("The Louvre's country is", "Italy"),))
+    assert "reasoning" in check_answers(model, case)
+    check_answers(model, replace(case, request=replace(case.request, target_true=None)))
+
+
+@pytest.mark.real
+def test_answers_of_a_real_model_are_scores(smollm2: dl.LensModel) -> None:
+    """Everything that can be asked, before an edit and after it."""
+    plain = next(case for case in read_cases(asset("facts.jsonl")) if case.distractors)
+    case = replace(
+        plain,
+        aliases=(Cloze(f"{plain.request.subject}, as some call it, is", plain.request.target_new),),
+        reasoning=(Cloze("What follows from it is", "a long story"),),
+        commonsense=(Commonsense("To read,", "open a book.", "eat a book."),),
+    )
+    assert check_answers(smollm2, case) == set(ALL_METRICS)
+    edit = dl.edit(smollm2, case.request, "ft-m", layer=5, steps=5, progress=False)
+    before = answers(smollm2, case)
+    with edit.applied(smollm2):
+        check_answers(smollm2, case)
+        assert answers(smollm2, case) != before
 
 
 # --- the journal -----------------------------------------------------------------------------

@@ -27,8 +27,6 @@ def written_plainly(model: dl.LensModel, prompt: str, length: int) -> str:
     ids = model.tokens.encode(prompt).ids
     while len(ids) < length:
         best = int(model.run(torch.tensor([ids]))[0, -1].argmax())
-        if best in model.tokenizer.all_special_ids:
-            break
         ids.append(best)
     return model.tokens.decode([i for i in ids if i not in model.tokenizer.all_special_ids])
 
@@ -97,6 +95,23 @@ def test_settings_of_a_checkpoint_do_not_matter() -> None:
         setattr(model.hf_model.generation_config, name, kept)
 
 
+def test_an_end_token_does_not_end_a_text() -> None:
+    model = loaded("gpt2", scale=2.0)
+    config = model.hf_model.generation_config
+    text = generation.generate(model, PROMPTS[:1], length=30)
+    own = model.tokens.encode(PROMPTS[0]).ids
+    written = model.tokens.encode(text[0]).ids[len(own) :]
+    kept, config.eos_token_id = config.eos_token_id, written[3]
+    try:
+        assert generation.generate(model, PROMPTS[:1], length=30) == text
+        assert config.eos_token_id == written[3]
+    finally:
+        config.eos_token_id = kept
+    # What is left out is no word of the text.
+    special = model.tokenizer.all_special_ids[0]
+    assert generation._text(model, [special, *own, special, *written]) == [*own, *written]
+
+
 def test_bad_requests_for_texts() -> None:
     model = loaded("gpt2")
     with pytest.raises(RequestError, match="no prompt"):
@@ -154,6 +169,24 @@ def test_perplexity_is_that_of_the_tokens_one_by_one() -> None:
             losses.append(-logprobs[ids[i]].item())
     expected = math.exp(sum(losses) / len(losses))
     assert generation.perplexity(model, PROMPTS, tokens=5) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.real
+def test_texts_of_a_real_model(smollm2: dl.LensModel) -> None:
+    texts = generation.generate(smollm2, PROMPTS, length=24, top_k=1)
+    assert texts == [written_plainly(smollm2, prompt, 24) for prompt in PROMPTS]
+    losses = []
+    for text in generation._leads()[-generation.PERPLEXITY_TEXTS :]:
+        ids = smollm2.tokens.encode(text).ids[:64]
+        with torch.no_grad():
+            logprobs = smollm2.hf_model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        losses += [-float(logprobs[i, token]) for i, token in enumerate(ids[1:])]
+    case = Case("x", REQUEST, generation=(PROMPTS[0],), references=("The Colosseum is in Rome.",))
+    told = generation.measure_texts(smollm2, case, length=24)
+    assert told["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-3)
+    text = generation.generate(smollm2, case.generation, 24)
+    assert told["FL"] == generation.fluency(text) > 100
+    assert told["reference"] == generation.reference_score(text, case.references) > 0
 
 
 def test_a_case_without_anything_to_write_from_is_told_nothing() -> None:

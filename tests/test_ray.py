@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_bench import ARMS, cases, model, records
+from test_bench import ARMS, SEARCHED, cases, model, records
 
 import driftlens as dl
 from driftlens.bench import BenchResult, Job, Setting, ray_executor, run_bench, units
@@ -60,17 +60,23 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def expected(model: dl.LensModel, cases: Any, tmp_path_factory: Any) -> BenchResult:
+    return on_one_thread(model, cases, tmp_path_factory.mktemp("local"))
+
+
+def on_one_thread(model: dl.LensModel, cases: Any, out: Path, arms: Any = ARMS) -> BenchResult:
     """A local run, on as many threads as a worker has."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return bench(model, cases, tmp_path_factory.mktemp("local"))
+        return bench(model, cases, out, arms=arms)
     finally:
         torch.set_num_threads(threads)
 
 
-def bench(model: dl.LensModel, cases: Any, out: Path, executor: Any = None) -> BenchResult:
-    return run_bench(model, cases, ARMS, out, cases_at_once=2, executor=executor, progress=False)
+def bench(
+    model: dl.LensModel, cases: Any, out: Path, executor: Any = None, arms: Any = ARMS
+) -> BenchResult:
+    return run_bench(model, cases, arms, out, cases_at_once=2, executor=executor, progress=False)
 
 
 class Killing(RayExecutor):
@@ -104,6 +110,20 @@ def test_results_equal_those_of_a_local_run_though_workers_die(
     assert records(found) == records(expected)
     assert len(executor.killed) == 1
     assert len(list(pids.iterdir())) >= 3  # another took over
+
+
+@pytest.mark.real
+def test_searched_values_are_those_of_a_local_run(
+    cluster: Any, model: dl.LensModel, cases: Any, tmp_path: Path
+) -> None:
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    expected = on_one_thread(model, cases[:4], tmp_path / "local", SEARCHED)
+    executor = Killing(pids, load=partial(load, str(pids)), identity=model.identity(), threads=1)
+    executor.kills = 1
+    found = bench(model, cases[:4], tmp_path / "out", executor, SEARCHED)
+    assert found.is_complete and not found.failed
+    assert records(found) == records(expected)
 
 
 def test_a_job_that_kills_its_workers_is_recorded_as_failed(
@@ -212,3 +232,38 @@ def test_without_ray(model: dl.LensModel, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RequestError, match=r"pip install \"ray>=2"):
         RayExecutor(lambda: model, model.identity())
+
+
+def test_ray_on_the_command_line(
+    cluster: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Workers load the model by its name; results are those of a run in this process."""
+    from driftlens import cli
+
+    folder, plan = tmp_path / "model", tmp_path / "slow.toml"
+    tiny.hf_model("gpt2", 1).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    plan.write_text('method = "ft-l"\n[config]\nlayer = 1\nsteps = 2\n')
+    options = ["bench", "--model", str(folder), "--methods", "", "--config", str(plan), "--cases"]
+    options += ["2", "--quiet", "--out"]
+
+    def run(out: str, *more: str) -> BenchResult:
+        monkeypatch.setattr(sys, "argv", ["driftlens", *options, str(tmp_path / out), *more])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code in (0, None), end.value.code
+        assert "| slow |" in capsys.readouterr().out
+        return BenchResult(tmp_path / out)
+
+    spread = run("ray", "--executor", "ray", "--workers", "1", "--ray-address", cluster.address)
+    assert spread.is_complete and not spread.failed
+    local = run("local")
+    for arm, found in records(local).items():
+        for case, record in found.items():
+            mine = records(spread)[arm][case]
+            assert [a["right"] for a in mine["answers"]] == pytest.approx(
+                [a["right"] for a in record["answers"]], abs=1e-5
+            )

@@ -30,7 +30,7 @@ RECORDS: dict[str, dict[str, Any]] = {
         "requested_rewrite": LOUVRE,
         "rewrite": {"prompts": [LOUVRE["prompt"]], "targets": ["Rome"]},
         "p-paraphrase": {"prompts": ["Where is The Louvre? In"], "targets": ["Rome"]},
-        "p-subject_alias": {"prompts": ["The Grand Louvre is in"], "targets": ["Rome"]},
+        "p-subject_alias": {"prompts": ["Le Louvre est à"], "targets": ["Roma"]},
         "p-reasoning": {"prompts": ["The country of The Louvre is"], "targets": ["Italy"]},
         "l-neighbor": {"prompts": ["The Eiffel Tower is in"], "targets": ["Paris"]},
         "l-relation": {"prompts": ["The Louvre is a"], "targets": ["museum"]},
@@ -90,7 +90,7 @@ RECORDS: dict[str, dict[str, Any]] = {
         "neighbors": [{"prompt": "The Eiffel Tower is in", "answer": "Paris"}],
         "relations": [{"prompt": "The Louvre is a", "answer": "museum"}],
         "distractors": [{"prompt": "He saw The Louvre. Berlin is in", "answer": "Germany"}],
-        "aliases": ["The Grand Louvre is in"],
+        "aliases": ["The Grand Louvre is in", {"prompt": "Le Louvre est à", "answer": "Roma"}],
         "reasoning": [{"prompt": "The country of The Louvre is", "answer": "Italy"}],
         "generation": ["The Louvre is known for"],
         "commonsense": [{"prompt": "To read", "right": "open a book.", "wrong": "eat it."}],
@@ -99,20 +99,20 @@ RECORDS: dict[str, dict[str, Any]] = {
 PARAPHRASES = ("Where is The Louvre? In",)
 NEIGHBOURS = (Cloze("The Eiffel Tower is in", "Paris"),)
 RELATIONS = (Cloze("The Louvre is a", "museum"),)
-ALIASES = ("The Grand Louvre is in",)
+ALIASES = (Cloze("The Grand Louvre is in", "Rome"), Cloze("Le Louvre est à", "Roma"))
 REASONING = (Cloze("The country of The Louvre is", "Italy"),)
 GENERATION = ("The Louvre is known for",)
 COMMONSENSE = (Commonsense("To read", "open a book.", "eat it."),)
 CASES = {
     "merged": Case(
-        "data-0", REQUEST, PARAPHRASES, NEIGHBOURS, RELATIONS, ALIASES, REASONING, (), GENERATION,
-        COMMONSENSE,
+        "data-0", REQUEST, PARAPHRASES, NEIGHBOURS, RELATIONS, ALIASES[1:], REASONING, (),
+        GENERATION, COMMONSENSE,
     ),
     "counterfact": Case(
         "counterfact-7", REQUEST, PARAPHRASES, NEIGHBOURS, generation=GENERATION
     ),
     "knowedit": Case(
-        "data-0", REQUEST, PARAPHRASES, relations=RELATIONS, aliases=ALIASES, reasoning=REASONING
+        "data-0", REQUEST, PARAPHRASES, (), RELATIONS, ALIASES[:1], REASONING
     ),
     "zsre": Case(
         "data-0",
@@ -185,7 +185,15 @@ def changed(name: str, path: str, value: Any) -> dict[str, Any]:
         ("merged", "l-relation.prompts", ["x", " "], "l-relation.prompts.1: it is empty"),
         ("merged", "o-commonsense.right", ..., "o-commonsense.right: Field required"),
         ("counterfact", "requested_rewrite.target_new", "Rome", "target_new: .*valid dictionary"),
-        ("counterfact", "requested_rewrite.prompt", "The Louvre is in", "exactly one"),
+        ("merged", "requested_rewrite.target_new", "Paris", "target_new: it is the true answer"),
+        (
+            "merged",
+            "l-relations",
+            {},
+            "no prompts are called 'l-relations'; l-neighbor, l-relation",
+        ),
+        ("counterfact", "requested_rewrite.prompt", "The Louvre is in", "prompt: .*exactly one"),
+        ("counterfact", "requested_rewrite.target_new.str", " Paris", "str: it is the true answer"),
         ("counterfact", "paraphrase_prompts", "x", "paraphrase_prompts: .*valid list"),
         ("knowedit", "portability.Reasoning", [{}], "portability.Reasoning.0.prompt: Field requir"),
         ("knowedit", "locality.Relation_Specificity.0.ground_truth", [], "ground_truth: .*string"),
@@ -195,7 +203,10 @@ def changed(name: str, path: str, value: Any) -> dict[str, Any]:
         ("driftlens", "neighbors.0.answer", ..., "neighbors.0.answer: Field required"),
         ("driftlens", "neighbours", [], "neighbours: Extra inputs are not permitted"),
         ("driftlens", "target_true", 3, "target_true: .*valid string"),
-        ("driftlens", "prompt", "The {} and {} are", "exactly one"),
+        ("zsre", "alt", "Paris", "alt: it is the true answer"),
+        ("driftlens", "aliases", [3], "aliases.0.*valid"),
+        ("driftlens", "target_new", "Paris", "target_new: it is the true answer"),
+        ("driftlens", "prompt", "The {} and {} are", "prompt: .*exactly one"),
     ],
 )
 def test_a_bad_record_is_named(

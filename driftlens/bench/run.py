@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -86,8 +87,10 @@ def run_bench(
             for arm in arms
             for case in cases
         }
-        _write_plan(folder, model, cases, arms, units, setting, command)
+        made_by = {**versions(), "transformers": transformers.__version__}
+        _write_plan(folder, model, cases, arms, units, setting, command, made_by)
         journal = Journal(folder / UNITS)
+        _compare_versions(journal, units.values(), made_by)
         missing = {
             key for key, unit in units.items() if not journal.is_finished(unit, retry_failed)
         }
@@ -97,7 +100,7 @@ def run_bench(
         with bar:
             run = LocalExecutor(model) if executor is None else executor
             for job, case, record in run.run(jobs, setting):
-                journal.add(units[case.id, job.arm.name], **record)
+                journal.add(units[case.id, job.arm.name], **record, versions=made_by)
                 bar.update()
                 bar.set_postfix_str(job.arm.name, refresh=False)
     return BenchResult(folder)
@@ -112,6 +115,26 @@ def _check(model: LensModel, cases: Sequence[Case], arms: Sequence[Arm]) -> None
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise RequestError(f"Two {what} are called {twice[0]!r}.", "Give each its own name.")
+
+
+def _compare_versions(
+    journal: Journal, units: Iterable[Mapping[str, Any]], made_by: Mapping[str, str]
+) -> None:
+    """Warn of finished units of other versions: what the code does is in no unit's identity."""
+    others = [
+        journal[unit]["versions"]
+        for unit in units
+        if unit in journal and journal[unit].get("versions", made_by) != made_by
+    ]
+    if others:
+        changed = [
+            f"{name} {value}" for name, value in others[0].items() if value != made_by.get(name)
+        ]
+        warnings.warn(
+            f"{len(others)} of the units in {journal.path} were made by other versions "
+            f"({', '.join(changed)}), and are kept. Choose another folder to make all anew.",
+            stacklevel=3,
+        )
 
 
 def _jobs(
@@ -133,17 +156,14 @@ def _write_plan(
     units: Mapping[tuple[str, str], dict[str, Any]],
     setting: Setting,
     command: str,
+    made_by: Mapping[str, str],
 ) -> None:
     plan = {
         "model": model.info.to_dict(),
         "arms": [{"name": arm.name, **arm.to_dict()} for arm in arms],
         "setting": asdict(setting),
         "command": command,
-        "versions": {
-            **versions(),
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-        },
+        "versions": {**made_by, "threads": torch.get_num_threads()},
         "units": [
             {"case": case, "arm": arm, "identity": unit} for (case, arm), unit in units.items()
         ],

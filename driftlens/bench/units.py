@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Protocol
 
 from driftlens.cases import ALL_METRICS, UNRELATED, Case, Metric, TextMetric
@@ -145,8 +145,7 @@ def identity(model: Mapping[str, Any], case: Case, arm: Arm, setting: Setting) -
     found: dict[str, Any] = {
         **model,
         "case": case.id,
-        "content": content_digest([case]),
-        "metrics": list(setting.metrics),
+        "asked": digest([case.request.to_dict(), *map(astuple, case.probes(setting.metrics))]),
         **arm.to_dict(),
     }
     if arm.method is not None:
@@ -154,6 +153,7 @@ def identity(model: Mapping[str, Any], case: Case, arm: Arm, setting: Setting) -
     if setting.texts:
         found |= {"texts": list(setting.texts), "text_length": setting.text_length}
         found |= {"text_seed": setting.seed}
+        found |= {"text_prompts": digest([case.generation, case.references])}
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
@@ -207,7 +207,8 @@ def run_job(
     model: LensModel, job: Job, setting: Setting, store: ValueStore | None = None
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
     """A record for each missing case of a job, with the seconds that it took (``spent``): what
-    cases are edited together is counted with the first of them.
+    cases are edited together is counted with the first of them. No record is given of a case after
+    which the model's weights are not what they were.
 
     Args:
         store: Where values that other arms may take, too, are kept.
@@ -230,9 +231,9 @@ def run_job(
             record = _asked(model, case, edited, setting)
         except DriftLensError as error:
             record = {"error": f"{type(error).__name__}: {error}"}
-        yield case, {**record, "spent": time.monotonic() - started}
         if model.fingerprint() != before:
             raise ModelError("The model's weights are not what they were before the case.")
+        yield case, {**record, "spent": time.monotonic() - started}
         started = time.monotonic()
 
 
