@@ -99,6 +99,9 @@ def test_the_texts_show_the_stored_results() -> None:
     assert speed.table(results) in (REPOSITORY / "README.md").read_text(encoding="utf-8")
     page = (REPOSITORY / "docs" / "concepts" / "sadr.md").read_text(encoding="utf-8")
     assert speed.restrictions_table(results) in page
+    kept = [result["memory"]["step_bytes"] for result in results]
+    more = [f"{100 * (one['sadr'] / one['none'] - 1):.1f} %" for one in kept]
+    assert f"SADR adds {more[0]} to what a step keeps" in page and f"M, {more[1]} on Gemma" in page
 
 
 @pytest.mark.browser

@@ -11,12 +11,13 @@ import pytest
 from documents import REPOSITORY, run_python
 
 import driftlens as dl
-from driftlens.assets import survey_result
+from driftlens.assets import asset, survey_result
 from driftlens.cases import METRICS
 from driftlens.editing.methods import METHODS
 from driftlens.experiments import gather, many, sadr_search, tables
 from driftlens.experiments.reproduce import EXPERIMENTS
 from driftlens.experiments.survey import markdown, paired_markdown
+from driftlens.readers import read_cases
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -253,6 +254,48 @@ def test_readme_says_what_sadr_saves_of_what_is_lost():
         "SADR saves {} % (RS) and {} % (DNS) on SmolLM2 and the shipped facts, {} and {} % on "
         "SmolLM2 and the paper's data, {} and {} % on Gemma and the shipped facts."
     ).format(*saved) in flowing(README)
+
+
+def test_readme_says_what_the_context_alone_costs():
+    rate = {(row["data"], row["model"], row["arm"], row["metric"]): row["value"]
+            for row in result_rows("table3")}  # fmt: skip
+
+    def told(arm: str, metric: str) -> float:
+        return rate["counterfact_wikidata_dev", "smollm2-135m", arm, metric]
+
+    text = flowing(README)
+    before, behind = told("unedited", "NS"), told("unedited", "DNS")
+    assert (
+        f"takes the *unedited* SmolLM2 from {before:.1f} (NS) to {behind:.1f} (DNS), an unrelated "
+        f"sentence leaves it at {told('unedited', 'lead-neighbour'):.1f}; ROME then takes it to "
+        f"{told('rome', 'DNS'):.1f}. Of these {before - told('rome', 'DNS'):.1f} points the "
+        f"sentence alone costs {before - behind:.1f}."
+    ) in text
+    before, behind = told("unedited", "RS"), told("unedited", "distract-relation")
+    assert (
+        f"In front of relations it costs {before - behind:.1f} ({before:.1f} to {behind:.1f}; "
+        f"behind an unrelated one {told('unedited', 'lead-relation'):.1f}), but RS, which ROME "
+        f"takes from {before:.1f} to {told('rome', 'RS'):.1f}, has no sentence in front"
+    ) in text
+    costs = [rate["shipped facts", model, "unedited", before]
+             - rate["shipped facts", model, "unedited", behind]
+             for model in ("smollm2-135m", "gemma-3-270m")
+             for before, behind in (("NS", "DNS"), ("RS", "distract-relation"))]  # fmt: skip
+    assert f"the sentence costs {min(costs):.1f} to {max(costs):.1f} points" in text
+
+
+def test_what_is_said_of_the_shipped_facts_in_the_page_on_metrics():
+    text = flowing((REPOSITORY / "docs/concepts/metrics.md").read_text(encoding="utf-8"))
+    facts = {case.id: case for case in read_cases(asset("facts.jsonl"))}
+    runs = json.loads((REPOSITORY / "assets/results/table3.json").read_text())["runs"]
+    asked = [facts[name] for name in runs[1]["cases"]]
+    near = [neighbour.prompt for case in asked for neighbour in case.neighbours]
+    subjects = {case.request.subject for case in asked}
+    assert f"({len(set(near))} different ones among the {len(near)} of the 150" in text
+    assert f"{len(subjects)} subjects come in them" in text
+    rate = {row["metric"]: row["value"] for row in result_rows("table3")
+            if (row["data"], row["arm"]) == ("counterfact_wikidata_dev", "unedited")}  # fmt: skip
+    assert f"has an NS of {rate['NS']:.1f} and a DNS of {rate['DNS']:.1f}" in text
 
 
 @pytest.mark.parametrize(
