@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ def test_all_experiments_run_quickly(
 ) -> None:
     options = ["reproduce", "all", "--quick", "--quiet", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["driftlens", *options])
+    began = time.monotonic()
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code in (0, None)
+    assert time.monotonic() - began < 15 * 60, "too long for two cores"
     shown = capsys.readouterr().out
     for name in EXPERIMENTS:
         record = json.loads((tmp_path / f"{name}.json").read_text())
@@ -34,6 +37,7 @@ def test_all_experiments_run_quickly(
     }
     assert table["rome", "ES"] == table["rome + sadr", "ES"] == 100
     assert table["rome", "DNS"] < table["unedited", "DNS"]
+    assert all(300 < table[arm, "FL"] < 700 for arm in ("unedited", "rome", "rome + sadr"))
     # What restores everything that the last token reads brings everything back.
     rows = json.loads((tmp_path / "fig5.json").read_text())["rows"]
     for row in rows:

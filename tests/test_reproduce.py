@@ -22,7 +22,7 @@ from scipy import stats
 import driftlens as dl
 from driftlens.assets import asset
 from driftlens.bench import BenchResult, run_bench, units
-from driftlens.cases import Case, Cloze, Probe, balanced
+from driftlens.cases import Case, Cloze, Probe, balanced, with_beginnings
 from driftlens.editing import defaults, methods
 from driftlens.editing.contexts import sample_contexts
 from driftlens.errors import RequestError
@@ -30,6 +30,7 @@ from driftlens.evaluation import Answer, answers, rates
 from driftlens.experiments import sadr_search
 from driftlens.experiments.reproduce import EXPERIMENTS, Finding, Study, inside, reproduce
 from driftlens.experiments.reproduce import finding as finding_module
+from driftlens.generation import measure_texts
 from driftlens.readers import read_cases
 
 
@@ -412,6 +413,17 @@ def test_the_main_table_is_the_benchmarks(study: Study) -> None:
         assert (row["value"], row["low"], row["high"], row["cases"]) == (
             rate.value, rate.low, rate.high, rate.cases
         )  # fmt: skip
+    told = [
+        measure_texts(study.model, case, ("FL",), length=60)["FL"]
+        for case in with_beginnings(quick.cases)
+    ]
+    fluency = rows.loc[("unedited", "none", "FL")]
+    assert (fluency["value"], fluency["cases"]) == (pytest.approx(np.mean(told)), 2)
+    assert rows.loc[("rome", "sadr", "FL")]["value"] != fluency["value"]
+    assert list(finding.rows["arm"].drop_duplicates()) == result.arms  # rows of an arm together
+    texts = BenchResult(study.out / "t" / "texts").seconds_in_all()
+    answered = result.seconds_in_all()
+    assert texts and answered and finding.seconds == pytest.approx(texts + answered)
     gain = result.compare("rome + sadr", "rome")["DNS"]
     assert f"DNS {gain}" in " ".join(finding.points)
     assert gain.value != 0

@@ -33,6 +33,12 @@ def markdown(record: Mapping[str, Any], shown: Sequence[str] = ("Avg. S", *METRI
     return _table(["data", "model", "arm", *shown], lines)
 
 
+def fluent_markdown(record: Mapping[str, Any]) -> str:
+    """Table 3: success, and fluency (bits, times 100) where it was measured."""
+    measured = any(row["metric"] == "FL" for row in record["rows"])
+    return markdown(record, ("Avg. S", *METRICS, *(["FL"] if measured else [])))
+
+
 def substituted_markdown(record: Mapping[str, Any]) -> str:
     """Figure 3: of each component, the window that costs P(answer) most, in points."""
     lines = []
@@ -113,7 +119,7 @@ def restricted_markdown(record: Mapping[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "table1": controlled_markdown,
-    "table3": markdown,
+    "table3": fluent_markdown,
     "fig3": substituted_markdown,
     "fig4": correlated_markdown,
     "fig5": restored_markdown,

@@ -69,8 +69,10 @@ def table1(study: Study) -> Finding:
 def table3(study: Study) -> Finding:
     """The main table: each editor without and with SADR."""
     methods = PAPERS[:1] if study.quick else PAPERS
-    result = study.bench(study.arms(methods, ("none", "sadr")))
-    rows = result.table()
+    arms = study.arms(methods, ("none", "sadr"))
+    result, texts = study.bench(arms), study.texts(arms)
+    rows = pd.concat([result.table(), texts.table()], ignore_index=True)
+    rows = rows.sort_values("arm", key=lambda own: own.map(result.arms.index), kind="stable")
     rows.insert(1, "method", [arm.split(" + ")[0] for arm in rows["arm"]])
     rows.insert(2, "penalty", ["sadr" if arm.endswith("sadr") else "none" for arm in rows["arm"]])
     rows.insert(0, "model", study.model.info.name)
@@ -78,7 +80,10 @@ def table3(study: Study) -> Finding:
     points = [_gain(result, method, f"{method} + sadr") for method in methods]
     figure = figures.rate_bars(rows, [*METRICS, "Avg. S"], title="Editors without and with SADR")
     title = "Editors without and with SADR"
-    return _finding("table3", title, result, rows, figure, text, points, _paper_gains())
+    found = _finding("table3", title, result, rows, figure, text, points, _paper_gains())
+    spent = (found.seconds, texts.seconds_in_all())
+    seconds = None if None in spent else sum(part for part in spent if part is not None)
+    return replace(found, failed=[*found.failed, *texts.failed], seconds=seconds)
 
 
 def fig6(study: Study) -> Finding:

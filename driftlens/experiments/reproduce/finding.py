@@ -22,7 +22,7 @@ from driftlens.bench import (
     run_bench,
 )
 from driftlens.bench.units import content_digest
-from driftlens.cases import Case
+from driftlens.cases import Case, with_beginnings
 from driftlens.edits import Edit
 from driftlens.errors import DriftLensError, RequestError
 from driftlens.models import LensModel
@@ -94,6 +94,15 @@ class Study:
         setting = Setting(seed=self.seed)
         return run_bench(
             self.model, self.cases, arms, self.out / "bench", setting=setting,
+            retry_failed=self.retry_failed, command=self.command, progress=self.progress,
+        )  # fmt: skip
+
+    def texts(self, arms: Sequence[Arm]) -> BenchResult:
+        """Fluency (FL) of what the model writes under some arms. In a folder of their own: texts
+        take longer than all answers."""
+        setting = Setting((), self.seed, texts=("FL",), text_length=60 if self.quick else 100)
+        return run_bench(
+            self.model, with_beginnings(self.cases), arms, self.out / "texts", setting=setting,
             retry_failed=self.retry_failed, command=self.command, progress=self.progress,
         )  # fmt: skip
 
