@@ -143,7 +143,8 @@ class Case:
     def to_record(self) -> dict[str, Any]:
         """JSON-ready, in the project's own format, which :func:`~driftlens.readers.read_cases`
         reads back."""
-        asked = ("neighbours", "relations", "distractors", "reasoning", "aliases")
+        asked = ("neighbours", "relations", "distractors", "reasoning")
+        new = self.request.target_new
         return {
             "id": self.id,
             **({"category": self.category} if self.category else {}),
@@ -155,6 +156,9 @@ class Case:
                 ]
                 for name in asked
             },
+            "aliases": [
+                alias.prompt if alias.answer == new else alias._asdict() for alias in self.aliases
+            ],
             "generation": list(self.generation),
             **({"references": list(self.references)} if self.references else {}),
             "commonsense": [choice._asdict() for choice in self.commonsense],
