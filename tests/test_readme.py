@@ -303,6 +303,7 @@ def test_what_is_said_of_the_shipped_facts_in_the_page_on_metrics():
     [
         ("rome", ("search", "check"), {"RS": "73 % [24, 170]", "DNS": "7 % [-10, 31]"}),
         ("memit", ("check",), {"RS": "103 % [43, 253]", "DNS": "54 % [25, 106]"}),
+        ("pmet", ("check",), {"RS": "-10 % [-45, 35]", "DNS": "-12 % [-23, 1]"}),
     ],
 )
 def test_the_search_for_the_settings_of_sadr_is_the_result_file(
@@ -322,14 +323,19 @@ def test_the_search_for_the_settings_of_sadr_is_the_result_file(
     assert merits[searched["best"]] == max(merits.values())
     ((best, told),) = checked["settings"].items()
     assert best == searched["best"]
-    (less,) = told["less"].values()
+    less = next(iter(told["less"].values()))  # the editor's own setting
     for page in (text, README):
         page = flowing(page.replace("+", ""))
         for metric, share in gains.items():
             assert less[metric]["relative"].replace("+", "") == share
             assert share in page
-        cost = f"{-less['ES']['value']:.1f} points of ES and {-less['PS']['value']:.1f} of PS"
-        assert cost in page
+        kept, cost = (less[metric]["value"] for metric in ("ES", "PS"))
+        told_costs = (
+            f"{-kept:.1f} points of ES and {-cost:.1f} of PS"
+            if kept < 0
+            else f"gains {kept:.1f} points of ES and costs {-cost:.1f} of PS"
+        )
+        assert told_costs in page
     penalty = checked["arms"][-1]["penalties"][0]
     shown = f'SADR(gamma={penalty["gamma"]:g}, heads="{penalty["heads"]}"'
     shown += f', divergence="{penalty["divergence"]}"' * (penalty["divergence"] != "kl")
@@ -337,6 +343,28 @@ def test_the_search_for_the_settings_of_sadr_is_the_result_file(
     assert layers is None or layers == [*range(len(layers))]
     shown += f", layers=range({len(layers)})" if layers else ""
     assert f"`{shown})`" in flowing(README)
+
+
+def test_what_is_said_of_the_search_for_pmet():
+    text = flowing((REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8"))
+    path = REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-pmet.json"
+    record = json.loads(path.read_text())
+    searched, checked = record["search"], record["check"]
+    assert len(searched["settings"]) == 12 and "(twelve settings, `assets/results" in text
+    (told,) = checked["settings"].values()
+    own, longer = told["less"].values()
+    for less in (own, longer):
+        assert all(less[metric]["low"] < 0 < less[metric]["high"] for metric in ("RS", "DNS"))
+    rs, dns = (longer[metric]["relative"].replace("[+", "[").replace(", +", ", ")
+               for metric in ("RS", "DNS"))  # fmt: skip
+    assert f"it is RS {rs} and DNS {dns}." in text
+    rate = {(part, row["arm"], row["metric"]): f"{row['value']:.1f}"
+            for part in ("search", "check") for row in record[part]["rows"]}  # fmt: skip
+    assert f"RS of PMET is {rate['search', 'pmet, 20 steps, lr 0.5', 'RS']} on" in text
+    assert f"RS falls to {rate['check', 'pmet, 30 steps, lr 1', 'RS']} on the held-back" in text
+    strong = "pmet, 30 steps, lr 1, gamma 3.2, heads max, kl"
+    found = [rate["search", strong, metric] for metric in ("RS", "DNS", "ES")]
+    assert "gamma 3.2 had RS {} and DNS {} on the tuning cases, and ES {}.".format(*found) in text
 
 
 def test_longer_searches_pay_for_dns_with_rs():
