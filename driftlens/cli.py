@@ -442,6 +442,10 @@ def bench(
         seed=seed,
         texts=_named(texts, TEXT_METRICS, "measure of texts"),
     )
+    if data is not None and split == "all":
+        among = len({case.id for case in tuning} & {case.id for case in chosen})
+        if among:
+            _note(f"{among} of the cases are for tuning; --split held-back leaves such out.")
     if setting.texts:
         chosen = with_beginnings(chosen)
     _tell_what_is_missing(chosen, cases, setting, metrics == "all")

@@ -25,7 +25,7 @@ from driftlens.assets import asset
 from driftlens.bench import UNEDITED, Arm, BenchResult, Setting, make_arms, run_bench, units
 from driftlens.bench.results import CASES, PLAN, UNITS
 from driftlens.bench.units import identity
-from driftlens.cases import ALL_METRICS, Case, Cloze, Metric
+from driftlens.cases import ALL_METRICS, Case, Cloze, Metric, tuning_split
 from driftlens.errors import DataError, EditError, ModelError, RequestError
 from driftlens.evaluation import Answer, answers, average, harmonic_mean, rates
 from driftlens.journal import Journal
@@ -659,12 +659,23 @@ def test_bench_on_the_command_line(
     assert summary["failed"] == []
     assert len(summary["cases"]) == 3
     data = tmp_path / "data.jsonl"
-    data.write_text(asset("facts.jsonl").read_text().splitlines()[0] + "\n{}\n")
+    tuning, held_back = tuning_split(read_cases(asset("facts.jsonl")))
+    data.write_text(json.dumps(tuning[0].to_record()) + "\n{}\n")
     run("--out", str(tmp_path / "b"), "--data", str(data), "--skip-bad")
-    assert notes[-1] == "Record 1, prompt: Field required.\nThere are 1 cases, not 3.\n"
+    assert notes[-1].splitlines() == [
+        "Record 1, prompt: Field required.",
+        "1 of the cases are for tuning; --split held-back leaves such out.",
+        "There are 1 cases, not 3.",
+    ]
     more = ["--out", str(tmp_path / "c"), "--data", str(data), "--skip-bad", "--cases", "1"]
     shown = run(*more, "--metrics", "ES,alias,reasoning", "--texts", "FL,reference")
     assert "No case has anything to ask for alias, reasoning, reference." in notes[-1]
+    assert "--split held-back" in notes[-1]
+    data.write_text(json.dumps(held_back[0].to_record()) + "\n{}\n")
+    run(*more, "--metrics", "ES")
+    assert "--split held-back" not in notes[-1]
+    data.write_text(json.dumps(tuning[0].to_record()) + "\n{}\n")
+    run(*more, "--metrics", "ES,alias,reasoning", "--texts", "FL,reference")
     texts = [one["texts"] for one in BenchResult(tmp_path / "c").records["slow"].values()]
     assert len(texts) == 1 and texts[0].keys() == {"FL"} and texts[0]["FL"] > 0
     for wrong, message in (
