@@ -537,6 +537,9 @@ def reproduce(
     quick: Annotated[
         bool, typer.Option("--quick", help="Few cases and conditions: does everything run?")
     ] = False,
+    method: Annotated[
+        str, typer.Option(help="The editor of fig3 to fig6, rules and rivals.")
+    ] = "rome",
     seed: Annotated[int, typer.Option(help="Of the sampled contexts.")] = 0,
     retry_failed: Annotated[bool, typer.Option(help="Try again what failed before.")] = False,
     device: Annotated[str | None, typer.Option(help="Of the model, e.g. cuda.")] = None,
@@ -546,11 +549,18 @@ def reproduce(
     _check_folder(out)
     from driftlens.assets import asset
     from driftlens.cases import balanced, tuning_split
-    from driftlens.experiments.reproduce import Study, known_names
+    from driftlens.editing.methods import config_of
+    from driftlens.experiments.reproduce import OF_ONE_EDITOR, Study, known_names
     from driftlens.experiments.reproduce import reproduce as run
     from driftlens.readers import read_cases
 
-    known_names(experiments)
+    others = [name for name in known_names(experiments) if name not in OF_ONE_EDITOR]
+    config_of(method)  # known
+    if method != "rome" and others:
+        raise RequestError(
+            f"{', '.join(others)} compares editors: there is no choosing one.",
+            f"Leave --method out, or choose of {', '.join(OF_ONE_EDITOR)}.",
+        )
     wanted = (4 if quick else 150) if cases is None else cases
     if wanted < 1:
         raise RequestError(f"--cases is {wanted}.", "Give at least 1.")
@@ -568,6 +578,7 @@ def reproduce(
         retry_failed=retry_failed,
         progress=not quiet,
         command=" ".join(["driftlens", *sys.argv[1:]]),
+        method=method,
     )
     for finding in run(study, experiments):
         lines = [finding.summary, *finding.points, f"The paper: {finding.paper}"]

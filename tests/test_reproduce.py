@@ -179,7 +179,7 @@ def test_likelier_means_what_the_benchmarks_mean(study: Study) -> None:
     for metric, kind in inside.KINDS.items():
         row = rows.loc[(kind, "pattern", "all")]
         assert row["likelier original, %"] == pytest.approx(success(metric))
-        with study.rome(case).applied(study.model):
+        with study.edit(case).applied(study.model):
             assert row["likelier edited, %"] == pytest.approx(success(metric))
     # A longer answer is not less likely for that, and its length is what it adds to the prompt.
     tokens = study.model.tokens
@@ -506,6 +506,8 @@ def test_bad_requests(study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     for options, message in (
         (["fig9"], "no experiment 'fig9'"),
         (["fig3", "--cases", "0"], "--cases is 0"),
+        (["fig3", "--method", "x"], "no editor 'x'"),
+        (["fig3", "fig7", "--method", "memit"], "fig7 compares editors: .*choose of fig3"),
     ):
         monkeypatch.setattr(
             sys, "argv", ["driftlens", "reproduce", *options, "--out", str(tmp_path / "o")]
@@ -531,11 +533,11 @@ def test_experiments_share_edits_and_make_them_as_benchmarks_do(
     assert [len(pair) for pair in pairs] in ([1, 2], [2, 1])
     monkeypatch.setattr(finding_module, "parts", lambda *a: units.parts(*a, 2))
     first, last = pairs
-    kept = fresh.rome(last[-1])
+    kept = fresh.edit(last[-1])
     assert made == [case.id for case in last]
     reproduce(fresh, ["fig3", "fig4", "fig5"])
     assert made == [case.id for case in (*last, *first)]
-    assert fresh.rome(last[-1]) is kept
+    assert fresh.edit(last[-1]) is kept
 
     benched: list[Any] = []
     ran = units.edits_of
@@ -543,8 +545,31 @@ def test_experiments_share_edits_and_make_them_as_benchmarks_do(
     arm = fresh.arms(("rome",))[1]
     run_bench(fresh.model, fresh.cases[:2], [arm], tmp_path / "b", progress=False)
     for case, edit in benched:
-        for name, delta in fresh.rome(case).deltas.items():
+        for name, delta in fresh.edit(case).deltas.items():
             assert torch.equal(delta.dense(), edit.deltas[name].dense())
+
+
+def test_another_editor_is_looked_into(study: Study, tmp_path: Path) -> None:
+    one = Study(study.model, study.cases[:2], tmp_path, "facts", quick=True, progress=False)
+    other = replace(one, method="memit", _edits={})
+    expected = dl.edit(study.model, one.cases[0].request, "memit", progress=False)
+    for name, delta in other.edit(one.cases[0]).deltas.items():
+        torch.testing.assert_close(delta.dense(), expected.deltas[name].dense())
+    rome, memit = (EXPERIMENTS["fig5"](which) for which in (one, other))
+    assert [arm["method"] for arm in memit.arms] == ["memit"]
+    lost = [finding.rows["lost P(answer)"].tolist() for finding in (rome, memit)]
+    assert lost[0] != lost[1]
+    records = [finding.to_dict(which, 1) for finding, which in ((rome, one), (memit, other))]
+    assert [record["data"] for record in records] == ["facts", "facts, edits of memit"]
+    # The same folder holds both, and the page says which is of another call.
+    (shown,) = reproduce(other, ["rules"])
+    names = [arm["name"] for arm in shown.arms]
+    assert names == ["unedited", "memit", "max (the paper's)", "all heads"]
+    assert {arm["method"] for arm in shown.arms[1:]} == {"memit"}
+    assert shown.points[0].startswith("max (the paper's) less memit: ES ")
+    reproduce(one, ["fig5"])
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("Of an earlier call, on 2 cases (facts, edits of memit)") == 1
 
 
 def test_a_case_that_fails_is_kept_with_its_reason(

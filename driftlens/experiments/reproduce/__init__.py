@@ -32,7 +32,10 @@ EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
     "sequential": sequential,
 }
 
-__all__ = ["EXPERIMENTS", "Finding", "Study", "known_names", "reproduce"]
+OF_ONE_EDITOR = ("fig3", "fig4", "fig5", "fig6", "rules", "rivals")
+"""Experiments that take the study's editor."""
+
+__all__ = ["EXPERIMENTS", "OF_ONE_EDITOR", "Finding", "Study", "known_names", "reproduce"]
 
 
 def known_names(names: Sequence[str]) -> list[str]:

@@ -88,9 +88,9 @@ def table3(study: Study) -> Finding:
 
 def fig6(study: Study) -> Finding:
     """Selective against blanket restriction: which heads are held, over gamma."""
-    gammas = _gammas(study, "rome")
+    gammas = _gammas(study, study.method)
     rules: dict[str, dict[str, Any]] = {"selected heads": {}, "all heads": {"heads": "all"}}
-    arms = _rome_arms(
+    arms = _restricted_arms(
         study,
         {
             f"{rule}, gamma {gamma:g}": (SADR(gamma=gamma, **options),)
@@ -106,7 +106,7 @@ def fig6(study: Study) -> Finding:
         points.append(f"At gamma {gamma:g}: {_changes(result.compare(selected, every))}.")
     text = (
         "Selected heads less all heads, in points. At one gamma, holding all heads is the larger "
-        f"penalty; the figure shows what each costs and keeps.{_untuned(study, ['rome'])}"
+        f"penalty; the figure shows what each costs and keeps.{_untuned(study, [study.method])}"
     )
     figure = figures.trade_off(result.trade_off(), title="Selective and blanket restriction")
     paper = "Restricting all heads costs edit success and helps less, at every gamma (figure 6)."
@@ -149,7 +149,7 @@ def fig7(study: Study) -> Finding:
 
 def rules(study: Study) -> Finding:
     """Open question: how heads are selected, and what divergence holds them."""
-    gamma = sadr_gamma(study.model, "rome")
+    gamma = sadr_gamma(study.model, study.method)
     options: dict[str, dict[str, Any]] = {
         "max (the paper's)": {},
         "all heads": {"heads": "all"},
@@ -168,7 +168,7 @@ def rules(study: Study) -> Finding:
 
 def rivals(study: Study) -> Finding:
     """Open question: what else could be restricted, at equal steps."""
-    gamma = sadr_gamma(study.model, "rome")
+    gamma = sadr_gamma(study.model, study.method)
     arms: dict[str, tuple[Any, ...]] = {"SADR": (SADR(gamma=gamma),)}
     for weight in (0.01,) if study.quick else (0.003, 0.01, 0.03):
         arms[f"keys {weight:g}"] = (KeyDrift(weight=weight),)
@@ -182,26 +182,27 @@ def rivals(study: Study) -> Finding:
 # --- parts ---
 
 
-def _rome_arms(study: Study, penalties: Mapping[str, tuple[Any, ...]]) -> list[Arm]:
-    config = resolve_config(study.model, "rome")
-    plain = [Arm(UNEDITED), Arm("rome", "rome", config)]
-    return [*plain, *(Arm(name, "rome", config, p) for name, p in penalties.items())]
+def _restricted_arms(study: Study, penalties: Mapping[str, tuple[Any, ...]]) -> list[Arm]:
+    method = study.method
+    config = resolve_config(study.model, method)
+    plain = [Arm(UNEDITED), Arm(method, method, config)]
+    return [*plain, *(Arm(name, method, config, p) for name, p in penalties.items())]
 
 
 def _comparison(
     study: Study, name: str, title: str, penalties: Mapping[str, tuple[Any, ...]]
 ) -> Finding:
-    """ROME under several restrictions, told by their paired gains and the steps that they take."""
-    result = study.bench(_rome_arms(study, penalties))
+    """An editor under several restrictions, told by their paired gains and their steps."""
+    result = study.bench(_restricted_arms(study, penalties))
     first, *others = penalties
-    points = [_gain(result, "rome", first) + _steps(result, first, "rome")]
+    points = [_gain(result, study.method, first) + _steps(result, first, study.method)]
     for arm in others:
         points.append(
             f"{arm} less {first}: {_changes(result.compare(arm, first))}."
-            + _steps(result, arm, "rome")
+            + _steps(result, arm, study.method)
         )
     tuned = f" Only the strength of {first} was tuned."
-    text = f"{PAIRED}{_untuned(study, ['rome']) or tuned}"
+    text = f"{PAIRED}{_untuned(study, [study.method]) or tuned}"
     paper = "The paper does not report this; its reviewers ask for it."
     figure = figures.trade_off(result.trade_off(), title=title)
     return _finding(name, title, result, result.table(), figure, text, points, paper)

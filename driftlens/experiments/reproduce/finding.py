@@ -46,6 +46,7 @@ class Study:
         seed: Of the sampled contexts.
         progress: Whether to show bars.
         command: How to run this again, for the record.
+        method: The editor of the experiments that take one: figures 3 to 6, ``rules``, ``rivals``.
 
     Raises:
         RequestError: If there are no cases.
@@ -60,6 +61,7 @@ class Study:
     retry_failed: bool = False
     progress: bool = True
     command: str = ""
+    method: str = "rome"
     _edits: dict[str, Edit | DriftLensError] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -71,8 +73,13 @@ class Study:
                 "Give some that were held back, with neighbours or relations.",
             )
 
-    def rome(self, case: Case) -> Edit:
-        """ROME's edit of one of the cases, with the model's defaults, as :meth:`bench` makes it:
+    @property
+    def label(self) -> str:
+        """How tables call the cases: with the editor, unless it is the paper's own choice."""
+        return self.data if self.method == "rome" else f"{self.data}, edits of {self.method}"
+
+    def edit(self, case: Case) -> Edit:
+        """The edit of one of the cases, with the model's defaults, as :meth:`bench` makes it:
         together with some of the other cases; made once for all experiments.
 
         Raises:
@@ -80,7 +87,7 @@ class Study:
         """
         if case.id not in self._edits:
             together = next(part for part in parts(self.model, self.cases) if case in part)
-            arm = self.arms(("rome",))[1]
+            arm = self.arms((self.method,))[1]
             for one, made in edits_of(self.model, arm, together, self.seed):
                 self._edits[one.id] = made
         found = self._edits[case.id]
@@ -162,7 +169,7 @@ class Finding:
             "paper": self.paper,
             "model": study.model.info.to_dict(),
             "fingerprint": study.model.fingerprint(),
-            "data": study.data,
+            "data": study.label,
             "cases": [case.id for case in study.cases],
             "content": content_digest(study.cases),
             "quick": study.quick,

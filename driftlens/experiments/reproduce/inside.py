@@ -1,7 +1,8 @@
 """Experiments that look inside: substitution, correlation with drift, patching.
 
-For each case ROME's edit is made once, and everything is measured on prompts that the edit should
-leave alone and that hold its subject: relations, and neighbours behind the edited sentence.
+For each case one edit is made, ROME's unless the study names another editor, and everything is
+measured on prompts that the edit should leave alone and that hold its subject: relations, and
+neighbours behind the edited sentence.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def fig3(study: Study) -> Finding:
     )
     figure = figures.window_lines(rows, "change of P(answer)", title=title)
     return Finding(
-        "fig3", title, rows, figure, text, paper, points, _rome(study), failed, seconds=seconds
+        "fig3", title, rows, figure, text, paper, points, _editor(study), failed, seconds=seconds
     )
 
 
@@ -117,7 +118,7 @@ def fig4(study: Study) -> Finding:
     title = "Attention drift against damage, prompt by prompt"
     figure = _scatter(prompts, title, study.seed)
     return Finding(
-        "fig4", title, rows, figure, text, paper, points, _rome(study), failed, seconds=seconds
+        "fig4", title, rows, figure, text, paper, points, _editor(study), failed, seconds=seconds
     )
 
 
@@ -159,7 +160,7 @@ def fig5(study: Study) -> Finding:
     )
     figure = figures.window_lines(rows, "change of P(answer)", title=title)
     return Finding(
-        "fig5", title, rows, figure, text, paper, points, _rome(study), failed, seconds=seconds
+        "fig5", title, rows, figure, text, paper, points, _editor(study), failed, seconds=seconds
     )
 
 
@@ -189,7 +190,7 @@ def _measured(
     records = [journal[unit] for unit in units]
     prompts = [prompt for record in records for prompt in record.get("prompts", ())]
     failed = [
-        ("rome", case.id, record["error"])
+        (study.method, case.id, record["error"])
         for case, record in zip(study.cases, records, strict=True)
         if "error" in record
     ]
@@ -207,9 +208,9 @@ def _measured(
     return prompts, failed, total(records, "seconds")
 
 
-def _rome(study: Study) -> list[dict[str, Any]]:
+def _editor(study: Study) -> list[dict[str, Any]]:
     """The editor, for the record."""
-    return [{"name": arm.name, **arm.to_dict()} for arm in study.arms(("rome",))[1:]]
+    return [{"name": arm.name, **arm.to_dict()} for arm in study.arms((study.method,))[1:]]
 
 
 def _units(study: Study) -> list[dict[str, Any]]:
@@ -217,7 +218,8 @@ def _units(study: Study) -> list[dict[str, Any]]:
     common = {
         **study.model.identity(),
         "covariance": COVARIANCE,
-        "config": asdict(resolve_config(study.model, "rome")),
+        "method": study.method,
+        "config": asdict(resolve_config(study.model, study.method)),
         "seed": study.seed,
         "quick": study.quick,
         "per_kind": PER_KIND,
@@ -229,7 +231,7 @@ def _of_case(study: Study, case: Case, measure: Measure) -> Iterator[dict[str, A
     for metric, kind in KINDS.items():
         about = [p for p in case.probes((metric,)) if case.request.subject in p.prompt]
         for probe in about[:PER_KIND]:
-            measured = measure(study.model, study.rome(case), probe, probe is about[0])
+            measured = measure(study.model, study.edit(case), probe, probe is about[0])
             yield {"case": case.id, "kind": kind, "prompt": probe.prompt, **measured}
 
 

@@ -28,7 +28,7 @@ def page(study: Study, findings: Sequence[Recorded]) -> str:
     ]
     return document(
         f"Attention drift in {info.name}",
-        [f"{study.data}: {len(study.cases)} cases, {info.weights}.{QUICK if study.quick else ''}"],
+        [f"{study.label}: {len(study.cases)} cases, {info.weights}.{QUICK if study.quick else ''}"],
         study.command,
         sections,
     )
@@ -37,8 +37,8 @@ def page(study: Study, findings: Sequence[Recorded]) -> str:
 def _earlier(study: Study, found: Recorded) -> list[str]:
     """How a finding was made, if not like this call's."""
     record = found.record
-    setting = (record["content"], record["quick"], record["seed"])
-    if setting == (content_digest(study.cases), study.quick, study.seed):
+    setting = [record[name] for name in ("content", "quick", "seed", "data")]
+    if setting == [content_digest(study.cases), study.quick, study.seed, study.label]:
         return []
     quick = QUICK if record["quick"] else ""
     of = f"{len(record['cases'])} cases ({record['data']})"
