@@ -397,6 +397,35 @@ def test_readme_says_what_each_editor_breaks():
     assert "changes RS by -1.2 points and NS by -1.3" in text
 
 
+def test_what_is_said_of_selected_and_all_heads():
+    (run,) = json.loads((REPOSITORY / "assets/results/fig6.json").read_text())["runs"]
+    rate = {(row["arm"], row["metric"]): row["value"] for row in result_rows("fig6")}
+    text = flowing(README)
+    selected, blanket = ("selected heads, gamma {}", "all heads, gamma {}")
+
+    def less(one: str, other: str, metric: str) -> str:
+        return f"{abs(rate[one, metric] - rate[other, metric]):.1f}"
+
+    strong = (selected.format("3.2"), blanket.format("3.2"))
+    lost, kept = ([less(*strong, metric) for metric in metrics]
+                  for metrics in (("ES", "PS"), ("RS", "DNS")))  # fmt: skip
+    assert all(rate[strong[0], m] > rate[strong[1], m] for m in ("ES", "PS"))
+    assert all(rate[strong[0], m] < rate[strong[1], m] for m in ("RS", "DNS"))
+    assert "(at 3.2, {} points of ES and {} of PS more)".format(*lost) in text
+    assert "(RS {} points, DNS {})".format(*kept) in text
+    fine, cheap = (selected.format("0.8"), blanket.format("0.2"))
+    assert [f"{rate[fine, m]:.1f}" for m in ("ES", "PS")] == ["100.0", "93.7"]
+    assert [rate[cheap, m] for m in ("ES", "PS")] == [rate[fine, m] for m in ("ES", "PS")]
+    assert "selected heads at 0.8 (100.0 and 93.7)" in text
+    gains = [less(cheap, fine, metric) for metric in ("NS", "RS", "DNS")]
+    assert "{} points more of NS, {} of RS and {} of DNS, all three clear".format(*gains) in text
+    (told,) = (p for p in run["points"] if p.startswith(f"{cheap} less {fine}"))
+    page = flowing((REPOSITORY / "docs/results.md").read_text(encoding="utf-8"))
+    for metric in ("NS", "RS", "DNS"):
+        found = re.search(rf"{metric} \+[\d.]+ \[\+[\d.]+, \+[\d.]+\]", told)
+        assert found is not None and found[0] in page
+
+
 def test_the_table_of_many_facts_is_the_result_file():
     text = (REPOSITORY / "docs" / "editors.md").read_text(encoding="utf-8")
     result = json.loads((REPOSITORY / "assets/results/many-smollm2-135m.json").read_text())

@@ -28,7 +28,14 @@ from driftlens.editing.contexts import sample_contexts
 from driftlens.errors import RequestError
 from driftlens.evaluation import Answer, answers, rates
 from driftlens.experiments import sadr_search
-from driftlens.experiments.reproduce import EXPERIMENTS, Finding, Study, inside, reproduce
+from driftlens.experiments.reproduce import (
+    EXPERIMENTS,
+    Finding,
+    Study,
+    editors,
+    inside,
+    reproduce,
+)
 from driftlens.experiments.reproduce import finding as finding_module
 from driftlens.generation import measure_texts
 from driftlens.readers import read_cases
@@ -671,9 +678,29 @@ def test_what_figure_6_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert text.endswith(
         f"\nAt gamma 5: {change(one, every, 'ES', 9)}, {change(one, every, 'RS', 5)}."
+        f"\nNone of the others costs as little as {one}."
+    )
+    found[every] = {"ES": 98.0, "RS": 41.0}  # one prompt of ES
+    text, change = told(monkeypatch, study, "fig6", found)
+    assert text.endswith(
+        f"\n{every} less {one}: {change(every, one, 'ES', -1)}, {change(every, one, 'RS', 11)}."
     )
     found[every] = {}
     assert "\nAt gamma 5: nothing to compare." in told(monkeypatch, study, "fig6", found)[0]
+
+
+def test_what_keeps_most_at_no_higher_price() -> None:
+    one = {"ES": 99.0, "PS": 90.0, "NS": 60.0, "RS": 30.0, "DNS": 40.0}
+    result = result_of({
+        "one": one, "dear": {**one, "PS": 88.0, "RS": 90.0},
+        "better": {**one, "PS": 89.0, "RS": 40.0}, "best": {**one, "PS": 95.0, "NS": 75.0},
+        "nothing": {},
+    })  # fmt: skip
+    others = ["dear", "better", "best", "nothing"]
+    assert editors._at_no_higher_price(result, "one", others).startswith("best less one: ES +0.0")
+    assert "RS +10.0 [" in editors._at_no_higher_price(result, "one", ["dear", "better"])
+    told = editors._at_no_higher_price(result, "one", ["dear", "nothing"])
+    assert told == "None of the others costs as little as one."
 
 
 def test_what_figure_7_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -729,7 +756,6 @@ def test_what_rivals_are_compared_with(study: Study, monkeypatch: pytest.MonkeyP
 
 
 def test_strengths_are_tried_around_the_known_one(study: Study) -> None:
-    from driftlens.experiments.reproduce import editors
 
     whole = replace(study, quick=False)
     assert editors._gammas(whole, "rome") == (1.25, 5.0, 20.0, 80.0)

@@ -104,9 +104,13 @@ def fig6(study: Study) -> Finding:
     for gamma in gammas:
         selected, every = (f"{rule}, gamma {gamma:g}" for rule in rules)
         points.append(f"At gamma {gamma:g}: {_changes(result.compare(selected, every))}.")
+    blanket = [f"all heads, gamma {gamma:g}" for gamma in gammas]
+    points += [_at_no_higher_price(result, f"selected heads, gamma {g:g}", blanket) for g in gammas]
     text = (
         "Selected heads less all heads, in points. At one gamma, holding all heads is the larger "
-        f"penalty; the figure shows what each costs and keeps.{_untuned(study, [study.method])}"
+        "penalty; so for each setting of selected heads, the setting of all heads that keeps most "
+        "of those that cost no more of ES and PS (one prompt in any case), chosen on the same "
+        f"cases.{_untuned(study, [study.method])}"
     )
     figure = figures.trade_off(result.trade_off(), title="Selective and blanket restriction")
     paper = "Restricting all heads costs edit success and helps less, at every gamma (figure 6)."
@@ -269,6 +273,21 @@ def _between(result: BenchResult, arm: str, metric: Metric, base: Metric) -> Dif
 
     asked = {answer.metric for own in answers.values() for answer in own}
     return compare(only(metric), only(base))[base] if {metric, base} <= asked else None
+
+
+def _at_no_higher_price(result: BenchResult, arm: str, others: Sequence[str]) -> str:
+    """Of other arms that cost the edit no more than one does, what the one that keeps most keeps
+    more."""
+    kept = {
+        other: found
+        for other in others
+        if (found := result.compare_kept(other, arm)) is not None
+        and not result.excess(other, arm, dict.fromkeys(ALLOWED, 0.0))
+    }
+    if not kept:
+        return f"None of the others costs as little as {arm}."
+    best = max(kept, key=lambda other: kept[other].value)
+    return f"{best} less {arm}: {_changes(result.compare(best, arm))}."
 
 
 def _steps(result: BenchResult, arm: str, plain: str) -> str:
