@@ -75,7 +75,7 @@ class Study:
 
     @property
     def label(self) -> str:
-        """How tables call the cases: with the editor, unless it is the paper's own choice."""
+        """What tables call the cases; with the editor, unless it is the paper's own choice."""
         return self.data if self.method == "rome" else f"{self.data}, edits of {self.method}"
 
     def edit(self, case: Case) -> Edit:
