@@ -105,11 +105,12 @@ class Study:
         )  # fmt: skip
 
     def texts(self, arms: Sequence[Arm]) -> BenchResult:
-        """Fluency (FL) of what the model writes under some arms. In a folder of their own: texts
-        take longer than all answers."""
+        """Fluency (FL) of what the model writes under some arms, if quick on two cases only. In a
+        folder of their own: texts take longer than all answers."""
+        cases = with_beginnings(self.cases[:2] if self.quick else self.cases)
         setting = Setting((), self.seed, texts=("FL",), text_length=60 if self.quick else 100)
         return run_bench(
-            self.model, with_beginnings(self.cases), arms, self.out / "texts", setting=setting,
+            self.model, cases, arms, self.out / "texts", setting=setting,
             retry_failed=self.retry_failed, command=self.command, progress=self.progress,
         )  # fmt: skip
 
