@@ -171,8 +171,8 @@ class Bench:
         for request in self.requests():
             begun = self._begun(request, contexts, search)
             penalty = (dl.SADR(gamma=gamma),)
-            without, _ = timed(lambda b=begun: optimise_value(b, descent, (), False))
-            with_it, value = timed(lambda b=begun, p=penalty: optimise_value(b, descent, p, False))
+            without, _ = timed(partial(optimise_value, begun, descent, (), False))
+            with_it, value = timed(partial(optimise_value, begun, descent, penalty, False))
             ratios.append(with_it / without)
             task = task_of(self.model, request, contexts)
             shares.append(self.share(self._edit_ops(task, search), with_it))
@@ -198,10 +198,9 @@ class Bench:
         ratios: dict[str, list[float]] = {name: [] for name in RESTRICTIONS}
         for request in self.requests():
             begun = self._begun(request, contexts, search)
-            without, _ = timed(lambda b=begun: optimise_value(b, descent, (), False))
+            without, _ = timed(partial(optimise_value, begun, descent, (), False))
             for name, penalty in RESTRICTIONS.items():
-                held = (penalty,)
-                with_it, _ = timed(lambda b=begun, p=held: optimise_value(b, descent, p, False))
+                with_it, _ = timed(partial(optimise_value, begun, descent, (penalty,), False))
                 ratios[name].append(with_it / without)
                 report(f"restrictions: {name}", with_it, without, f"{search.steps} steps")
         medians = {name: stats.median(found) for name, found in ratios.items()}

@@ -414,7 +414,12 @@ def rate_cells(
     found: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = METRICS
 ) -> list[str]:
     """Cells of a table, one for each metric, from rates as records."""
-    return [str(Rate(**found[metric])) if metric in found else "-" for metric in metrics]
+    return [
+        with_interval(*(found[metric][end] for end in ("value", "low", "high")))
+        if metric in found
+        else "-"
+        for metric in metrics
+    ]
 
 
 def harmonic_mean(values: Iterable[float]) -> float:

@@ -275,6 +275,7 @@ class Merged(_Schema):
     marks: ClassVar[frozenset[str]] = frozenset({"requested_rewrite"})
     template = "requested_rewrite.prompt"
     new = "requested_rewrite.target_new"
+
     requested_rewrite: _MergedRewrite
     paraphrase: _Pairs | None = pydantic.Field(None, alias="p-paraphrase")
     alias: _Pairs | None = pydantic.Field(None, alias="p-subject_alias")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_bench import ARMS, SEARCHED, cases, model, records
+from test_bench import ARMS, SEARCHED, bench, cases, model, records
 
 import driftlens as dl
 from driftlens.bench import BenchResult, Job, Setting, ray_executor, run_bench, units
@@ -73,12 +73,6 @@ def on_one_thread(model: dl.LensModel, cases: Any, out: Path, arms: Any = ARMS) 
         torch.set_num_threads(threads)
 
 
-def bench(
-    model: dl.LensModel, cases: Any, out: Path, executor: Any = None, arms: Any = ARMS
-) -> BenchResult:
-    return run_bench(model, cases, arms, out, cases_at_once=2, executor=executor, progress=False)
-
-
 class Killing(RayExecutor):
     """Kills one of its workers after each of its first records, as many as `kills`."""
 
@@ -105,7 +99,7 @@ def test_results_equal_those_of_a_local_run_though_workers_die(
     pids.mkdir()
     executor = Killing(pids, load=partial(load, str(pids)), identity=model.identity(), threads=1)
     executor.kills = 1
-    found = bench(model, cases, tmp_path / "out", executor)
+    found = bench(model, cases, tmp_path / "out", executor=executor)
     assert found.is_complete
     assert records(found) == records(expected)
     assert len(executor.killed) == 1
@@ -121,7 +115,7 @@ def test_searched_values_are_those_of_a_local_run(
     expected = on_one_thread(model, cases[:4], tmp_path / "local", SEARCHED)
     executor = Killing(pids, load=partial(load, str(pids)), identity=model.identity(), threads=1)
     executor.kills = 1
-    found = bench(model, cases[:4], tmp_path / "out", executor, SEARCHED)
+    found = bench(model, cases[:4], tmp_path / "out", SEARCHED, executor=executor)
     assert found.is_complete and not found.failed
     assert records(found) == records(expected)
 
@@ -176,7 +170,7 @@ def test_what_ends_a_local_run_ends_this_one(
     other = partial(load, str(tmp_path), seed=2)
     executor = RayExecutor(other, model.identity(), threads=1, workers=1)
     with pytest.raises(ModelError, match="differs from the run's in model"):
-        bench(model, cases, tmp_path / "out", executor)
+        bench(model, cases, tmp_path / "out", executor=executor)
 
 
 def test_what_workers_may_differ_in(model: dl.LensModel) -> None:
@@ -215,7 +209,7 @@ def test_a_run_without_room_ends_at_once(
 ) -> None:
     executor = RayExecutor(lambda: model, model.identity(), threads=1, workers=4)
     with pytest.raises(RequestError, match="room for 2 workers"):
-        bench(model, cases, tmp_path / "out", executor)
+        bench(model, cases, tmp_path / "out", executor=executor)
 
 
 def test_bad_numbers(model: dl.LensModel) -> None:

@@ -168,8 +168,7 @@ def markdown(record: dict[str, Any], parts: Sequence[str] = ("search", "check"))
         of = f"{len(told['cases'])} {'tuning' if part == 'search' else 'held back'}"
         found: dict[str, dict[str, dict[str, Any]]] = {arm["name"]: {} for arm in told["arms"]}
         for row in told["rows"]:
-            rate = {name: row[name] for name in ("value", "low", "high", "prompts", "cases")}
-            found[row["arm"]][row["metric"]] = rate
+            found[row["arm"]][row["metric"]] = row
         for arm, rates in found.items():
             lines.append(f"| {of} | {arm} | {' | '.join(rate_cells(rates))} |")
     return "\n".join(lines)

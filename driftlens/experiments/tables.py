@@ -7,11 +7,10 @@ it in TABLES.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from driftlens.cases import METRICS
-from driftlens.evaluation import Rate, rate_cells
+from driftlens.evaluation import rate_cells
 from driftlens.intervals import with_interval
 
 
@@ -136,8 +135,7 @@ def _successes(
 ) -> Iterator[tuple[tuple[str, ...], list[str]]]:
     """By data, model and arm: some metrics in per cent, each with its interval."""
     for place, rows in _by(record, "data", "model", "arm"):
-        rates = {row["metric"]: {f.name: row[f.name] for f in fields(Rate)} for row in rows}
-        yield place, rate_cells(rates, shown)
+        yield place, rate_cells({row["metric"]: row for row in rows}, shown)
 
 
 def _by(

@@ -98,19 +98,20 @@ class Study:
     def bench(self, arms: Sequence[Arm]) -> BenchResult:
         """Results of some arms, by all metrics. All experiments write to one folder, so that
         conditions which they have in common are run once."""
-        setting = Setting(seed=self.seed)
-        return run_bench(
-            self.model, self.cases, arms, self.out / "bench", setting=setting,
-            retry_failed=self.retry_failed, command=self.command, progress=self.progress,
-        )  # fmt: skip
+        return self._run(self.cases, arms, "bench", Setting(seed=self.seed))
 
     def texts(self, arms: Sequence[Arm]) -> BenchResult:
         """Fluency (FL) of what the model writes under some arms, if quick on two cases only. In a
         folder of their own: texts take longer than all answers."""
         cases = with_beginnings(self.cases[:2] if self.quick else self.cases)
         setting = Setting((), self.seed, texts=("FL",), text_length=60 if self.quick else 100)
+        return self._run(cases, arms, "texts", setting)
+
+    def _run(
+        self, cases: Sequence[Case], arms: Sequence[Arm], folder: str, setting: Setting
+    ) -> BenchResult:
         return run_bench(
-            self.model, cases, arms, self.out / "texts", setting=setting,
+            self.model, cases, arms, self.out / folder, setting=setting,
             retry_failed=self.retry_failed, command=self.command, progress=self.progress,
         )  # fmt: skip
 
