@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -65,3 +66,14 @@ def check_command(arguments: list[str]) -> None:
     for command in group.commands.values():
         command.callback = lambda **options: None
     group.main(list(arguments), prog_name="driftlens", standalone_mode=False)
+
+
+def result_rows(name: str) -> list[dict[str, Any]]:
+    """The rows of a file in assets/results."""
+    path = REPOSITORY / f"assets/results/{name}.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
+
+
+def flowing(text: str) -> str:
+    """A text on one line."""
+    return " ".join(text.split())

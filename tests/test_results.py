@@ -1,0 +1,365 @@
+"""What the page on results says in words, and the pages that it leads to, is what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from documents import REPOSITORY, flowing, result_rows
+
+from driftlens.assets import asset, survey_result
+from driftlens.editing.methods import METHODS
+from driftlens.experiments import gather, many, sadr_search
+from driftlens.experiments.reproduce import EXPERIMENTS
+from driftlens.experiments.survey import markdown, paired_markdown
+from driftlens.readers import read_cases
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGE = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
+
+
+def test_page_shows_the_measured_averages():
+    result = survey_result("smollm2-135m")
+    assert result is not None
+    assert markdown(result) in PAGE
+    assert paired_markdown(result) in PAGE
+    assert result["command"] in PAGE
+
+
+def test_page_says_of_paired_differences_what_was_measured():
+    result = survey_result("smollm2-135m")
+    assert result is not None
+    kinds = result["kinds"]
+    found = {kind: content["less_edited"] for kind, content in kinds.items()}
+    clear = {(kind, s) for kind, own in found.items() for s in own if own[s]["low"] > 0}
+    assert {kind for kind, state in clear if state == "sadr"} == {"relation"}
+    wanted = {"relation", "distractor"}
+    assert {kind for kind, state in clear if state == "restored: pattern"} == wanted
+    lost = {k: c["states"]["original"]["answer"] - c["states"]["edited"]["answer"]
+            for k, c in kinds.items()}  # fmt: skip
+    shares = {s: [round(100 * own[s]["value"] / lost[kind]) for kind, own in found.items()]
+              for s in ("restored: pattern", "restored: values", "sadr")}  # fmt: skip
+    assert "11 % (relation), 31 %\n(distractor) and 7 %" in PAGE
+    assert shares["restored: pattern"] == [11, 31, 7]
+    assert "brings back 80 to 101 %" in PAGE
+    assert (min(shares["restored: values"]), max(shares["restored: values"])) == (80, 101)
+    assert "prevents 9 to 10 %" in PAGE
+    assert (min(shares["sadr"]), max(shares["sadr"])) == (9, 10)
+
+
+def test_page_says_of_the_main_table_what_was_measured():
+    for run in json.loads((REPOSITORY / "assets/results/table3.json").read_text())["runs"]:
+        told = " ".join([run["text"], *run["points"]])
+        for share in re.findall(r"\+(\d+) % ", told):
+            assert re.search(rf"\b{share}( %|, | and)", PAGE), share
+        for cost in re.findall(r"(?:ES|PS) -([\d.]+)", told):
+            assert re.search(rf"\b{cost}\b", PAGE), cost
+
+
+def test_what_was_gathered_stands_in_the_texts():
+    results = REPOSITORY / "assets/results"
+    shown = []
+    for path in (REPOSITORY / "README.md", REPOSITORY / "docs/results.md"):
+        text = path.read_text(encoding="utf-8")
+        assert gather.fill(text, results) == text, path
+        shown += [match[2] for match in gather.BLOCK.finditer(text)]
+    there = [name for name in EXPERIMENTS if (results / f"{name}.json").is_file()]
+    assert sorted(shown) == sorted(there)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_results_are_of_150_cases_without_failures(name: str):
+    path = REPOSITORY / f"assets/results/{name}.json"
+    if not path.is_file():
+        pytest.skip(f"{name} has not been gathered")
+    for run in json.loads(path.read_text())["runs"]:
+        assert not run["failed"]
+        assert len(run["cases"]) >= 150
+
+
+def test_page_says_of_patterns_and_values_what_was_measured():
+    whole = {(row["data"], row["model"], row["kind"], row["patched"]): row
+             for row in result_rows("fig5") if row["layers"] == "all"}  # fmt: skip
+    kinds, text = ("relation", "distract neighbourhood"), flowing(PAGE)
+    shares = {model: [round(whole["shipped facts", model, kind, "pattern"]["share, %"])
+                      for kind in kinds] for model in ("smollm2-135m", "gemma-3-270m")}  # fmt: skip
+    assert shares == {"smollm2-135m": [6, 1], "gemma-3-270m": [0, -3]}
+    assert "brings back 6 % (relation) and 1 % (distract neighbourhood)" in text
+    assert "and 0 and -3 % on Gemma" in text
+    values = [round(row["share, %"]) for (data, *_, what), row in whole.items()
+              if (data, what) == ("shipped facts", "values")]  # fmt: skip
+    assert (len(values), min(values), max(values)) == (4, 97, 107)
+    assert "brings back 97 to 107 %" in text
+    theirs = {kind: [whole["counterfact_wikidata_dev", "smollm2-135m", kind, what]
+                     for what in ("pattern", "values")] for kind in kinds}  # fmt: skip
+    likelier = {
+        kind: [round(pattern[f"likelier {state}, %"]) for state in ("original", "edited")]
+        + [round(row["answer likelier, %"]) for row in (pattern, value)]
+        for kind, (pattern, value) in theirs.items()
+    }
+    assert likelier == {"relation": [70, 10, 46, 68], "distract neighbourhood": [54, 20, 28, 61]}
+    for said in (
+        "on 70 % of the prompts before the edit, on 10 % after it, and on 46 %",
+        "on distract neighbourhoods on 54, 20 and 28 %",
+        "(68 and 61 % of the prompts)",
+    ):
+        assert said in text
+    windows = [row for row in result_rows("fig5")
+               if row["kind"] == kinds[1] and row["data"] == "counterfact_wikidata_dev"
+               and row["patched"] == "pattern" and row["layers"] != "all"]  # fmt: skip
+    best = max(windows, key=lambda row: row["change of P(answer)"])
+    rise = 100 * best["change of P(answer)"] / best["P(answer) unpatched"]
+    pattern = theirs[kinds[1]][0]
+    assert (
+        f"patterns bring back {pattern['share, %']:.0f} % and those of layers "
+        f"{best['layers'].replace('-', ' to ')} alone {best['share, %']:.0f} %, a rise of "
+        f"P(answer) by {rise:.1f} % relative"
+    ) in text
+
+
+def test_page_says_of_substitution_and_drift_what_was_measured():
+    text = flowing(PAGE)
+    worst: dict[tuple[str, str, str], float] = {}
+    for row in result_rows("fig3"):
+        place = row["model"], row["kind"], row["patched"]
+        worst[place] = min(worst.get(place, 0.0), row["change of P(answer)"])
+    shares = {what: [round(100 * cost / worst[model, kind, "resid"])
+                     for (model, kind, found), cost in worst.items() if found == what]
+              for what in ("attn_out", "mlp_out")}  # fmt: skip
+    ends = [f"{min(own)} to {max(own)} %" for own in shares.values()]
+    assert f"costs the original model {ends[0]} of what" in text
+    assert f"what its MLPs write, {ends[1]}." in text
+    found = {(row["model"], row["damage"], row["kind"], row["drift"]): round(row["pearson"], 2)
+             for row in result_rows("fig4")}  # fmt: skip
+    kinds, models = ("relation", "distract neighbourhood"), ("smollm2-135m", "gemma-3-270m")
+    fall, rise = ([found[model, damage, kind, "max head"] for model in models for kind in kinds]
+                  for damage in ("fall of P(answer)", "rise of P(new target)"))  # fmt: skip
+    assert (
+        "correlates with the fall of P(answer) at {} and {} on SmolLM2 and at {} and {} on Gemma, "
+        "and with the rise of P(new target) at {} and {}, {} and {}."
+    ).format(*fall, *rise) in text
+    rows = {kind: sorted(found[model, damage, kind, "row KL"] for model in models
+                         for damage in ("fall of P(answer)", "rise of P(new target)"))
+            for kind in kinds}  # fmt: skip
+    ends = [f"({rows[kind][0]:.2f} to {rows[kind][-1]:.2f})" for kind in reversed(kinds)]
+    assert f"on distract neighbourhoods {ends[0]}, hardly on relations {ends[1]}." in text
+
+
+def test_page_says_what_sadr_saves_of_what_is_lost():
+    rate = {(row["data"], row["model"], row["arm"], row["metric"]): row["value"]
+            for row in result_rows("table3")}  # fmt: skip
+    saved = []
+    for place in (
+        ("shipped facts", "smollm2-135m"),
+        ("counterfact_wikidata_dev", "smollm2-135m"),
+        ("shipped facts", "gemma-3-270m"),
+    ):
+        for metric in ("RS", "DNS"):
+            before, plain, held = (rate[(*place, arm, metric)]
+                                   for arm in ("unedited", "rome", "rome + sadr"))  # fmt: skip
+            saved.append(f"{100 * (held - plain) / (before - plain):.0f}")
+    assert (
+        "SADR saves {} % (RS) and {} % (DNS) on SmolLM2 and the shipped facts, {} and {} % on "
+        "SmolLM2 and the paper's data, {} and {} % on Gemma and the shipped facts."
+    ).format(*saved) in flowing(PAGE)
+
+
+def test_page_says_what_the_context_alone_costs():
+    rate = {(row["data"], row["model"], row["arm"], row["metric"]): row["value"]
+            for row in result_rows("table3")}  # fmt: skip
+
+    def told(arm: str, metric: str) -> float:
+        return rate["counterfact_wikidata_dev", "smollm2-135m", arm, metric]
+
+    text = flowing(PAGE)
+    before, behind = told("unedited", "NS"), told("unedited", "DNS")
+    assert (
+        f"takes the *unedited* SmolLM2 from {before:.1f} (NS) to {behind:.1f} (DNS), an unrelated "
+        f"sentence leaves it at {told('unedited', 'lead-neighbour'):.1f}; ROME then takes it to "
+        f"{told('rome', 'DNS'):.1f}. Of these {before - told('rome', 'DNS'):.1f} points the "
+        f"sentence alone costs {before - behind:.1f}."
+    ) in text
+    before, behind = told("unedited", "RS"), told("unedited", "distract-relation")
+    assert (
+        f"In front of relations it costs {before - behind:.1f} ({before:.1f} to {behind:.1f}; "
+        f"behind an unrelated one {told('unedited', 'lead-relation'):.1f}), but RS, which ROME "
+        f"takes from {before:.1f} to {told('rome', 'RS'):.1f}, has no sentence in front"
+    ) in text
+    costs = [rate["shipped facts", model, "unedited", before]
+             - rate["shipped facts", model, "unedited", behind]
+             for model in ("smollm2-135m", "gemma-3-270m")
+             for before, behind in (("NS", "DNS"), ("RS", "distract-relation"))]  # fmt: skip
+    assert f"the sentence costs {min(costs):.1f} to {max(costs):.1f} points" in text
+
+
+def test_what_is_said_of_the_shipped_facts_in_the_page_on_metrics():
+    text = flowing((REPOSITORY / "docs/concepts/metrics.md").read_text(encoding="utf-8"))
+    facts = {case.id: case for case in read_cases(asset("facts.jsonl"))}
+    runs = json.loads((REPOSITORY / "assets/results/table3.json").read_text())["runs"]
+    asked = [facts[name] for name in runs[1]["cases"]]
+    near = [neighbour.prompt for case in asked for neighbour in case.neighbours]
+    subjects = {case.request.subject for case in asked}
+    assert f"({len(set(near))} different ones among the {len(near)} of the 150" in text
+    assert f"{len(subjects)} subjects come in them" in text
+    rate = {row["metric"]: row["value"] for row in result_rows("table3")
+            if (row["data"], row["arm"]) == ("counterfact_wikidata_dev", "unedited")}  # fmt: skip
+    assert f"has an NS of {rate['NS']:.1f} and a DNS of {rate['DNS']:.1f}" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "parts", "gains"),
+    [
+        ("rome", ("search", "check"), {"RS": "73 % [24, 170]", "DNS": "7 % [-10, 31]"}),
+        ("memit", ("check",), {"RS": "103 % [43, 253]", "DNS": "54 % [25, 106]"}),
+        ("pmet", ("check",), {"RS": "-10 % [-45, 35]", "DNS": "-12 % [-23, 1]"}),
+    ],
+)
+def test_the_search_for_the_settings_of_sadr_is_the_result_file(
+    method: str, parts: tuple[str, ...], gains: dict[str, str]
+):
+    text = (REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8")
+    result = json.loads(
+        (REPOSITORY / f"assets/results/tuning/sadr-smollm2-135m-{method}.json").read_text()
+    )
+    assert sadr_search.markdown(result, parts) in text
+    assert result["command"] in flowing(text.replace("\\\n", " "))
+    searched, checked = result["search"], result["check"]
+    assert not set(searched["cases"]) & set(checked["cases"])
+    settings = searched["settings"]
+    merits = {name: (-told["beyond what is allowed"], told["gained"])
+              for name, told in settings.items()}  # fmt: skip
+    assert merits[searched["best"]] == max(merits.values())
+    ((best, told),) = checked["settings"].items()
+    assert best == searched["best"]
+    less = next(iter(told["less"].values()))  # the editor's own setting
+    for page in (text, PAGE):
+        page = flowing(page.replace("+", ""))
+        for metric, share in gains.items():
+            assert less[metric]["relative"].replace("+", "") == share
+            assert share in page
+        kept, cost = (less[metric]["value"] for metric in ("ES", "PS"))
+        told_costs = (
+            f"{-kept:.1f} points of ES and {-cost:.1f} of PS"
+            if kept < 0
+            else f"gains {kept:.1f} points of ES and costs {-cost:.1f} of PS"
+        )
+        assert told_costs in page
+    penalty = checked["arms"][-1]["penalties"][0]
+    shown = f'SADR(gamma={penalty["gamma"]:g}, heads="{penalty["heads"]}"'
+    shown += f', divergence="{penalty["divergence"]}"' * (penalty["divergence"] != "kl")
+    layers = penalty["layers"]
+    assert layers is None or layers == [*range(len(layers))]
+    shown += f", layers=range({len(layers)})" if layers else ""
+    assert f"`{shown})`" in flowing(PAGE)
+
+
+def test_what_is_said_of_the_search_for_pmet():
+    text = flowing((REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8"))
+    path = REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-pmet.json"
+    record = json.loads(path.read_text())
+    searched, checked = record["search"], record["check"]
+    assert len(searched["settings"]) == 12 and "(twelve settings, `assets/results" in text
+    (told,) = checked["settings"].values()
+    own, longer = told["less"].values()
+    for less in (own, longer):
+        assert all(less[metric]["low"] < 0 < less[metric]["high"] for metric in ("RS", "DNS"))
+    rs, dns = (longer[metric]["relative"].replace("[+", "[").replace(", +", ", ")
+               for metric in ("RS", "DNS"))  # fmt: skip
+    assert f"it is RS {rs} and DNS {dns}." in text
+    rate = {(part, row["arm"], row["metric"]): f"{row['value']:.1f}"
+            for part in ("search", "check") for row in record[part]["rows"]}  # fmt: skip
+    assert f"RS of PMET is {rate['search', 'pmet, 20 steps, lr 0.5', 'RS']} on" in text
+    assert f"RS falls to {rate['check', 'pmet, 30 steps, lr 1', 'RS']} on the held-back" in text
+    strong = "pmet, 30 steps, lr 1, gamma 3.2, heads max, kl"
+    found = [rate["search", strong, metric] for metric in ("RS", "DNS", "ES")]
+    assert "gamma 3.2 had RS {} and DNS {} on the tuning cases, and ES {}.".format(*found) in text
+
+
+def test_longer_searches_pay_for_dns_with_rs():
+    text = (REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8")
+    path = REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-memit.json"
+    settings = json.loads(path.read_text())["search"]["settings"]
+    longer = settings["memit, 30 steps, lr 1, gamma 0.8, heads max, kl"]
+    less = longer["less"]["memit, 20 steps, lr 0.5"]
+    gained, lost = (round(sign * less[metric]["relative_value"])
+                    for metric, sign in (("DNS", 1), ("RS", -1)))  # fmt: skip
+    assert f"30 steps gain {gained} % of DNS and lose {lost} % of RS" in flowing(text)
+
+
+def test_page_says_what_each_editor_breaks():
+    (run,) = json.loads((REPOSITORY / "assets/results/table1.json").read_text())["runs"]
+    lost = {(one["metric"], one["arm"]): -one["value"]
+            for one in run["differences"] if one["less"] == "unedited"}  # fmt: skip
+    text = flowing(PAGE)
+    for metric, least, most in (("RS", "pmet", "rome"), ("DNS", "pmet", "ft-l")):
+        own = {arm: value for (of, arm), value in lost.items() if of == metric and arm != "grace"}
+        assert (min(own, key=lambda a: own[a]), max(own, key=lambda a: own[a])) == (least, most)
+        points = f"{own[least]:.1f} ({least.upper()}) to {own[most]:.1f}"
+        assert points in text
+        if metric == "RS":
+            short = f"all editors but GRACE take {own[least]:.1f} to {own[most]:.1f} points of RS"
+            assert short in flowing(README)
+    grace = [f"{abs(lost[metric, 'grace']):.1f}" for metric in ("RS", "DNS", "NS")]
+    assert "({} and {}, but {} of NS)".format(*grace) in text
+    assert run["points"][-1].startswith(
+        "The context alone changes, on the unedited model, NS by -1.3 ["
+    )
+    assert "RS by -1.2 [-2.1, -0.4] behind the edited sentence" in run["points"][-1]
+    assert "changes RS by -1.2 points and NS by -1.3" in text
+
+
+def test_what_is_said_of_selected_and_all_heads():
+    (run,) = json.loads((REPOSITORY / "assets/results/fig6.json").read_text())["runs"]
+    rate = {(row["arm"], row["metric"]): row["value"] for row in result_rows("fig6")}
+    text = flowing(PAGE)
+    selected, blanket = ("selected heads, gamma {}", "all heads, gamma {}")
+
+    def less(one: str, other: str, metric: str) -> str:
+        return f"{abs(rate[one, metric] - rate[other, metric]):.1f}"
+
+    strong = (selected.format("3.2"), blanket.format("3.2"))
+    lost, kept = ([less(*strong, metric) for metric in metrics]
+                  for metrics in (("ES", "PS"), ("RS", "DNS")))  # fmt: skip
+    assert all(rate[strong[0], m] > rate[strong[1], m] for m in ("ES", "PS"))
+    assert all(rate[strong[0], m] < rate[strong[1], m] for m in ("RS", "DNS"))
+    assert "(at 3.2, {} points of ES and {} of PS more)".format(*lost) in text
+    assert "(RS {} points, DNS {})".format(*kept) in text
+    fine, cheap = (selected.format("0.8"), blanket.format("0.2"))
+    assert [f"{rate[fine, m]:.1f}" for m in ("ES", "PS")] == ["100.0", "93.7"]
+    assert [rate[cheap, m] for m in ("ES", "PS")] == [rate[fine, m] for m in ("ES", "PS")]
+    assert "selected heads at 0.8 (100.0 and 93.7)" in text
+    (told,) = (p for p in run["points"] if p.startswith(f"{cheap} less {fine}"))
+    for metric in ("NS", "RS", "DNS"):
+        found = re.search(rf"{metric} \+[\d.]+ \[\+[\d.]+, \+[\d.]+\]", told)
+        assert found is not None and found[0] in text
+
+
+def test_the_table_of_editors_is_the_result_file():
+    text = (REPOSITORY / "docs" / "editors.md").read_text(encoding="utf-8")
+    result = json.loads((REPOSITORY / "assets/results/editors-smollm2-135m.json").read_text())
+    shown = {cells[0]: cells for line in text.splitlines() if len(cells := table_cells(line)) == 8}
+    columns = ["Avg. S", "ES", "PS", "NS", "RS", "DNS"]
+    assert list(shown["arm"][1:7]) == columns
+    table: dict[str, dict[str, str]] = {}
+    for row in result["table"]:
+        cell = "{value:.1f} [{low:.1f}, {high:.1f}]".format(**row)
+        table.setdefault(row["arm"], {})[row["metric"]] = cell
+    assert len(table) == 1 + 2 * len(METHODS)
+    for arm, cells in table.items():
+        assert shown[arm][1:7] == [cells[column] for column in columns]
+
+
+def test_the_table_of_many_facts_is_the_result_file():
+    text = (REPOSITORY / "docs" / "editors.md").read_text(encoding="utf-8")
+    result = json.loads((REPOSITORY / "assets/results/many-smollm2-135m.json").read_text())
+    ways = [("batch", "sequence") if m.takes_several else ("sequence",) for m in METHODS.values()]
+    wanted = [("unedited", "unedited")]
+    wanted += [(name, way) for name, own in zip(METHODS, ways, strict=True) for way in own]
+    assert [(row["arm"], row["way"]) for row in result["rows"]] == wanted
+    assert many.markdown(result) in text
+    assert result["command"] in " ".join(text.replace("\\\n", " ").split())
+
+
+def table_cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
