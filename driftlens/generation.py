@@ -11,23 +11,27 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
+from transformers import LogitsProcessorList
 
 from driftlens.cases import TEXT_METRICS, Case, TextMetric
 from driftlens.editing.statistics import wikipedia_leads
-from driftlens.errors import RequestError
+from driftlens.edits import Edit
+from driftlens.errors import ModelError, RequestError
 from driftlens.models import LensModel
+from driftlens.side_by_side import side_by_side
 
 PLAIN: dict[str, Any] = {
-    "num_beams": 1, "top_p": 1.0, "typical_p": 1.0, "min_p": 0.0, "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0, "temperature": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "min_new_tokens": 0,
 }  # fmt: skip
-"""Sampling as it is defined, whatever a checkpoint's own generation settings say."""
+"""The likeliest token after what :class:`_Sampler` does, whatever a checkpoint's own generation
+settings say."""
 
 N_GRAMS = {2: 2 / 3, 3: 4 / 3}
 """Lengths of n-grams, and the weights of their entropies in the mean."""
@@ -47,13 +51,46 @@ def generate(
         length: Tokens of a text, the prompt's included. An end token does not end it, and is left
             out, as in ROME's code: else texts that end early would have a low fluency.
         top_k: From how many of the likeliest tokens each is sampled.
-        seed: Of the sampling; the global random state is not changed.
+        seed: Of the sampling; the global random state is neither used nor changed.
 
     Raises:
         RequestError: If there is no prompt, or one leaves no room to write.
+        ModelError: If the model's logits are not finite.
     """
-    if not prompts:
+    return generate_each(model, [prompts], length=length, top_k=top_k, seed=seed)[0]
+
+
+def generate_each(
+    model: LensModel,
+    groups: Sequence[Sequence[str]],
+    edits: Sequence[Edit | None] | None = None,
+    length: int = 100,
+    top_k: int = 5,
+    seed: int = 0,
+) -> list[list[str]]:
+    """The same for several groups of prompts at once, each written on by a model with its own edit.
+
+    A group's texts are those that it would have alone, but for the last bits of the logits. Reading
+    the weights is most of the work, and is done once for all.
+
+    Args:
+        groups: Beginnings.
+        edits: Of each group; ``None`` is the model as it is now.
+        length: As in :func:`generate`.
+        top_k: As there.
+        seed: Of the sampling, which begins anew with each group.
+
+    Raises:
+        RequestError: If a group has no prompt, or one leaves no room to write.
+        EditError: If an edit was made for other weights, or can only be applied to the whole model
+            (:func:`~driftlens.side_by_side.fits_beside_others`).
+        ModelError: If a model's logits are not finite.
+    """
+    if not groups or not all(groups):
         raise RequestError("There is no prompt to write on from.", "Give at least one.")
+    counts = [len(group) for group in groups]
+    edits = [None] * len(groups) if edits is None else edits
+    prompts = [prompt for group in groups for prompt in group]
     rows = [model.tokens.encode(prompt).ids for prompt in prompts]
     for row, prompt in zip(rows, prompts, strict=True):
         if len(row) >= length:
@@ -65,17 +102,44 @@ def generate(
     width, pad = max(map(len, rows)), model.tokens.pad_id
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), _without_end(model):
-        torch.manual_seed(seed)
+    with torch.no_grad(), side_by_side(model, edits, counts), _without_end(model):
         written = model.hf_model.generate(
-            ids.to(model.device), attention_mask=mask.to(model.device), do_sample=True, top_k=top_k,
-            max_new_tokens=length - min(map(len, rows)), pad_token_id=pad, **PLAIN,
+            ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=pad,
+            max_new_tokens=length - min(map(len, rows)),
+            logits_processor=LogitsProcessorList([_Sampler(counts, top_k, seed)]), **PLAIN,
         )  # fmt: skip
-    return [
+    texts = iter(
         model.tokens.decode(_text(model, out[width - len(row) :].tolist()[:length]))
         for row, out in zip(rows, written, strict=True)
-    ]
+    )
+    return [list(islice(texts, count)) for count in counts]
+
+
+class _Sampler:
+    """Samples, and leaves the sampled token as the likeliest, so that each group of rows has a
+    random state of its own: adding Gumbel noise to the logits and taking the largest is sampling.
+    """
+
+    def __init__(self, counts: Sequence[int], top_k: int, seed: int) -> None:
+        self.top_k = top_k
+        self.groups = [(count, torch.Generator().manual_seed(seed)) for count in counts]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        likeliest = scores.float().topk(min(self.top_k, scores.shape[-1]))
+        if not likeliest.values.isfinite().all():
+            raise ModelError(
+                "What the model says next is not finite.",
+                "Look at the edit's norm; in float64, load the model in float32, since padded "
+                "prompts of different lengths fail there.",
+            )
+        kept = likeliest.values.shape[-1]
+        noise = torch.cat([
+            -torch.empty(count, kept).exponential_(generator=generator).log()
+            for count, generator in self.groups
+        ])  # fmt: skip
+        chosen = (likeliest.values + noise.to(scores.device)).argmax(-1, keepdim=True)
+        chosen = likeliest.indices.gather(-1, chosen)
+        return torch.full_like(scores, -math.inf).scatter(-1, chosen, 0.0)
 
 
 @contextmanager
@@ -95,12 +159,19 @@ def _text(model: LensModel, ids: Sequence[int]) -> list[int]:
     return [token for token in ids if token not in special]
 
 
+def are_written(case: Case, metrics: Collection[TextMetric]) -> bool:
+    """Whether measures of a case need texts that the model writes."""
+    wanted = "FL" in metrics or ("reference" in metrics and bool(case.references))
+    return wanted and bool(case.generation)
+
+
 def measure_texts(
     model: LensModel,
     case: Case,
     metrics: Collection[TextMetric] = tuple(TEXT_METRICS),
     length: int = 100,
     seed: int = 0,
+    written: Sequence[str] | None = None,
 ) -> dict[TextMetric, float]:
     """Measures of text of the model as it is now; those that the case has nothing for are left
     out.
@@ -110,10 +181,10 @@ def measure_texts(
         metrics: Of `TEXT_METRICS`.
         length: Tokens of a text.
         seed: Of the sampling.
+        written: The texts, if they have been written already (:func:`generate_each`).
     """
     found: dict[TextMetric, float] = {}
-    written: list[str] = []
-    if case.generation and ("FL" in metrics or ("reference" in metrics and case.references)):
+    if written is None and are_written(case, metrics):
         written = generate(model, case.generation, length, seed=seed)
     if written and "FL" in metrics:
         found["FL"] = fluency(written)

@@ -179,6 +179,10 @@ class WeightStack:
         """A parameter as it is without any active delta."""
         return self._originals.get(name, self.parameters[name])
 
+    def owner(self, name: str) -> torch.nn.Module:
+        """The module that a parameter belongs to."""
+        return self._owners[name]
+
     def push(self, deltas: Mapping[str, Delta]) -> int:
         """Switch deltas on; the returned ticket switches them off again.
 
@@ -208,7 +212,7 @@ class WeightStack:
         try:
             self._write(changes)
             self._adapters[ticket] = [
-                delta.install(self._owners[name])
+                delta.install(self.owner(name))
                 for name, delta in deltas.items()
                 if isinstance(delta, Codebook)
             ]

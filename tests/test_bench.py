@@ -213,6 +213,52 @@ def test_a_trade_off_of_what_was_asked(
     assert kept["others"].isna().all()
 
 
+def test_texts_that_are_written_together_are_those_of_each_case(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(("ES",), texts=("FL",), text_length=20)
+    writing = [
+        replace(cases[0], generation=("The Louvre is", "Paris")),
+        replace(cases[1], generation=("A beginning that is much longer than the text " * 2,)),
+        replace(cases[2], generation=("Mount Fuji is",)),
+        cases[3],
+    ]
+    grace = dl.GraceConfig(layer=1, steps=3, radius=9.0)
+    arms = [*ARMS[:2], Arm("grace", "grace", grace)]
+    calls: list[int] = []
+    together = units.generate_each
+
+    def counted(model: dl.LensModel, groups: Any, *args: Any, **options: Any) -> list[list[str]]:
+        calls.append(len(groups))
+        return together(model, groups, *args, **options)
+
+    monkeypatch.setattr(units, "generate_each", counted)
+    found = run_bench(model, writing, arms, tmp_path, cases_at_once=4, setting=setting,
+                      progress=False).records  # fmt: skip
+    assert calls == [3, 3]  # GRACE's adapters are applied one by one
+    for arm in arms:
+        told = found[arm.name]
+        assert "The prompt 'A beginning" in told[cases[1].id]["error"]
+        assert told[cases[3].id]["texts"] == {}
+        for case in (writing[0], writing[2]):
+            if arm.method is None:
+                texts = generation.generate(model, case.generation, 20)
+            else:
+                edit = dl.edit(model, case.request, arm.method, config=arm.config, progress=False)
+                with edit.applied(model):
+                    texts = generation.generate(model, case.generation, 20)
+            assert told[case.id]["texts"] == {"FL": generation.fluency(texts)}
+    # Without the one that cannot be written, the others are written together.
+    calls.clear()
+    again = run_bench(model, [*writing[:1], *writing[2:]], arms, tmp_path / "three",
+                      cases_at_once=4, setting=setting, progress=False).records  # fmt: skip
+    assert calls == [2, 2]
+    for arm in arms:
+        for case in (writing[0], writing[2]):
+            texts = again[arm.name][case.id]["texts"]
+            assert texts == found[arm.name][case.id]["texts"] != {}
+
+
 def test_texts_are_told_beside_answers(
     model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,9 +22,10 @@ from driftlens.editing.target import subject_in_context
 from driftlens.edits import Edit
 from driftlens.errors import DriftLensError, ModelError, RequestError
 from driftlens.evaluation import answers
-from driftlens.generation import measure_texts
+from driftlens.generation import are_written, generate_each, measure_texts
 from driftlens.journal import digest
 from driftlens.models import LensModel
+from driftlens.side_by_side import fits_beside_others
 
 CASES_AT_ONCE = 8
 """Cases whose values are searched in shared passes."""
@@ -123,7 +124,7 @@ class Setting:
     Args:
         metrics: What is asked.
         seed: Of the sampled contexts, and of texts that are written.
-        texts: What is told of texts; writing them takes as long as many prompts.
+        texts: What is told of texts; writing them takes longer than all answers.
         text_length: Tokens of a text that is written, with its prompt.
     """
 
@@ -206,9 +207,9 @@ def _tokens_from_subject(model: LensModel, case: Case) -> int:
 def run_job(
     model: LensModel, job: Job, setting: Setting, store: ValueStore | None = None
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """A record for each missing case of a job, with the seconds that it took (``spent``): what
-    cases are edited together is counted with the first of them. No record is given of a case after
-    which the model's weights are not what they were.
+    """A record for each missing case of a job, with the seconds that it took (``spent``): what is
+    done for all cases together (edits, texts) is counted with the first of them. No record is
+    given of a case after which the model's weights are not what they were.
 
     Args:
         store: Where values that other arms may take, too, are kept.
@@ -217,24 +218,49 @@ def run_job(
         ModelError: If the model's weights are not the same afterwards.
     """
     before, started = model.fingerprint(), time.monotonic()
-    edited_cases: Iterable[tuple[Case, Edit | DriftLensError | None]] = (
-        ((case, None) for case in job.cases)
+    edited_cases: list[tuple[Case, Edit | DriftLensError | None]] = (
+        [(case, None) for case in job.cases]
         if job.arm.method is None
-        else edits_of(model, job.arm, job.cases, setting.seed, store)
+        else [*edits_of(model, job.arm, job.cases, setting.seed, store)]
     )
+    texts = _written(model, edited_cases, setting)
     for case, edited in edited_cases:
         if case.id not in job.missing:
             continue
         try:
             if isinstance(edited, DriftLensError):
                 raise edited
-            record = _asked(model, case, edited, setting)
+            record = _asked(model, case, edited, setting, texts.get(case.id))
         except DriftLensError as error:
             record = {"error": f"{type(error).__name__}: {error}"}
         if model.fingerprint() != before:
             raise ModelError("The model's weights are not what they were before the case.")
         yield case, {**record, "spent": time.monotonic() - started}
         started = time.monotonic()
+
+
+def _written(
+    model: LensModel, edited: Sequence[tuple[Case, Edit | DriftLensError | None]], setting: Setting
+) -> dict[str, list[str]]:
+    """Texts of each case under its edit, by case, written side by side. Nothing where that cannot
+    be: they are then written with each edit applied."""
+    able = [
+        (case, made)
+        for case, made in edited
+        if are_written(case, setting.texts)
+        and not isinstance(made, DriftLensError)
+        and (made is None or fits_beside_others(model, made))
+    ]
+    if not able:
+        return {}
+    try:
+        texts = generate_each(
+            model, [case.generation for case, _ in able], [made for _, made in able],
+            setting.text_length, seed=setting.seed,
+        )  # fmt: skip
+    except DriftLensError:  # of one of them; which one, is found out case by case
+        return {}
+    return {case.id: own for (case, _), own in zip(able, texts, strict=True)}
 
 
 def edits_of(
@@ -267,11 +293,13 @@ def edits_of(
             yield case, error
 
 
-def _asked(model: LensModel, case: Case, made: Edit | None, setting: Setting) -> dict[str, Any]:
+def _asked(
+    model: LensModel, case: Case, made: Edit | None, setting: Setting, written: list[str] | None
+) -> dict[str, Any]:
     if made is None:
-        return _told(model, case, setting)
+        return _told(model, case, setting, written)
     with made.applied(model):
-        told = _told(model, case, setting)
+        told = _told(model, case, setting, written)
     last = made.trace[-1]
     return {
         **told,
@@ -282,12 +310,20 @@ def _asked(model: LensModel, case: Case, made: Edit | None, setting: Setting) ->
     }
 
 
-def _told(model: LensModel, case: Case, setting: Setting) -> dict[str, Any]:
-    """Answers and texts of the model as it is now."""
+def _told(
+    model: LensModel, case: Case, setting: Setting, written: list[str] | None
+) -> dict[str, Any]:
+    """Answers and texts of the model as it is now.
+
+    Args:
+        written: The texts, if they have been written already.
+    """
     found: dict[str, Any] = {
         "answers": [a.to_dict() for a in answers(model, case, setting.metrics)]
     }
-    texts = measure_texts(model, case, setting.texts, setting.text_length, setting.seed)
+    texts = measure_texts(
+        model, case, setting.texts, setting.text_length, setting.seed, written
+    )  # fmt: skip
     return found | ({"texts": texts} if setting.texts else {})
 
 

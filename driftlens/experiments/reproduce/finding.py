@@ -101,9 +101,10 @@ class Study:
         return self._run(self.cases, arms, "bench", Setting(seed=self.seed))
 
     def texts(self, arms: Sequence[Arm]) -> BenchResult:
-        """Fluency (FL) of what the model writes under some arms, if quick on two cases only. In a
-        folder of their own: texts take longer than all answers."""
+        """Fluency (FL) of what the model writes under some arms, of the cases with beginnings of
+        texts, if quick of two only. In a folder of their own: texts take longer than answers."""
         cases = with_beginnings(self.cases[:2] if self.quick else self.cases)
+        cases = [case for case in cases if case.generation]
         setting = Setting((), self.seed, texts=("FL",), text_length=60 if self.quick else 100)
         return self._run(cases, arms, "texts", setting)
 
