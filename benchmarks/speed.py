@@ -35,6 +35,7 @@ import oracles  # noqa: E402
 
 import driftlens as dl  # noqa: E402
 from driftlens.assets import asset  # noqa: E402
+from driftlens.cases import BEGINNINGS  # noqa: E402
 from driftlens.editing.configs import RomeConfig  # noqa: E402
 from driftlens.editing.contexts import sample_contexts  # noqa: E402
 from driftlens.editing.methods import resolve_config  # noqa: E402
@@ -48,10 +49,14 @@ from driftlens.editing.target import (  # noqa: E402
     optimise_value,
     start,
 )
+from driftlens.generation import generate, generate_each  # noqa: E402
 from driftlens.interventions import down_in_name  # noqa: E402
 from driftlens.scoring import ask, score_questions  # noqa: E402
 
-ITEMS = ("rome_edit", "sadr_overhead", "restrictions", "sweep", "scoring", "covariance", "memory")
+ITEMS = (
+    "rome_edit", "sadr_overhead", "restrictions", "sweep", "scoring", "texts", "covariance",
+    "memory",
+)  # fmt: skip
 RESTRICTIONS = {
     "SADR, as in the paper": dl.SADR(),
     "SADR, all heads": dl.SADR(heads="all"),
@@ -323,6 +328,44 @@ class Bench:
             "equal": max(errors) <= 1e-4,
             "floor_share": stats.median(shares),
             "profile": {"fast": where_time_goes(fast), "plain": where_time_goes(plain)},
+        }
+
+    def texts(self) -> dict[str, Any]:
+        """Texts of eight facts, each under its own edit, side by side, over one after another."""
+        options: dict[str, Any] = {"covariance": "identity", "progress": False, "steps": 2}
+        facts = self.facts[:: len(self.facts) // 8][:8]
+        edits = [
+            dl.edit(
+                self.model, dl.EditRequest(f["prompt"], f["subject"], f["target_new"]), **options
+            )
+            for f in facts
+        ]
+        groups = [[words.format(f["subject"]) for words in BEGINNINGS] for f in facts]
+        length = self.args.text_length
+
+        def plain() -> list[list[str]]:
+            found = []
+            for edit, group in zip(edits, groups, strict=True):
+                with edit.applied(self.model):
+                    found.append(generate(self.model, group, length))
+            return found
+
+        def fast() -> list[list[str]]:
+            return generate_each(self.model, groups, edits, length)
+
+        ratios = []
+        for _ in range(self.args.pairs):
+            (before, expected), (after, found) = timed(plain), timed(fast)
+            ratios.append(before / after)
+            report("texts", before, after, f"{len(edits)} x {len(BEGINNINGS)} texts")
+        return {
+            "ratio": stats.median(ratios),
+            "ratios": ratios,
+            "facts": len(edits),
+            "texts_of_a_fact": len(BEGINNINGS),
+            "length": length,
+            "equal": found == expected,
+            "floor_share": None,
         }
 
     def covariance(self) -> dict[str, Any]:
@@ -613,6 +656,7 @@ ROWS = {
     "sadr_overhead": "the same search with SADR, over without",
     "sweep": "a sweep over heads and layers, over a pass for each patch",
     "scoring": "scoring the prompts of one fact, over a padded batch for each group",
+    "texts": "texts of eight facts side by side, over one fact after another",
     "covariance": "tokens per second of a key covariance, over a bare forward pass",
     "memory": "peak memory of editing and comparing, over model and activations",
 }
@@ -651,6 +695,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--pairs", type=int, default=5, help="paired runs of each item")
     parser.add_argument("--steps", type=int, default=20, help="steps of a value search")
+    parser.add_argument("--text-length", type=int, default=60, help="tokens of a text")
     parser.add_argument("--documents", type=int, default=120, help="texts for the covariance")
     parser.add_argument("--cases", help="the paper's benchmark file, for scoring")
     parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS))

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from driftlens.editing.statistics import wikipedia_leads
 from driftlens.edits import Edit
 from driftlens.errors import ModelError, RequestError
 from driftlens.models import LensModel
+from driftlens.reuse import budget, in_batches
 from driftlens.side_by_side import side_by_side
 
 PLAIN: dict[str, Any] = {
@@ -35,6 +36,12 @@ settings say."""
 
 N_GRAMS = {2: 2 / 3, 3: 4 / 3}
 """Lengths of n-grams, and the weights of their entropies in the mean."""
+
+MEMORY_BUDGET = 2**30
+"""Bytes of keys and values that texts may have which are written at once on the CPU."""
+
+Rows = list[list[int]]
+"""Token ids of some prompts."""
 
 PERPLEXITY_TEXTS = 8
 """How many of the Wikipedia leads perplexity is taken over: the last, which come in no
@@ -88,31 +95,52 @@ def generate_each(
     """
     if not groups or not all(groups):
         raise RequestError("There is no prompt to write on from.", "Give at least one.")
-    counts = [len(group) for group in groups]
-    edits = [None] * len(groups) if edits is None else edits
-    prompts = [prompt for group in groups for prompt in group]
-    rows = [model.tokens.encode(prompt).ids for prompt in prompts]
-    for row, prompt in zip(rows, prompts, strict=True):
+    rows = [[model.tokens.encode(prompt).ids for prompt in group] for group in groups]
+    for row, prompt in zip(chain(*rows), chain(*groups), strict=True):
         if len(row) >= length:
             raise RequestError(
                 f"The prompt {prompt[:60]!r} has {len(row)} tokens, and the text {length}.",
                 "Give a shorter prompt, or a larger length.",
             )
         model.check_length(length, prompt)
-    width, pad = max(map(len, rows)), model.tokens.pad_id
+    pairs = [*zip(rows, [None] * len(groups) if edits is None else edits, strict=True)]
+
+    def run(pairs: Sequence[tuple[Rows, Edit | None]]) -> list[list[str]]:
+        sampler = _Sampler([len(own) for own, _ in pairs], top_k, seed)
+        return _write_on(model, [own for own, _ in pairs], [e for _, e in pairs], sampler, length)
+
+    per_text = 2 * 4 * length * model.info.n_layers * model.info.n_kv_heads * model.info.d_head
+    size = budget(model, MEMORY_BUDGET) // (per_text * max(map(len, groups)))
+    return [texts for part in in_batches(pairs, max(size, 1), run) for texts in part]
+
+
+def _write_on(
+    model: LensModel,
+    groups: Sequence[Rows],
+    edits: Sequence[Edit | None],
+    sampler: _Sampler,
+    length: int,
+) -> list[list[str]]:
+    """One batch of texts."""
+    rows, pad = [*chain(*groups)], model.tokens.pad_id
+    width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    with torch.no_grad(), side_by_side(model, edits, counts), _without_end(model):
+    with (
+        torch.no_grad(),
+        side_by_side(model, edits, [len(group) for group in groups]),
+        _without_end(model),
+    ):
         written = model.hf_model.generate(
             ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=pad,
             max_new_tokens=length - min(map(len, rows)),
-            logits_processor=LogitsProcessorList([_Sampler(counts, top_k, seed)]), **PLAIN,
+            logits_processor=LogitsProcessorList([sampler]), **PLAIN,
         )  # fmt: skip
     texts = iter(
         model.tokens.decode(_text(model, out[width - len(row) :].tolist()[:length]))
         for row, out in zip(rows, written, strict=True)
     )
-    return [list(islice(texts, count)) for count in counts]
+    return [list(islice(texts, len(group))) for group in groups]
 
 
 class _Sampler:

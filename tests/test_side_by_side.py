@@ -108,8 +108,11 @@ def test_another_number_of_rows_is_refused() -> None:
         logits(model, ids)
 
 
-@pytest.mark.parametrize("top_k", [1, 5])
-def test_texts_of_several_edits_are_those_of_each(top_k: int) -> None:
+@pytest.mark.parametrize(("top_k", "memory"), [(1, 2**30), (5, 2**30), (5, 1), (5, 200_000)])
+def test_texts_of_several_edits_are_those_of_each(
+    top_k: int, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "MEMORY_BUDGET", memory)
     model = loaded("llama")
     groups = [PROMPTS[:2], PROMPTS[:1], PROMPTS, PROMPTS[1:]]
     edits = [low_rank(model, 1, 1), None, dense(model), low_rank(model, 0, 2)]

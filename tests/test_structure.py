@@ -28,6 +28,7 @@ ORDER = [
     "figures",
     "documents",
     "edits",
+    "side_by_side",
     "records",
     "editing.configs",
     "editing.defaults",
