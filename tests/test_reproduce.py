@@ -437,6 +437,14 @@ def test_the_main_table_is_the_benchmarks(study: Study) -> None:
     assert "GPT-J 6B rome: RS 11.9 to 27.8, DNS 30.4 to 49.4" in finding.paper
 
 
+def test_fluency_is_asked_of_cases_with_beginnings_of_texts(study: Study) -> None:
+    written = replace(study.cases[0], generation=("The Louvre is",))
+    mixed = replace(study, cases=[written, study.cases[1]])
+    assert list(mixed.texts([Arm(UNEDITED)]).records[UNEDITED]) == [written.id]
+    without = replace(study, cases=study.cases[:2])
+    assert len(without.texts([Arm(UNEDITED)]).records[UNEDITED]) == 2  # the project's beginnings
+
+
 def test_edits_that_pile_up(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = Study(study.model, study.cases, tmp_path, quick=True, progress=False)
     finding = EXPERIMENTS["sequential"](quick)

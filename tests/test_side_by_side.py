@@ -108,15 +108,25 @@ def test_another_number_of_rows_is_refused() -> None:
         logits(model, ids)
 
 
-@pytest.mark.parametrize(("top_k", "memory"), [(1, 2**30), (5, 2**30), (5, 1), (5, 200_000)])
+@pytest.mark.parametrize(
+    ("top_k", "memory", "batches"), [(1, 2**30, [4]), (5, 2**30, [4]), (5, 1, [1] * 4)]
+)
 def test_texts_of_several_edits_are_those_of_each(
-    top_k: int, memory: int, monkeypatch: pytest.MonkeyPatch
+    top_k: int, memory: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generation, "MEMORY_BUDGET", memory)
+    write_on, written = generation._write_on, []
+
+    def counted(model: dl.LensModel, groups: Any, *args: Any) -> list[list[str]]:
+        written.append(len(groups))
+        return write_on(model, groups, *args)
+
+    monkeypatch.setattr(generation, "_write_on", counted)
     model = loaded("llama")
     groups = [PROMPTS[:2], PROMPTS[:1], PROMPTS, PROMPTS[1:]]
     edits = [low_rank(model, 1, 1), None, dense(model), low_rank(model, 0, 2)]
     found = generation.generate_each(model, groups, edits, length=30, top_k=top_k, seed=3)
+    assert written == batches
     for group, edit, texts in zip(groups, edits, found, strict=True):
         if edit is None:
             assert texts == generation.generate(model, group, 30, top_k, seed=3)
