@@ -21,7 +21,7 @@ from scipy import stats
 
 import driftlens as dl
 from driftlens.assets import asset
-from driftlens.bench import BenchResult, run_bench, units
+from driftlens.bench import UNEDITED, Arm, BenchResult, run_bench, units
 from driftlens.cases import Case, Cloze, Probe, balanced, with_beginnings
 from driftlens.editing import defaults, methods
 from driftlens.editing.contexts import sample_contexts

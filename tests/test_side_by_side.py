@@ -19,8 +19,10 @@ PROMPTS = ["The Eiffel Tower is", "Ada Lovelace", "The Louvre, in the city of Pa
 REQUEST = dl.EditRequest("{} is located in the city of", "The Eiffel Tower", "Rome")
 
 
-def loaded(architecture: str, **options: Any) -> dl.LensModel:
-    hf = tiny.hf_model(architecture, 1, scale=4.0, noise=0.3).to(options.pop("dtype", None))
+def loaded(
+    architecture: str, dtype: torch.dtype = torch.float32, scale: float = 4.0
+) -> dl.LensModel:
+    hf = tiny.hf_model(architecture, 1, scale=scale, noise=0.3).to(dtype)
     return dl.load_model(hf, tiny.tokenizer(), name="tiny")
 
 
@@ -153,18 +155,13 @@ def test_a_group_without_a_prompt_is_refused() -> None:
 
 
 def test_tokens_are_sampled_as_often_as_they_are_likely() -> None:
-    model = loaded("gpt2")
-    prompts = [PROMPTS[0]] * 4000
-    own = len(model.tokens.encode(PROMPTS[0]))
-    logits_here = model.run(torch.tensor([model.tokens.encode(PROMPTS[0]).ids]))[0, -1]
-    likeliest = (logits_here / 1).topk(3)
-    texts = generation.generate(model, prompts, length=own + 1, top_k=3)
-    shares = [
-        sum(t == model.tokens.decode([*model.tokens.encode(PROMPTS[0]).ids, i]) for t in texts)
-        for i in likeliest.indices.tolist()
-    ]
-    assert sum(shares) == len(prompts)
+    model = loaded("gpt2", scale=30.0)
+    own, count = model.tokens.encode(PROMPTS[1]).ids, 4000
+    likeliest = model.run(torch.tensor([own]))[0, -1].topk(3)
+    texts = generation.generate(model, [PROMPTS[1]] * count, length=len(own) + 1, top_k=3)
+    found = [texts.count(model.tokens.decode([*own, i])) for i in likeliest.indices.tolist()]
+    assert sum(found) == count
     expected = likeliest.values.softmax(-1)
-    assert expected.min() > 0.02
-    error = (expected * (1 - expected) / len(prompts)).sqrt()
-    assert (torch.tensor(shares) / len(prompts) - expected).abs().le(4 * error).all()
+    assert 0.05 < expected.min() and expected.max() > 0.6
+    error = (expected * (1 - expected) / count).sqrt()
+    assert (torch.tensor(found) / count - expected).abs().le(4 * error).all()
