@@ -69,7 +69,7 @@ penalties = {
     "gamma 3.2": (dl.SADR(gamma=3.2),),
     "all heads, gamma 0.8": (dl.SADR(gamma=0.8, heads="all"),),
     "keys 0.01": (dl.KeyDrift(weight=0.01),),
-    "hidden state 0.03": (dl.HiddenDrift(weight=0.03),),
+    "hidden state 0.3": (dl.HiddenDrift(weight=0.3, relative=True),),
     "SADR and keys": (dl.SADR(gamma=0.8), dl.KeyDrift(weight=0.01)),
 }
 arms = [Arm(UNEDITED), rome, *(Arm(k, "rome", rome.config, p) for k, p in penalties.items())]

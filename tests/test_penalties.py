@@ -174,14 +174,22 @@ def test_formulas_by_hand() -> None:
         for y in LAYERS for c in range(N_CONTEXTS)
     )  # fmt: skip
     assert float(dl.KeyDrift(weight=2.0)(now, BEFORE, SITES).loss) == pytest.approx(2 * keys)
-    hidden = sum(
+    hidden = [
         math.sqrt(sum(
             float((now[block_out_name(y)][c, p] - BEFORE[block_out_name(y)][c, p]).square().sum())
             for c, p in at
         ))
         for y in LAYERS
-    )  # fmt: skip
-    assert float(dl.HiddenDrift(weight=2.0)(now, BEFORE, SITES).loss) == pytest.approx(2 * hidden)
+    ]  # fmt: skip
+    there = [
+        math.sqrt(sum(float(BEFORE[block_out_name(y)][c, p].square().sum()) for c, p in at))
+        for y in LAYERS
+    ]
+    assert float(dl.HiddenDrift(2.0)(now, BEFORE, SITES).loss) == pytest.approx(2 * sum(hidden))
+    found = dl.HiddenDrift(weight=2.0, relative=True)(now, BEFORE, SITES)
+    assert float(found.loss) == pytest.approx(
+        2 * sum(change / norm for change, norm in zip(hidden, there, strict=True))
+    )
     p, q = now[ESSENCE][0].exp(), BEFORE[ESSENCE][0].exp()
     essence = sum(float(a * math.log(a / b)) for a, b in zip(p, q, strict=True))
     assert float(dl.EssenceKL(2.0)(now, BEFORE, SITES).loss) == pytest.approx(2 * essence)

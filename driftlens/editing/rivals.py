@@ -70,17 +70,21 @@ class HiddenDrift(Penalty):
 
     ``weight * sum over layers of |H - H0|``, the Frobenius norm over the contexts and the
     residual stream after each layer, as in the paper's code (``last_hid_restrain_weight``,
-    which it scales by 1e-3).
+    which it scales by 1e-3). How large a residual stream is differs much between models, and
+    between the layers of one; ``relative`` divides each layer's norm by that of what was there,
+    ``|H - H0| / |H0|``, so that a weight means about the same in all of them.
 
     Args:
-        weight: Weight of the norm, in nats per unit of the residual stream.
+        weight: Weight of the norm, in nats per unit of the residual stream; if relative, in nats.
         layers: Layers after which it is restricted; ``None`` for all.
+        relative: Whether changes are shares of what was there.
     """
 
     kind: ClassVar[str] = "hidden-drift"
 
     weight: float = 0.001
     layers: tuple[int, ...] | None = None
+    relative: bool = False
 
     def __post_init__(self) -> None:
         check_weight("HiddenDrift's weight", self.weight)
@@ -96,8 +100,9 @@ class HiddenDrift(Penalty):
         """The loss."""
         total = torch.zeros((), device=sites.predicting.device)
         for name in self.activations(sites):
-            change = sites.at_last_prompt(now[name]) - sites.at_last_prompt(original[name])
-            total = total + change.norm().to(total.device)
+            before = sites.at_last_prompt(original[name])
+            change = (sites.at_last_prompt(now[name]) - before).norm()
+            total = total + (change / before.norm() if self.relative else change).to(total.device)
         return PenaltyTerm(self.weight * total, {})
 
 

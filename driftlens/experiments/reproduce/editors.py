@@ -176,8 +176,8 @@ def rivals(study: Study) -> Finding:
     arms: dict[str, tuple[Any, ...]] = {"SADR": (SADR(gamma=gamma),)}
     for weight in (0.01,) if study.quick else (0.003, 0.01, 0.03):
         arms[f"keys {weight:g}"] = (KeyDrift(weight=weight),)
-    for weight in () if study.quick else (0.01, 0.03, 0.1):
-        arms[f"hidden state {weight:g}"] = (HiddenDrift(weight=weight),)
+    for weight in () if study.quick else (0.1, 0.3, 1.0):
+        arms[f"hidden state {weight:g}"] = (HiddenDrift(weight=weight, relative=True),)
     for weight in () if study.quick else (0.25, 1.0):
         arms[f"essence KL {weight:g}"] = (EssenceKL(weight=weight),)
     return _comparison(study, "rivals", "What else could be restricted", arms)
