@@ -12,6 +12,7 @@ from driftlens.assets import asset, survey_result
 from driftlens.editing.methods import METHODS
 from driftlens.experiments import gather, many, sadr_search
 from driftlens.experiments.reproduce import EXPERIMENTS
+from driftlens.experiments.reproduce.editors import PAPERS
 from driftlens.experiments.survey import markdown, paired_markdown
 from driftlens.readers import read_cases
 
@@ -288,25 +289,63 @@ def test_longer_searches_pay_for_dns_with_rs():
 
 
 def test_page_says_what_each_editor_breaks():
-    (run,) = json.loads((REPOSITORY / "assets/results/table1.json").read_text())["runs"]
-    lost = {(one["metric"], one["arm"]): -one["value"]
-            for one in run["differences"] if one["less"] == "unedited"}  # fmt: skip
+    runs = {
+        run["model"]["name"]: run
+        for run in json.loads((REPOSITORY / "assets/results/table1.json").read_text())["runs"]
+    }
     text = flowing(PAGE)
-    for metric, least, most in (("RS", "pmet", "rome"), ("DNS", "pmet", "ft-l")):
-        own = {arm: value for (of, arm), value in lost.items() if of == metric and arm != "grace"}
+    losses = {
+        model: {(one["metric"], one["arm"]): -one["value"]
+                for one in run["differences"] if one["less"] == "unedited"}
+        for model, run in runs.items()
+    }  # fmt: skip
+    wanted = [
+        ("smollm2-135m", "RS", "pmet", "rome"), ("smollm2-135m", "DNS", "pmet", "ft-l"),
+        ("gemma-3-270m", "RS", "memit", "grace"), ("gemma-3-270m", "DNS", "memit", "ft-l"),
+    ]  # fmt: skip
+    for model, metric, least, most in wanted:
+        own = {arm: value for (of, arm), value in losses[model].items()
+               if of == metric and (model, arm) != ("smollm2-135m", "grace")}  # fmt: skip
         assert (min(own, key=lambda a: own[a]), max(own, key=lambda a: own[a])) == (least, most)
-        points = f"{own[least]:.1f} ({least.upper()}) to {own[most]:.1f}"
-        assert points in text
-        if metric == "RS":
-            short = f"all editors but GRACE take {own[least]:.1f} to {own[most]:.1f} points of RS"
-            assert short in flowing(README)
+        verb, unit = ("RS falls by ", "points ") if metric == "RS" else ("DNS by ", "")
+        said = f"{verb}{own[least]:.1f} ({least.upper()}) to {own[most]:.1f} {unit}({most.upper()})"
+        assert said in text
+    lost = losses["smollm2-135m"]
     grace = [f"{abs(lost[metric, 'grace']):.1f}" for metric in ("RS", "DNS", "NS")]
     assert "({} and {}, but {} of NS)".format(*grace) in text
-    assert run["points"][-1].startswith(
-        "The context alone changes, on the unedited model, NS by -1.3 ["
-    )
-    assert "RS by -1.2 [-2.1, -0.4] behind the edited sentence" in run["points"][-1]
-    assert "changes RS by -1.2 points and NS by -1.3" in text
+    lost = losses["gemma-3-270m"]
+    near = [f"{lost['NS', arm]:.1f}" for arm in ("memit", "alphaedit", "rome", "pmet")]
+    assert "({} and {} points of NS), ROME and PMET take {} and {}.".format(*near) in text
+    for run, said in (
+        ("smollm2-135m", "changes RS by -1.2 points and NS by -1.3"),
+        ("gemma-3-270m", "the context alone changes RS by -0.8 and NS by -0.7"),
+    ):
+        told = runs[run]["points"][-1]
+        change = {metric: re.search(rf"{metric} by ([-+.\d]+) \[[^]]*\] behind the edited", told)
+                  for metric in ("RS", "NS")}  # fmt: skip
+        for metric, found in change.items():
+            assert found is not None and f"{metric} by {found[1]}" in said
+        assert said in text
+    rate = {
+        (row["model"], row["arm"], row["metric"]): row["value"] for row in result_rows("table1")
+    }
+    broken = [f"{rate['gemma-3-270m', arm, 'NS']:.1f}" for arm in ("ft-l", "ft-m", "grace")]
+    assert "nearly everywhere (NS {}, {} and {})".format(*broken) in text
+    short = []
+    for own in losses.values():
+        paper = [own["RS", arm] for arm in PAPERS]
+        short += [f"{min(paper):.1f}", f"{max(paper):.1f}"]
+    assert (
+        "ROME, MEMIT and PMET take {} to {} points of RS on SmolLM2, and {} to {} on Gemma."
+    ).format(*short) in flowing(README)
+
+
+def test_no_setting_of_three_editors_teaches_gemma_paraphrases_and_spares_neighbours():
+    for name in ("ft-l", "ft-m", "grace"):
+        path = REPOSITORY / f"assets/results/tuning/tuning-gemma-3-270m-{name}.jsonl"
+        for line in path.read_text().splitlines():
+            trial = json.loads(line)["rates"]
+            assert trial["PS"] < 90 or trial["NS"] < 15
 
 
 def test_what_is_said_of_selected_and_all_heads():
