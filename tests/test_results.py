@@ -9,6 +9,7 @@ import pytest
 from documents import REPOSITORY, flowing, result_rows
 
 from driftlens.assets import asset, survey_result
+from driftlens.editing.defaults import GAMMAS
 from driftlens.editing.methods import METHODS
 from driftlens.experiments import gather, many, sadr_search
 from driftlens.experiments.reproduce import EXPERIMENTS
@@ -117,6 +118,26 @@ def test_page_says_of_patterns_and_values_what_was_measured():
         f"{best['layers'].replace('-', ' to ')} alone {best['share, %']:.0f} %, a rise of "
         f"P(answer) by {rise:.1f} % relative"
     ) in text
+
+
+def test_page_says_that_pmet_is_no_different_inside():
+    share, likelier, text = {}, {}, flowing(PAGE)
+    for method, data in (("rome", ""), ("pmet", ", edits of pmet")):
+        for row in result_rows("fig5"):
+            if row["data"] != f"counterfact_wikidata_dev{data}" or row["patched"] != "pattern":
+                continue
+            if row["layers"] == "all" and row["kind"] == "distract neighbourhood":
+                share[method] = f"{row['share, %']:.0f} %"
+            if row["layers"] == "all" and row["kind"] == "relation":
+                states = row["answer likelier, %"], row["likelier edited, %"]
+                likelier[method] = [f"{state:.0f}" for state in states]
+    assert (
+        f"bring back {share['pmet']} of what P(answer) lost on distract neighbourhoods (ROME: "
+        f"{share['rome']}), and make the answer likelier than the new target on "
+        "{} % of the prompts instead of {} % on relations (ROME: {} instead of {} %)."
+    ).format(*likelier["pmet"], *likelier["rome"]) in text
+    gammas = GAMMAS["llama", 30, 576]
+    assert f"PMET's gamma is {gammas['pmet']}, ROME's {gammas['rome']}," in text
 
 
 def test_page_says_of_substitution_and_drift_what_was_measured():
