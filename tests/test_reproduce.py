@@ -752,7 +752,8 @@ def test_what_rivals_are_compared_with(study: Study, monkeypatch: pytest.MonkeyP
     text, change = told(monkeypatch, study, "rivals", found)
     gained = change("SADR", "rome", "RS", 10)
     assert text.startswith(
-        "Differences in points, paired by case. Only the strength of SADR was tuned.\n"
+        "Differences in points, paired by case. Only the strength of SADR was tuned. Of the others "
+        "that cost no more of ES and PS than SADR (one prompt in any case), there is none.\n"
         f"SADR less rome: {change('SADR', 'rome', 'ES', 0)}; {gained}, +50 % ["
     )
     assert "Its searches take 5 steps in the median (4 without).\n" in text
@@ -761,6 +762,8 @@ def test_what_rivals_are_compared_with(study: Study, monkeypatch: pytest.MonkeyP
         f"{change('keys 0.01', 'SADR', 'RS', -3)}."
     ) in text
     assert text.endswith("Its searches take 4 steps in the median (4 without).")
+    text, _ = told(monkeypatch, study, "rivals", {**found, "keys 0.01": {"ES": 98.0, "RS": 31.0}})
+    assert "in any case), keys 0.01 keeps most (chosen on the same cases).\n" in text
 
 
 def test_strengths_are_tried_around_the_known_one(study: Study) -> None:

@@ -206,7 +206,12 @@ def _comparison(
             + _steps(result, arm, study.method)
         )
     tuned = f" Only the strength of {first} was tuned."
-    text = f"{PAIRED}{_untuned(study, [study.method]) or tuned}"
+    best = _best_at_no_higher_price(result, first, others)
+    cheap = f"{best} keeps most (chosen on the same cases)" if best else "there is none"
+    text = (
+        f"{PAIRED}{_untuned(study, [study.method]) or tuned} Of the others that cost no more of ES "
+        f"and PS than {first} (one prompt in any case), {cheap}."
+    )
     paper = "The paper does not report this; its reviewers ask for it."
     figure = figures.trade_off(result.trade_off(), title=title)
     return _finding(name, title, result, result.table(), figure, text, points, paper)
@@ -278,16 +283,21 @@ def _between(result: BenchResult, arm: str, metric: Metric, base: Metric) -> Dif
 def _at_no_higher_price(result: BenchResult, arm: str, others: Sequence[str]) -> str:
     """Of other arms that cost the edit no more than one does, what the one that keeps most keeps
     more."""
+    best = _best_at_no_higher_price(result, arm, others)
+    if best is None:
+        return f"None of the others costs as little as {arm}."
+    return f"{best} less {arm}: {_changes(result.compare(best, arm))}."
+
+
+def _best_at_no_higher_price(result: BenchResult, arm: str, others: Sequence[str]) -> str | None:
+    """Of other arms that cost the edit no more than one does, the one that keeps most."""
     kept = {
         other: found
         for other in others
         if (found := result.compare_kept(other, arm)) is not None
         and not result.excess(other, arm, dict.fromkeys(ALLOWED, 0.0))
     }
-    if not kept:
-        return f"None of the others costs as little as {arm}."
-    best = max(kept, key=lambda other: kept[other].value)
-    return f"{best} less {arm}: {_changes(result.compare(best, arm))}."
+    return max(kept, key=lambda other: kept[other].value, default=None)
 
 
 def _steps(result: BenchResult, arm: str, plain: str) -> str:
