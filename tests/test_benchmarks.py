@@ -92,6 +92,7 @@ def test_stored_results_are_whole_and_equal(path: Path) -> None:
     for item in ITEMS:
         assert result[item]["ratio"] > 0
         assert result[item]["equal"] is (None if item == "memory" else True)
+        assert result[item]["threads"] == (1 if item == "texts" else 2)
     assert result["pairs"] >= 5
     for restriction in speed.RESTRICTIONS:
         assert len(result["restrictions"]["ratios"][restriction]) == result["pairs"]
