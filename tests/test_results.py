@@ -423,3 +423,30 @@ def test_the_table_of_many_facts_is_the_result_file():
 
 def table_cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+
+
+def test_what_is_said_of_rivals():
+    (run,) = json.loads((REPOSITORY / "assets/results/rivals.json").read_text())["runs"]
+    text = flowing(PAGE)
+    less: dict[tuple[str, str], tuple[str, float, float, float]] = {}
+    for point in run["points"]:
+        arm, _, rest = point.partition(" less SADR: ")
+        for found in re.finditer(r"(\w+) ([-+.\d]+) \[([-+.\d]+), ([-+.\d]+)\]", rest):
+            less[arm, found[1]] = (found[0], *map(float, found.groups()[1:]))
+    for arm, said in (("keys 0.003", "keys at 0.003"), ("hidden state 0.1", "hidden state at 0.1")):
+        assert f"{said} less SADR" in text
+        assert all(less[arm, metric][0] in text for metric in ("PS", "NS", "RS", "DNS"))
+        # No dearer, and as much kept, but for NS.
+        assert less[arm, "ES"][1] == 0 <= less[arm, "PS"][2]
+        clear = [m for m in ("NS", "RS", "DNS") if less[arm, m][2] * less[arm, m][3] > 0]
+        assert clear == ["NS"] and less[arm, "NS"][2] > 0
+    strong = [f"{abs(less['keys 0.01', metric][1]):.1f}" for metric in ("PS", "RS", "NS", "DNS")]
+    assert (
+        "keys at 0.01 cost {} points of PS more than SADR, and keep {} of RS, {} of NS and {} of "
+        "DNS more."
+    ).format(*strong) in text
+    _, own, _, most = less["essence KL 1", "RS"]
+    assert f"at 1.0 it keeps {-own:.1f} points of RS less than SADR." in text
+    assert most < 0
+    assert "keys 0.003 keeps most (chosen on the same cases)" in run["text"]
+    assert "`KeyDrift(0.003)`" in README
