@@ -158,7 +158,8 @@ def restore_columns(
     """
     kept = row.masked_fill(columns, 0.0)
     restored = original.masked_fill(~columns, 0.0)
-    left = row.sum(-1, keepdim=True) - restored.sum(-1, keepdim=True)
+    # Two rows of the same total may differ in the last bits; no attention is negative.
+    left = (row.sum(-1, keepdim=True) - restored.sum(-1, keepdim=True)).clamp_min(0.0)
     mass = kept.sum(-1, keepdim=True)
     fallback = original.masked_fill(columns, 0.0)
     scaled = torch.where(mass > 0, kept * (left / mass.clamp_min(1e-30)), fallback)

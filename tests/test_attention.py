@@ -125,6 +125,7 @@ def test_restored_columns_are_exact_and_the_rest_keeps_its_proportions(
     seed: int, chosen: set[int]
 ) -> None:
     row, original = rows(seed, 2, 3, 8).double(), rows(seed + 1, 2, 3, 8).double()
+    row, original = row / row.sum(-1, keepdim=True), original / original.sum(-1, keepdim=True)
     columns = torch.tensor([key in chosen for key in range(8)])
     restored = restore_columns(row, original, columns)
     assert torch.equal(restored[..., columns], original[..., columns])
@@ -133,6 +134,12 @@ def test_restored_columns_are_exact_and_the_rest_keeps_its_proportions(
     rest = restored[..., ~columns]
     kept = row[..., ~columns]
     torch.testing.assert_close(rest / rest.sum(-1, keepdim=True), kept / kept.sum(-1, keepdim=True))
+
+
+def test_rows_whose_totals_differ_in_the_last_bits_get_no_negative_attention() -> None:
+    row, original = torch.tensor([0.5, 0.4999999]), torch.tensor([1.0, 0.0])
+    restored = restore_columns(row, original, torch.tensor([True, False]))
+    assert restored.tolist() == [1.0, 0.0]
 
 
 def test_restoring_columns_in_numbers() -> None:
