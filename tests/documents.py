@@ -74,6 +74,14 @@ def result_rows(name: str) -> list[dict[str, Any]]:
     return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
 
 
+def main_rates() -> dict[tuple[str, str, str, str], float]:
+    """Rates of the main table, by data, model, arm and metric."""
+    return {
+        (row["data"], row["model"], row["arm"], row["metric"]): row["value"]
+        for row in result_rows("table3")
+    }
+
+
 def flowing(text: str) -> str:
     """A text on one line."""
     return " ".join(text.split())

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from documents import REPOSITORY, flowing, result_rows, run_python
+from documents import REPOSITORY, flowing, main_rates, result_rows, run_python
 
 import driftlens as dl
 from driftlens.bench.results import ALLOWED
@@ -86,8 +86,7 @@ def test_readme_shows_the_main_table():
 
 def test_readme_says_in_short_what_was_measured():
     text = flowing(README)
-    rate = {(row["data"], row["model"], row["arm"], row["metric"]): row["value"]
-            for row in result_rows("table3")}  # fmt: skip
+    rate = main_rates()
 
     def theirs(arm: str, metric: str) -> float:
         return rate["counterfact_wikidata_dev", "smollm2-135m", arm, metric]

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from documents import REPOSITORY, flowing, result_rows
+from documents import REPOSITORY, flowing, main_rates, result_rows
 
 from driftlens.assets import asset, survey_result
 from driftlens.editing.defaults import GAMMAS
@@ -169,8 +169,7 @@ def test_page_says_of_substitution_and_drift_what_was_measured():
 
 
 def test_page_says_what_sadr_saves_of_what_is_lost():
-    rate = {(row["data"], row["model"], row["arm"], row["metric"]): row["value"]
-            for row in result_rows("table3")}  # fmt: skip
+    rate = main_rates()
     saved = []
     for place in (
         ("shipped facts", "smollm2-135m"),
@@ -188,8 +187,7 @@ def test_page_says_what_sadr_saves_of_what_is_lost():
 
 
 def test_page_says_what_the_context_alone_costs():
-    rate = {(row["data"], row["model"], row["arm"], row["metric"]): row["value"]
-            for row in result_rows("table3")}  # fmt: skip
+    rate = main_rates()
 
     def told(arm: str, metric: str) -> float:
         return rate["counterfact_wikidata_dev", "smollm2-135m", arm, metric]
