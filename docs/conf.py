@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jupytext
+import typer
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util.logging import getLogger
 
 import driftlens
+from driftlens import cli
 from driftlens.editing.configs import EditConfig, describe
 from driftlens.experiments import gather
 
@@ -151,10 +153,38 @@ def write_evidence(app: Any, exception: Exception | None) -> None:
         (Path(app.outdir) / "evidence.html").write_text(text, encoding="utf-8")
 
 
+def list_commands(app: Any, page: str, source: list[str]) -> None:
+    """The command line's own help, where a page asks for it."""
+    if (mark := "<!-- commands -->") in source[0]:
+        source[0] = source[0].replace(mark, _commands())
+
+
+def _commands() -> str:
+    parts = []
+    for name, command in vars(typer.main.get_command(cli.app))["commands"].items():
+        shown = [p for p in command.params if not getattr(p, "hidden", False)]
+        lines = [_row(parameter) for parameter in shown]
+        table = ["| option | default | meaning |", "|---|---|---|", *lines] if lines else []
+        parts.append("\n".join([f"## driftlens {name}", "", command.help, "", *table, ""]))
+    return "\n".join(parts)
+
+
+def _row(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        names = parameter.name.upper()
+    else:
+        names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    default = None if parameter.default is False else parameter.default
+    shown = "needed" if parameter.required else "" if default is None else f"`{default}`"
+    told = str(parameter.help or "").replace("\\[", "[").replace("|", "\\|")
+    return f"| `{names}` | {shown} | {told} |"
+
+
 def setup(app: Any) -> None:
     """Sphinx calls this."""
     app.add_html_math_renderer("mathml", (show_math, None), (show_math, None))
     copy_notebooks(HERE.parent / "notebooks", HERE / "notebooks")
+    app.connect("source-read", list_commands)
     app.connect("build-finished", write_evidence)
     app.connect("html-page-context", leave_mathjax_out)
     app.connect("autodoc-process-signature", mend_signature)

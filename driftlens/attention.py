@@ -1,7 +1,8 @@
 """Attention rows: what they are, how far two of them are apart, which heads over-attend.
 
 Everything here is a pure function of tensors. One *row* is what one head does at one
-query position: a probability distribution over key positions.
+query position: a probability distribution over key positions. Where heads have a learned sink
+(GPT-OSS), which takes a share and is no key, that share is counted as one more key.
 
 Shape glossary, used in every signature of the package:
 
@@ -25,13 +26,13 @@ Divergences are in nats, attention in probability.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from einops import repeat
 from jaxtyping import Bool, Float
 
-from driftlens.errors import RequestError
+from driftlens.errors import RequestError, check_choice
 
 HeadRule = Literal["max", "all", "quantile", "mean_std", "drift"]
 Divergence = Literal["kl", "reverse_kl", "js", "l2"]
@@ -45,6 +46,20 @@ def epsilon_for(dtype: torch.dtype) -> float:
     return 1e-7 if dtype in (torch.float16, torch.bfloat16) else EPSILON
 
 
+SINK = 0.02
+"""What is missing of 1 in a row, and more than rounding in half precision, is a sink's share."""
+
+
+def with_sinks(
+    *rows: Float[torch.Tensor, "*batch key"],
+) -> tuple[Float[torch.Tensor, "*batch all"], ...]:
+    """The same rows, with the share of sinks as one more key if any of them has one."""
+    shares = [(1 - row.sum(-1, keepdim=True)).clamp_min(0.0) for row in rows]
+    if not any(float(share.detach().max()) > SINK for share in shares if share.numel()):
+        return rows
+    return tuple(torch.cat([row, share], -1) for row, share in zip(rows, shares, strict=True))
+
+
 def row_kl(
     original: Float[torch.Tensor, "*batch key"],
     edited: Float[torch.Tensor, "*batch key"],
@@ -54,6 +69,7 @@ def row_kl(
     A constant of 1e-8 is added to both rows and they are not renormalised afterwards,
     as in the paper's released code; masked keys (zero in both) contribute nothing.
     """
+    original, edited = with_sinks(original, edited)
     eps = epsilon_for(original.dtype)
     p, q = original + eps, edited + eps
     return (p * (p.log() - q.log())).sum(-1)
@@ -88,6 +104,8 @@ def row_divergence(
         return row_kl(edited, original)
     if kind == "js":
         return row_js(original, edited)
+    check_choice("kind", kind, get_args(Divergence))
+    original, edited = with_sinks(original, edited)
     return (original - edited).square().sum(-1)
 
 
@@ -124,6 +142,7 @@ def over_attending_heads(
         spread = original.std(dim=-1, keepdim=True, correction=0)
         limit = original.mean(dim=-1, keepdim=True) + threshold * spread
     else:
+        check_choice("rule", rule, get_args(HeadRule))
         limit = original + threshold
     return now > limit
 
@@ -153,9 +172,13 @@ def restore_columns(
     """``row`` with the attention to some keys set back to ``original``'s, renormalised.
 
     The chosen columns get exactly the original attention. The others are scaled by one
-    common factor so that the row keeps its total; where they hold nothing to scale, they
-    get the original's values.
+    common factor so that the row keeps its total, sinks included; where they hold nothing to
+    scale, they get the original's values.
     """
+    n_keys = row.shape[-1]
+    row, original = with_sinks(row, original)
+    if row.shape[-1] > n_keys:
+        columns = torch.nn.functional.pad(columns, (0, 1))
     kept = row.masked_fill(columns, 0.0)
     restored = original.masked_fill(~columns, 0.0)
     # Two rows of the same total may differ in the last bits; no attention is negative.
@@ -163,7 +186,7 @@ def restore_columns(
     mass = kept.sum(-1, keepdim=True)
     fallback = original.masked_fill(columns, 0.0)
     scaled = torch.where(mass > 0, kept * (left / mass.clamp_min(1e-30)), fallback)
-    return restored + scaled
+    return (restored + scaled)[..., :n_keys]
 
 
 def head_name(layer: int, head: int) -> str:

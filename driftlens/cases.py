@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from driftlens.errors import RequestError
+from driftlens.errors import RequestError, check_choice
 from driftlens.facts import EditRequest
 
 Metric = Literal[
@@ -169,7 +169,11 @@ class Case:
 
         Args:
             metrics: Which of `ALL_METRICS`.
+
+        Raises:
+            RequestError: If one is none of them.
         """
+        check_metrics(metrics, ALL_METRICS)
         new, true = self.request.target_new, self.request.target_true
         edited = f"{self.request.text} {new}."
         lead = UNRELATED[int(self.draw() * 2**32) % len(UNRELATED)]
@@ -196,6 +200,12 @@ class Case:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
+def check_metrics(metrics: Collection[str], known: Collection[str]) -> None:
+    """Raise `RequestError` if a metric is none of those that are known."""
+    for metric in metrics:
+        check_choice("A metric", metric, known)
+
+
 def with_beginnings(cases: Sequence[Case]) -> list[Case]:
     """Cases whose texts can be measured: as they are, or, if none of them has a ``generation``
     prompt, each with `BEGINNINGS` about its subject."""
@@ -219,7 +229,7 @@ def tuning_split(cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
 
 def balanced(cases: Sequence[Case], n: int) -> list[Case]:
     """About ``n`` cases in a random but fixed order, half with neighbours, half with relations,
-    as far as there are such.
+    as far as there are such; others where there are not.
 
     Raises:
         RequestError: If ``n`` is not positive.
@@ -229,7 +239,44 @@ def balanced(cases: Sequence[Case], n: int) -> list[Case]:
     ordered = sorted(cases, key=lambda case: hashlib.sha256(case.id.encode()).digest())
     with_neighbours = [case for case in ordered if case.neighbours]
     with_relations = [case for case in ordered if case.relations and not case.neighbours]
+    rest = [case for case in ordered if not case.relations and not case.neighbours]
     half = min((n + 1) // 2, len(with_neighbours))
     others = with_relations[: n - half]
-    chosen = {case.id for case in [*with_neighbours[: n - len(others)], *others]}
+    first = [*with_neighbours[: n - len(others)], *others]
+    chosen = {case.id for case in [*first, *rest[: n - len(first)]]}
     return [case for case in ordered if case.id in chosen]
+
+
+def without_edited_facts(cases: Sequence[Case]) -> list[Case]:
+    """Cases that are edited in one model, without the neighbours, relations and distractors that
+    ask for what another of these edits changes: that their answers change is no damage.
+
+    A prompt asks for it if it is the other's prompt or one of its paraphrases, or if it holds the
+    other's subject and its answer is what was true of that.
+    """
+    edited: dict[str, set[str]] = {}
+    subjects: dict[str, set[tuple[str, str]]] = {}
+    for case in cases:
+        for prompt in (case.request.text, *case.paraphrases):
+            edited.setdefault(prompt, set()).add(case.id)
+        true = (case.request.target_true or "").strip().casefold()
+        subjects.setdefault(true, set()).add((case.id, case.request.subject))
+
+    def asks_for_another(case: Case, cloze: Cloze) -> bool:
+        if edited.get(cloze.prompt, set()) - {case.id}:
+            return True
+        known = subjects.get(cloze.answer.strip().casefold(), set())
+        return any(name != case.id and subject in cloze.prompt for name, subject in known)
+
+    def left(case: Case, asked: Sequence[Cloze]) -> tuple[Cloze, ...]:
+        return tuple(cloze for cloze in asked if not asks_for_another(case, cloze))
+
+    return [
+        replace(
+            case,
+            neighbours=left(case, case.neighbours),
+            relations=left(case, case.relations),
+            distractors=left(case, case.distractors),
+        )
+        for case in cases
+    ]

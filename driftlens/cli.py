@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,11 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from driftlens import __version__
-from driftlens.errors import DataError, DriftLensError, ModelError, RequestError
+from driftlens.errors import DataError, DriftLensError, ModelError, RequestError, check_count
 
 if TYPE_CHECKING:
+    from driftlens.cases import Case
     from driftlens.edits import Edit
     from driftlens.models import LensModel
+
+MAX_SEED = 2**63 - 1
+"""That torch takes."""
 
 app = typer.Typer(
     name="driftlens",
@@ -55,6 +60,13 @@ JsonOption = Annotated[
 HtmlOption = Annotated[
     Path | None, typer.Option("--html", help="Write the picture to this self-contained page.")
 ]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="Of the model, e.g. cuda.")]
+FormatOption = Annotated[
+    str | None, typer.Option("--format", help="Of the file, if it cannot be told.")
+]
+SkipOption = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out records that are no case, and list them.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
@@ -73,6 +85,7 @@ def demo(
     gamma: Annotated[
         float | None, typer.Option(help="Strength of SADR; by default what was tuned.")
     ] = None,
+    device: DeviceOption = None,
     json_file: JsonOption = None,
     html: HtmlOption = None,
     quiet: QuietOption = False,
@@ -85,11 +98,11 @@ def demo(
     _check_outputs(json_file, html)
     from driftlens.demo import EIFFEL, EXAMPLES, demo_json, demo_page, run_demo
 
-    lens = _load(model)
+    lens = _load(model, device, quiet)
     example = EXAMPLES.get(model, EIFFEL)
     result = run_demo(lens, example, gamma=gamma, progress=not quiet)
     numbers = demo_json(result)
-    _write(json_file, lambda: json.dumps(numbers, indent=1, ensure_ascii=False))
+    _write_json(json_file, numbers)
     _write(html, lambda: demo_page(result))
     if json_file is None or str(json_file) != "-":
         _print_demo(numbers)
@@ -122,7 +135,7 @@ def edit(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="TOML with method, [config] and [[penalties]]."),
+        typer.Option("--config", help=r"TOML with method, \[config] and \[\[penalties]]."),
     ] = None,
     layer: Annotated[int | None, typer.Option(help="By default the model's.")] = None,
     layers: Annotated[
@@ -140,7 +153,8 @@ def edit(
         str | None,
         typer.Option(help="'identity' or an .npz; by default from Wikipedia leads, cached."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampled contexts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampled contexts.")] = 0,
+    device: DeviceOption = None,
     json_file: JsonOption = None,
     html: HtmlOption = None,
     quiet: QuietOption = False,
@@ -161,7 +175,9 @@ def edit(
     chosen_layers = None if layers is None else tuple(_numbers(layers, "layers"))
     given = {"layer": layer, "layers": chosen_layers, "steps": steps}
     overrides = {**plan.config, **{name: v for name, v in given.items() if v is not None}}
-    lens = _load(model)
+    if sadr is not None and any(isinstance(penalty, dl.SADR) for penalty in plan.penalties):
+        raise RequestError(f"{config} holds SADR already.", "Leave --sadr out.")
+    lens = _load(model, device, quiet)
     if sadr == "tuned":
         held = [dl.SADR(gamma=_tuned_gamma(lens, editor))]
     result = dl.edit(
@@ -189,7 +205,7 @@ def edit(
         "info": result.info,
         "out": str(out),
     }
-    _write(json_file, lambda: json.dumps(numbers, indent=1, ensure_ascii=False))
+    _write_json(json_file, numbers)
     _write(html, lambda: _figure_html(result.plot()))
     if json_file is None or str(json_file) != "-":
         print(f"{request.text}")
@@ -207,14 +223,16 @@ def drift(
     query: Annotated[int, typer.Option(help="Query position; -1 is the last token.")] = -1,
     occurrence: Annotated[int, typer.Option(help="Which occurrence of the subject.")] = 0,
     top: Annotated[int, typer.Option(help="Heads to list.")] = 10,
+    device: DeviceOption = None,
     json_file: JsonOption = None,
     html: HtmlOption = None,
 ) -> None:
     """Which heads drift to the edited subject on a prompt."""
     _check_outputs(json_file, html)
+    check_count("--top", top)
     import driftlens as dl
 
-    lens, loaded = _load_both(model, edit_folder)
+    lens, loaded = _load_both(model, edit_folder, device)
     result = dl.measure_drift(lens, loaded, prompt, subject, query=query, occurrence=occurrence)
     heads = result.top_heads(top)
     numbers = {
@@ -231,7 +249,7 @@ def drift(
         "edited": result.edited[0].tolist(),
         "kl": result.kl[0].tolist(),
     }  # fmt: skip
-    _write(json_file, lambda: json.dumps(numbers, indent=1, ensure_ascii=False))
+    _write_json(json_file, numbers)
     _write(html, lambda: _figure_html(result.plot()))
     if json_file is None or str(json_file) != "-":
         print("head    original  edited    drift   KL (nats)")
@@ -265,6 +283,7 @@ def patch(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Every head, layer and window, one at a time.")
     ] = False,
+    device: DeviceOption = None,
     json_file: JsonOption = None,
     html: HtmlOption = None,
     quiet: QuietOption = False,
@@ -284,7 +303,7 @@ def patch(
     }
     chosen_layers = None if layers is None else _numbers(layers, "layers")
     chosen_heads = None if heads is None else [h.strip() for h in heads.split(",")]
-    lens, loaded = _load_both(model, edit_folder)
+    lens, loaded = _load_both(model, edit_folder, device, quiet)
     experiment = dl.PatchExperiment(
         lens,
         loaded,
@@ -299,7 +318,7 @@ def patch(
     else:
         result = experiment.attention(layers=chosen_layers, heads=chosen_heads, **shared)
     table = result.to_dataframe()
-    _write(json_file, lambda: table.to_json(orient="records", indent=1, force_ascii=False))
+    _write_json(json_file, table.to_dict("records"))
     _write(html, lambda: _figure_html(result.plot()))
     if json_file is None or str(json_file) != "-":
         patched = result.everything if sweep else result.patched
@@ -381,12 +400,8 @@ def bench(
     data: Annotated[
         Path | None, typer.Option("--data", help="A file of cases; by default the shipped facts.")
     ] = None,
-    data_format: Annotated[
-        str | None, typer.Option("--format", help="Of the file, if it cannot be told.")
-    ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out records that are no case, and list them.")
-    ] = False,
+    data_format: FormatOption = None,
+    skip_bad: SkipOption = False,
     split: Annotated[
         str,
         typer.Option(help="'all', 'held-back' (not for tuning) or 'tuning': a quarter, by hash."),
@@ -398,9 +413,11 @@ def bench(
     texts: Annotated[
         str, typer.Option(help="What is told of texts: some of FL,reference,perplexity.")
     ] = "",
-    seed: Annotated[int, typer.Option(help="Of the sampled contexts and texts.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the sampled contexts and texts.")
+    ] = 0,
     retry_failed: Annotated[bool, typer.Option(help="Try failed cases again.")] = False,
-    device: Annotated[str | None, typer.Option(help="Of the model, e.g. cuda.")] = None,
+    device: DeviceOption = None,
     executor: Annotated[
         str, typer.Option(help="'local', or 'ray': workers with a model each (extra ray).")
     ] = "local",
@@ -424,14 +441,11 @@ def bench(
     from driftlens.bench import Arm, Setting, make_arms, run_bench
     from driftlens.cases import ALL_METRICS, TEXT_METRICS, balanced, tuning_split, with_beginnings
     from driftlens.editing.methods import METHODS, resolve_config
-    from driftlens.readers import read_cases
 
     source = asset("facts.jsonl") if data is None else data
-    found = read_cases(source, data_format, strict=not skip_bad)  # type: ignore[arg-type]
-    for skipped in found.skipped:
-        _note(skipped)
+    found = _read_cases(source, data_format, skip_bad)
     tuning, held_back = tuning_split(found)
-    splits = {"all": list(found), "tuning": tuning, "held-back": held_back}
+    splits = {"all": found, "tuning": tuning, "held-back": held_back}
     if split not in splits:
         raise RequestError(f"There is no split {split!r}.", f"Choose one of {', '.join(splits)}.")
     if cases < 1:
@@ -449,7 +463,7 @@ def bench(
     if setting.texts:
         chosen = with_beginnings(chosen)
     _tell_what_is_missing(chosen, cases, setting, metrics == "all")
-    lens = _load(model, device)
+    lens = _load(model, device, quiet)
     runs = _executor(executor, lens, model, device, workers, ray_address)
     named = list(METHODS) if methods == "all" else [m for m in methods.split(",") if m]
     arms = make_arms(lens, named, [p for p in penalties.split(",") if p])
@@ -469,7 +483,7 @@ def bench(
         command=" ".join(["driftlens", *sys.argv[1:]]),
         progress=not quiet,
     )
-    _write(json_file, lambda: json.dumps(result.summary(), indent=1, ensure_ascii=False))
+    _write_json(json_file, result.summary())
     if parquet is not None:
         result.to_parquet(parquet)
     if json_file is None or str(json_file) != "-":
@@ -489,7 +503,7 @@ def report(
         str | None, typer.Option(help="The editor they are taken from; by default the first.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="By default the run's, by its name.")] = None,
-    device: Annotated[str | None, typer.Option(help="Of the model, e.g. cuda.")] = None,
+    device: DeviceOption = None,
 ) -> None:
     """A page about a benchmark run: tables with intervals, charts, the most telling prompts."""
     _check_outputs(out)
@@ -497,8 +511,7 @@ def report(
     from driftlens.report import look_into, telling_prompts
     from driftlens.report import report as page
 
-    if shown < 0:
-        raise RequestError(f"--shown is {shown}.", "Give 0 or more.")
+    check_count("--shown", shown)
     result = BenchResult(folder)
     prompts = telling_prompts(result, shown, arm) if shown else []
     found = []
@@ -521,7 +534,9 @@ def report(
 def reproduce(
     experiments: Annotated[
         list[str],
-        typer.Argument(help="table1, table3, fig3 to fig7, rules, rivals, sequential, or all."),
+        typer.Argument(
+            help="table1, table3, fig3 to fig7, steps, cure, rules, rivals, sequential, or all."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; continued if any.")],
     model: ModelOption = "smollm2-135m",
@@ -533,6 +548,8 @@ def reproduce(
             "facts, on which nothing was tuned.",
         ),
     ] = None,
+    data_format: FormatOption = None,
+    skip_bad: SkipOption = False,
     cases: Annotated[int | None, typer.Option(help="How many; 150, or 4 if quick.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few cases and conditions: does everything run?")
@@ -540,9 +557,9 @@ def reproduce(
     method: Annotated[
         str, typer.Option(help="The editor of fig3 to fig6, rules and rivals.")
     ] = "rome",
-    seed: Annotated[int, typer.Option(help="Of the sampled contexts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampled contexts.")] = 0,
     retry_failed: Annotated[bool, typer.Option(help="Try again what failed before.")] = False,
-    device: Annotated[str | None, typer.Option(help="Of the model, e.g. cuda.")] = None,
+    device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """The paper's experiments, on your model: numbers, figures, and what they say, on a page."""
@@ -552,7 +569,6 @@ def reproduce(
     from driftlens.editing.methods import config_of
     from driftlens.experiments.reproduce import OF_ONE_EDITOR, Study, known_names
     from driftlens.experiments.reproduce import reproduce as run
-    from driftlens.readers import read_cases
 
     others = [name for name in known_names(experiments) if name not in OF_ONE_EDITOR]
     config_of(method)  # known
@@ -565,11 +581,11 @@ def reproduce(
     if wanted < 1:
         raise RequestError(f"--cases is {wanted}.", "Give at least 1.")
     if data is None:  # no hyperparameters were tuned on the shipped facts
-        held_back = list(read_cases(asset("facts.jsonl")))
+        held_back = _read_cases(asset("facts.jsonl"))
     else:
-        _, held_back = tuning_split(read_cases(data))
+        _, held_back = tuning_split(_read_cases(data, data_format, skip_bad))
     study = Study(
-        _load(model, device),
+        _load(model, device, quiet),
         balanced(held_back, wanted),
         out,
         data="shipped facts" if data is None else data.stem,
@@ -592,13 +608,14 @@ def models(
         str | None,
         typer.Argument(help="Load this model, probe it, and report what was found."),
     ] = None,
+    device: DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """The bundled models, or what DriftLens finds in a model of yours."""
     from driftlens import bundled
 
     if inspect is not None:
-        info = _load(inspect).info.to_dict()
+        info = _load(inspect, device).info.to_dict()
         if as_json:
             print(json.dumps(info, indent=1))
         else:
@@ -685,18 +702,38 @@ def methods(
 # --- helpers -------------------------------------------------------------------------------
 
 
-def _load(name: str, device: str | None = None) -> LensModel:
+def _read_cases(source: Path, data_format: str | None = None, skip_bad: bool = False) -> list[Case]:
+    """Cases of a file; records that are left out are listed."""
+    from driftlens.readers import read_cases
+
+    try:
+        found = read_cases(source, data_format, strict=not skip_bad)  # type: ignore[arg-type]
+    except DataError as error:
+        remedy = error.remedy.replace("read with strict=False", "leave such out with --skip-bad")
+        raise DataError(error.problem, remedy.replace("format= ", "--format ")) from error
+    for skipped in found.skipped:
+        _note(skipped)
+    return list(found)
+
+
+def _load(name: str, device: str | None = None, quiet: bool = False) -> LensModel:
     import driftlens as dl
 
+    if quiet:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     return dl.load_model(name, device=device)
 
 
-def _load_both(name: str, folder: Path) -> tuple[LensModel, Edit]:
+def _load_both(
+    name: str, folder: Path, device: str | None = None, quiet: bool = False
+) -> tuple[LensModel, Edit]:
     """Model and edit; the edit is read first, since that fails sooner."""
     import driftlens as dl
 
     loaded = dl.load_edit(folder)
-    lens = _load(name)
+    lens = _load(name, device, quiet)
     loaded.check_fits(lens)
     return lens, loaded
 
@@ -781,6 +818,12 @@ def _write(path: Path | None, text: Callable[[], str]) -> None:
         ) from error
 
 
+def _write_json(path: Path | None, numbers: Any) -> None:
+    from driftlens.records import result_json
+
+    _write(path, lambda: result_json(numbers).rstrip())
+
+
 def _figure_html(figure: Any) -> str:
     return str(figure.to_html(include_plotlyjs=True, full_html=True))
 
@@ -811,28 +854,48 @@ def _print_demo(numbers: dict[str, Any]) -> None:
     print(f"Chosen    {numbers['chosen']}")
     averages = numbers["averages"]
     if averages is not None:
+        from driftlens.demo import of_sadr
+
         print(f"Averages  over {averages['facts']} facts, prompts that the original model answers:")
         for kind, content in averages["kinds"].items():
             states = content["states"]
             print(
                 f"          {kind} ({content['prompts']} prompts), P(answer): "
-                + ", ".join(f"{name} {values['answer']:.3f}" for name, values in states.items())
+                + ", ".join(
+                    f"{of_sadr(name, averages)} {values['answer']:.3f}"
+                    for name, values in states.items()
+                )
             )
     print(f"Time      {numbers['seconds']:.0f} s")
+
+
+class _Stopped(BaseException):
+    """By Ctrl-C; not a KeyboardInterrupt, which typer would end without a word."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Stopped
 
 
 def main() -> None:
     """Entry point: one line for an error, no traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # a caller may have it ignored
+        signal.signal(signal.SIGINT, _stop)
     try:
         app()
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted; what was finished is kept in the cache.")
+    except _Stopped:
+        print("Interrupted; what was finished is kept.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         sys.exit(0)
+    finally:
+        if signal.getsignal(signal.SIGINT) is _stop:
+            signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
+from driftlens.equality import equal_fields
 from driftlens.precision import in_float32
 
+ROUNDING = 1e-5
+"""Share of a key's length by which passes of the same text may give different keys."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Codebook:
     """Keys, the radii of the balls around them, and what to say inside.
 
@@ -64,6 +68,9 @@ class Codebook:
         """Its numbers, by field."""
         return {"keys": self.keys, "values": self.values, "radii": self.radii}
 
+    def __eq__(self, other: object) -> bool:
+        return equal_fields(self, other)
+
     def __call__(
         self,
         inputs: Float[torch.Tensor, "*batch d_in"],
@@ -90,7 +97,8 @@ class Codebook:
 
         A new key whose ball would touch its nearest neighbour's makes both balls halve the
         distance if their labels differ; if they are the same, the neighbour's ball grows until
-        it holds the new key, and no entry is added. Otherwise it is added as it is.
+        it holds the new key, and no entry is added. Otherwise it is added as it is. An entry
+        whose key is there already, but for rounding, replaces the old one's value and label.
         """
         keys, values, radii = list(self.keys), list(self.values), [float(r) for r in self.radii]
         labels = list(self.labels)
@@ -100,6 +108,9 @@ class Codebook:
             distances = [float((key - old).norm()) for old in keys]
             nearest = min(range(len(distances)), key=distances.__getitem__)
             gap = distances[nearest]
+            if gap <= ROUNDING * float(key.norm()):
+                values[nearest], labels[nearest] = value, label
+                continue
             if gap <= radius + radii[nearest]:
                 if labels[nearest] == label:
                     radii[nearest] = max(radii[nearest], gap)

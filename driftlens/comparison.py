@@ -23,6 +23,7 @@ from driftlens.attention import head_name
 from driftlens.drift import Drift, attention_patterns, measure_drift, subjects_of
 from driftlens.edits import Edit
 from driftlens.errors import RequestError
+from driftlens.facts import EditRequest
 from driftlens.models import LensModel, ModelInfo
 from driftlens.patching import (
     AttentionSweep,
@@ -69,6 +70,8 @@ class Comparison:
         patterns: Token-to-token attention of the heads that drifted most, by head and state, each
             of shape [query, key].
         seconds: Duration.
+        request: The edited fact; of several, the one about the subject.
+        subject: Whose attention is looked at; ``None`` for that of the edited fact.
     """
 
     info: ModelInfo
@@ -87,6 +90,12 @@ class Comparison:
     edit_success: dict[str, float]
     patterns: dict[str, dict[str, np.ndarray]] = field(repr=False)
     seconds: float
+    request: EditRequest | None = None
+    subject: str | None = None
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {readout.prob:.3f}" for name, readout in self.readouts().items())
+        return f"Comparison({self.info.name}, {self.prompt!r}; P({self.answer!r}): {shown})"
 
     def readouts(self) -> dict[str, Readout]:
         """What the model answers, by condition: original, edited, restored and cured."""
@@ -200,18 +209,33 @@ class Comparison:
         strongest = ", ".join(f"{h.name} ({h.drift:+.2f})" for h in self.drift.top_heads(3))
 
         def rival(*readouts: Readout) -> str:
-            shown = " to ".join(f"{readout[new].prob:.3f}" for readout in readouts if new)
-            return f", that of {new!r} {'from ' if len(readouts) > 1 else ''}{shown}" if new else ""
+            if not new or new == self.answer:
+                return ""
+            shown = " to ".join(f"{readout[new].prob:.3f}" for readout in readouts)
+            return f", that of “{new}” {'from ' if len(readouts) > 1 else ''}{shown}"
 
-        request = self.edit.request
-        edited = f"The model was edited to answer {new!r} to {request.text!r}. " if request else ""
+        request = self.request
+        edited = f"The model was edited to answer “{new}” to “{request.text}”. " if request else ""
+        if self.prompt in [one.text for one in self.edit.requests]:
+            asked = f"Asked what was edited (“{self.prompt}”), for the answer “{self.answer}”"
+        elif self.edit.requests:
+            asked = f"Nothing was said about “{self.prompt}”, whose answer is “{self.answer}”"
+        else:
+            asked = f"Asked “{self.prompt}”, whose answer is “{self.answer}”"
+        share = result.recovered_share
+        most = (
+            ""
+            if np.isnan(share)
+            else f" Of all restorations tried, {best[0]} brings back most: "
+            f"{best[1].patched.prob:.3f}."
+        )
         lines = [
-            f"{edited}Nothing was said about {self.prompt!r}, whose answer is {self.answer!r}: its "
-            f"probability goes from {before.prob:.3f} to {after.prob:.3f}{rival(before, after)}.",
+            f"{edited}{asked}: its probability goes from {before.prob:.3f} to {after.prob:.3f}"
+            f"{rival(before, after)}.",
             f"The heads whose attention to the subject grew most: {strongest}.",
             f"With the original attention rows of the last token restored in the edited model, the "
-            f"answer's probability is {back.prob:.3f} ({_share_in_words(result)}){rival(back)}. Of "
-            f"all restorations tried, {best[0]} brings back most: {best[1].patched.prob:.3f}.",
+            f"answer's probability is {back.prob:.3f} ({_share_in_words(result)}){rival(back)}."
+            f"{most}",
         ]
         if self.cured_readout is not None:
             kept = ""
@@ -228,7 +252,7 @@ class Comparison:
 
     @property
     def _fact(self) -> str:
-        request = self.edit.request
+        request = self.request
         if request is None:
             return ""
         return f"{request.text} … {request.target_true or '?'} → {request.target_new}"
@@ -257,7 +281,7 @@ class Comparison:
                 for p in self.cured.config.get("penalties", [])
             ]
             found.append((self._cured_name, "; ".join(strengths)))
-        request = self.edit.request
+        request = self.request
         if request is not None:
             found.append(("Fact", f"{request.text} → {request.target_new}"))
         found.append(("Prompt", self.prompt))
@@ -344,7 +368,7 @@ def compare(
             changed.
         answer: That answer, e.g. ``"Paris"``.
         cured: The same fact edited with a restriction, e.g. ``penalty=dl.SADR()``.
-        subject: By default that of the edit.
+        subject: By default that of the edit; of an edit of several facts, that of one of them.
         heads: How many heads' token-to-token attention to keep, those that drifted most. By
             default 12, on long prompts as many as 8 million bytes allow.
         sweep: Whether to patch each head, layer and window too, and nested sets of the heads that
@@ -374,7 +398,8 @@ def compare(
     if wanted and not sweep:
         raise RequestError("head_sets is given with sweep=False.", "Leave sweep on.")
     subject = subjects_of(edit, subject, 1)[0]
-    new = edit.request.target_new if edit.request is not None else ""
+    request = edit.request_about(subject)
+    new = request.target_new if request is not None else ""
 
     drift = measure_drift(model, edit, prompt, subject=subject)
     cured_drift = None
@@ -425,12 +450,14 @@ def compare(
         best_heads=best_heads,
         head_sets=asked,
         cured_readout=cured_readout,
-        edit_success=_edit_success(model, edit, cured),
+        edit_success=_edit_success(model, request, edit, cured),
         patterns={
             name: {state: by_state[state][name] for state in by_state}
             for name in by_state["original"]
         },
         seconds=time.monotonic() - started,
+        request=request,
+        subject=subject,
     )
 
 
@@ -453,9 +480,10 @@ def _nested_best(info: ModelInfo, sweep: AttentionSweep) -> list[tuple[str, ...]
     return [tuple(ranked[:k]) for k in sizes]
 
 
-def _edit_success(model: LensModel, edit: Edit, cured: Edit | None) -> dict[str, float]:
+def _edit_success(
+    model: LensModel, request: EditRequest | None, edit: Edit, cured: Edit | None
+) -> dict[str, float]:
     """Probability of the new target on the edit prompt, by state."""
-    request = edit.request
     if request is None:
         return {}
 

@@ -12,8 +12,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from driftlens.assets import survey_result
 from driftlens.comparison import Comparison, compare
 from driftlens.editing.defaults import sadr_gamma
@@ -23,7 +21,7 @@ from driftlens.facts import EditRequest
 from driftlens.intervals import with_interval
 from driftlens.models import LensModel
 from driftlens.patching import Readout
-from driftlens.records import versions
+from driftlens.records import plain, versions
 from driftlens.viewer import Table
 
 HEADS_SHOWN = 12
@@ -90,7 +88,7 @@ def run_demo(
     gamma = sadr_gamma(model, "rome") if gamma is None else gamma
     request = example.request
 
-    # The fact is edited, without and with the restriction, at equal steps.
+    # The fact is edited, without and with the restriction, with the same number of steps at most.
     edit = make_an_edit(model, request, covariance=covariance, progress=progress)
     cured = make_an_edit(
         model, request, penalty=SADR(gamma=gamma), covariance=covariance, progress=progress
@@ -125,7 +123,7 @@ def demo_json(demo: Demo) -> dict[str, Any]:
             "sadr": pair(found.cured_readout),
         },
         "restored": {
-            name: {**pair(result.patched), "recovered_share": _number(result.recovered_share)}
+            name: {**pair(result.patched), "recovered_share": plain(result.recovered_share)}
             for name, result in found.restored.items()
         },
         "edit_success": success,
@@ -140,7 +138,7 @@ def demo_json(demo: Demo) -> dict[str, Any]:
         ],
         "gamma": demo.gamma,
         "config": {k: v for k, v in found.edit.config.items() if k != "contexts"},
-        "averages": survey_result(demo.model.info.name),
+        "averages": averages(demo.model),
         "seconds": demo.seconds,
         "versions": versions(),
     }  # fmt: skip
@@ -162,8 +160,14 @@ def demo_page(demo: Demo) -> str:
     """The demo as one self-contained HTML page."""
     name = demo.model.info.name
     return demo.comparison.html(
-        notes=[_how_chosen(name)], tables=survey_tables(survey_result(name))
+        notes=[_how_chosen(name)], tables=survey_tables(averages(demo.model))
     )
+
+
+def averages(model: LensModel) -> dict[str, Any] | None:
+    """What was measured over many facts of a model with these weights; ``None`` if nothing was."""
+    found = survey_result(model.info.name)
+    return found if found is not None and found["fingerprint"] == model.fingerprint() else None
 
 
 def survey_tables(survey: dict[str, Any] | None) -> list[Table]:
@@ -173,7 +177,7 @@ def survey_tables(survey: dict[str, Any] | None) -> list[Table]:
     tables = []
     for kind, content in survey["kinds"].items():
         rows = [
-            [state, *(_mean(values, m) for m in ("answer", "target_new")),
+            [of_sadr(state, survey), *(_mean(values, m) for m in ("answer", "target_new")),
              _mean(values, "beats_target_new")]
             for state, values in content["states"].items()
         ]  # fmt: skip
@@ -189,10 +193,10 @@ def survey_tables(survey: dict[str, Any] | None) -> list[Table]:
     return tables
 
 
+def of_sadr(state: str, survey: dict[str, Any]) -> str:
+    """A state's name, with SADR's strength in the survey, which the demo's need not be."""
+    return f"sadr, gamma {survey['gamma']:g}" if state == "sadr" else state
+
+
 def _mean(values: dict[str, Any], measure: str) -> str:
     return with_interval(values[measure], *values[f"{measure}_interval"], digits=3)
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if np.isnan(value) else float(value)

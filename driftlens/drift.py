@@ -29,7 +29,8 @@ from jaxtyping import Float, Int
 from driftlens import figures
 from driftlens.attention import head_name, row_kl
 from driftlens.edits import Edit, write_atomically
-from driftlens.errors import DataError, RequestError
+from driftlens.equality import equal_fields
+from driftlens.errors import DataError, RequestError, check_count
 from driftlens.interventions import Hook, pattern_name
 from driftlens.models import LensModel
 from driftlens.reuse import Engine, FullPass, choose_engine
@@ -38,7 +39,7 @@ from driftlens.tokens import Encoded, Span
 PROMPTS_PER_BATCH = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptDrift:
     """One prompt's attention rows before and after the edit.
 
@@ -57,6 +58,9 @@ class PromptDrift:
     query: int
     original: Float[np.ndarray, "layer head key"]
     edited: Float[np.ndarray, "layer head key"]
+
+    def __eq__(self, other: object) -> bool:
+        return equal_fields(self, other)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,12 @@ class Drift:
     edit_label: str
     engine: Engine | None = field(default=None, compare=False)
 
+    def __repr__(self) -> str:
+        n = len(self.prompts)
+        heads = ", ".join(f"{head.name} {head.drift:+.3f}" for head in self.top_heads(3))
+        what = f"{n} prompt{'s' * (n != 1)}"
+        return f"Drift({self.model_name}, {self.edit_label}, {what}; most: {heads})"
+
     @property
     def original(self) -> Float[np.ndarray, "prompt layer head"]:
         """Attention from the query to the subject's last token, before the edit."""
@@ -143,7 +153,12 @@ class Drift:
         return self.difference.mean(-1)
 
     def top_heads(self, k: int = 10) -> list[HeadDrift]:
-        """The ``k`` heads whose attention to the subject grew most, averaged over prompts."""
+        """The ``k`` heads whose attention to the subject grew most, averaged over prompts.
+
+        Raises:
+            RequestError: If ``k`` is negative.
+        """
+        check_count("k", k)
         original, edited, kl = (a.mean(0) for a in (self.original, self.edited, self.kl))
         flat = np.argsort(-(edited - original), axis=None, kind="stable")[:k]
         return [
@@ -176,8 +191,14 @@ class Drift:
         """Layer x head maps of attention to the subject: before, after, difference.
 
         Args:
-            cured: Drift of a restricted edit on the same prompts, shown beside it.
+            cured: Drift of a restricted edit of the same model, on the same rows of the same
+                prompts, shown beside it.
+
+        Raises:
+            RequestError: If it is of another model, other prompts or rows, or another subject.
         """
+        if cured is not None:
+            self._check_alike(cured)
         panels = {"original": self.original.mean(0), "edited": self.edited.mean(0)}
         signed = {"edited - original": self.difference.mean(0)}
         if cured is not None:
@@ -189,11 +210,36 @@ class Drift:
             if len(self.prompts) == 1
             else f"mean over {len(self.prompts)} prompts"
         )
+        rows = {p.query - len(p.labels) for p in self.prompts}
+        if rows != {-1}:
+            one = f"token {self.prompts[0].query}" if len(self.prompts) == 1 else "other tokens"
+            what += f" (from {one})"
         return figures.head_maps(
             {**panels, **signed},
             signed=list(signed),
             title=f"Attention to the subject's last token: {what}",
         )
+
+    def _check_alike(self, other: Drift) -> None:
+        """Refuse what cannot be shown beside this."""
+        for what, first, second in (
+            ("prompts", *([p.prompt for p in d.prompts] for d in (self, other))),
+            ("subjects", *([p.subject for p in d.prompts] for d in (self, other))),
+            ("rows of the prompts", *([p.query for p in d.prompts] for d in (self, other))),
+            ("models", self.model_name, other.model_name),
+        ):
+            if first != second:
+                raise RequestError(
+                    f"The two drifts are of different {what}.",
+                    "Measure both in the same way, on the same model.",
+                )
+        if self.original.shape != other.original.shape or not np.allclose(
+            self.original, other.original, atol=1e-3
+        ):
+            raise RequestError(
+                "The two drifts begin from different attention.",
+                "Measure both on the same model, with the same edits applied to it or none.",
+            )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything into one ``.npz`` file, atomically.
@@ -314,8 +360,18 @@ def measure_drift(
 def attention_patterns(
     model: LensModel, prompt: str, heads: Sequence[tuple[int, int]], edit: Edit | None = None
 ) -> dict[str, Float[np.ndarray, "query key"]]:
-    """Token-to-token attention of some heads, by name, of the original or the edited model."""
-    ids = model.tokens.pad([model.tokens.encode(prompt).ids])
+    """Token-to-token attention of some heads, by name, of the original or the edited model.
+
+    Raises:
+        ModelError: If a layer does not exist.
+        RequestError: If a head does not, or the prompt is too long.
+        TokenError: If the prompt is empty.
+    """
+    for layer, head in heads:
+        model.check_head(layer, head)
+    encoded = model.tokens.encode(prompt)
+    model.check_length(len(encoded), prompt)
+    ids = model.tokens.pad([encoded.ids])
     names = {layer: pattern_name(model.check_layer(layer)) for layer, _ in heads}
     with edit.applied(model) if edit is not None else nullcontext():
         seen = model.record(ids, list(names.values()))
@@ -330,6 +386,13 @@ def subjects_of(edit: Edit, subject: str | Sequence[str] | None, count: int) -> 
     """
     if subject is None:
         if edit.request is None:
+            known = dict.fromkeys(request.subject for request in edit.requests)
+            if known:
+                shown = ", ".join(map(repr, list(known)[:5])) + ", ..." * (len(known) > 5)
+                raise RequestError(
+                    f"The edit is of {len(edit.requests)} facts.",
+                    f"Pass subject=..., e.g. one of {shown}.",
+                )
             raise RequestError(
                 "The edit does not say which subject it is about.", "Pass subject=..."
             )

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 
 from driftlens import figures
+from driftlens.bundled import expanded
 from driftlens.codebook import Codebook
-from driftlens.errors import DataError, EditError
+from driftlens.errors import DataError, EditError, ModelError
 from driftlens.facts import EditRequest
-from driftlens.models import LensModel, named_parameters
+from driftlens.journal import CHECKSUM, digest
+from driftlens.models import LensModel, first_line, named_parameters, read_weights
 from driftlens.weights import Delta, DenseDelta, LowRankDelta, tensor_digest
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS_FILE = "edit.safetensors"
 RECORD_FILE = "edit.json"
 
@@ -62,6 +66,11 @@ class Edit:
     def request(self) -> EditRequest | None:
         """The fact, if it is exactly one."""
         return self.requests[0] if len(self.requests) == 1 else None
+
+    def request_about(self, subject: str | None = None) -> EditRequest | None:
+        """The fact if it is exactly one, or the only one of several with this subject."""
+        about = [r for r in self.requests if r.subject == subject]
+        return self.request or (about[0] if len(about) == 1 else None)
 
     @property
     def rank(self) -> int:
@@ -119,13 +128,13 @@ class Edit:
             EditError: Naming the parameter that differs.
         """
         stack = model.weights
-        for name, digest in self.base_digests.items():
+        for name, before in self.base_digests.items():
             if name not in stack.parameters:
                 raise EditError(
                     f"This edit was made for {self.model_name} and changes {name!r}, which "
                     f"{model.info.name} does not have."
                 )
-            if digest not in (
+            if before not in (
                 tensor_digest(stack.original(name)),
                 tensor_digest(stack.parameters[name]),
             ):
@@ -177,7 +186,8 @@ class Edit:
                     "input_first": delta.input_first,
                 }
             for field_name, tensor in delta.tensors().items():
-                tensors[f"{name}|{field_name}"] = tensor.detach().cpu().contiguous()
+                # A copy, as the file format refuses tensors that share memory.
+                tensors[f"{name}|{field_name}"] = tensor.detach().cpu().contiguous().clone()
         data = to_bytes(tensors)
         record = {
             "format": FORMAT,
@@ -192,7 +202,8 @@ class Edit:
             "trace": self.trace,
             "info": self.info,
         }
-        text = json.dumps(record, indent=1).encode()
+        record = json.loads(json.dumps(record))  # as it is read
+        text = json.dumps({**record, CHECKSUM: digest(record)}, indent=1).encode()
         path = Path(folder)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -219,27 +230,19 @@ class Edit:
 
         Args:
             model: The model that they change.
-            deltas: Tensors of the parameters' shapes, or low-rank deltas, by Hugging Face
-                parameter name.
+            deltas: Tensors or numpy arrays of the parameters' shapes, or low-rank deltas, by
+                Hugging Face parameter name; they are copied.
             request: The fact or facts that they edit, if known.
             method: What to call the editor.
 
         Raises:
-            EditError: If there is no delta, a name is unknown, a shape does not fit, or a
-                value is not finite.
+            EditError: If there is no delta, one is something else, a name is unknown, a shape does
+                not fit, a value is not finite, or what was edited is no request.
         """
         if not deltas:
             raise EditError("There is no weight delta.", "Give at least one changed parameter.")
-        wrapped = {n: d if isinstance(d, Delta) else DenseDelta(d) for n, d in deltas.items()}
-        for name, delta in wrapped.items():
-            numbers = [*delta.tensors().values()]
-            if not isinstance(delta, Codebook):
-                numbers.append(delta.dense())
-            if not all(torch.isfinite(tensor).all() for tensor in numbers):
-                raise EditError(f"The delta for {name!r} is not finite.")
-        model.weights.pop(model.weights.push(wrapped))
-        requests = (request,) if isinstance(request, EditRequest) else tuple(request or ())
-        return make_edit(model, wrapped, method=method, requests=requests)
+        wrapped = {name: _as_delta(name, given) for name, given in deltas.items()}
+        return _from_outside(model, wrapped, request, method)
 
     @classmethod
     def from_checkpoint(
@@ -253,8 +256,8 @@ class Edit:
 
         Args:
             model: The original.
-            other: An edited copy: a Hugging Face model, a state dict, or a folder with
-                safetensors.
+            other: An edited copy: a Hugging Face model, a :class:`LensModel`, a state dict, or a
+                folder with safetensors.
             request: The fact or facts that were edited, if known.
 
         Raises:
@@ -267,7 +270,8 @@ class Edit:
             )
         state = _state_of(other)
         _check_tied(model, state)
-        deltas: dict[str, torch.Tensor | Delta] = {}
+        _check_names(model, state)
+        deltas: dict[str, Delta] = {}
         for name in model.weights.parameters:
             original = model.weights.original(name)
             if name not in state:
@@ -277,10 +281,78 @@ class Edit:
                 raise EditError(f"{name!r} has another shape in the second checkpoint.")
             if not torch.equal(new.to(original.dtype), original):
                 wide = torch.promote_types(original.dtype, torch.float32)
-                deltas[name] = (new.to(wide) - original.to(wide)).detach()
+                deltas[name] = DenseDelta((new.to(wide) - original.to(wide)).detach())
         if not deltas:
             raise EditError("The two checkpoints have the same weights, so there is no edit.")
-        return cls.from_deltas(model, deltas, request=request, method="checkpoint")
+        return _from_outside(model, deltas, request, "checkpoint")
+
+
+def _from_outside(
+    model: LensModel,
+    deltas: dict[str, Delta],
+    request: EditRequest | Sequence[EditRequest] | None,
+    method: str,
+) -> Edit:
+    """An edit of deltas that no editor here made."""
+    several = request if isinstance(request, Iterable) else [request]
+    requests = () if request is None else tuple(several)
+    if not all(isinstance(one, EditRequest) for one in requests):
+        raise EditError(f"{request!r} is no EditRequest.", "Give one, or a list of them.")
+    for name, delta in deltas.items():
+        numbers = [*delta.tensors().values()]
+        if not isinstance(delta, Codebook):
+            numbers.append(delta.dense())
+        if not all(torch.isfinite(tensor).all() for tensor in numbers):
+            raise EditError(f"The delta for {name!r} is not finite.")
+    model.weights.pop(model.weights.push(deltas))
+    return make_edit(model, deltas, method=method, requests=requests)
+
+
+def _as_delta(name: str, given: Any) -> Delta:
+    """A change of one parameter, from what other code bases keep, in memory of its own."""
+    if isinstance(given, LowRankDelta | DenseDelta | Codebook):
+        numbers = given.tensors()
+        for tensor in numbers.values():
+            _check_real(name, tensor)
+        if len({tensor.dtype for tensor in numbers.values()}) > 1:
+            raise EditError(f"The delta for {name!r} mixes dtypes.", "Give its tensors one dtype.")
+    if isinstance(given, LowRankDelta):
+        sides = given.left, given.right
+        if any(side.ndim != 2 for side in sides) or sides[0].shape[1] != sides[1].shape[1]:
+            raise EditError(
+                f"The sides of the delta for {name!r} have shapes {tuple(sides[0].shape)} and "
+                f"{tuple(sides[1].shape)}, not [rows, rank] and [columns, rank].",
+                "Of a rank-one update u v^T, give LowRankDelta(left=u[:, None], right=v[:, None]).",
+            )
+        return LowRankDelta(*(side.detach().clone() for side in sides))
+    if isinstance(given, Codebook):
+        entries = {len(tensor) for tensor in given.tensors().values()} | {len(given.labels)}
+        if len(entries) > 1:
+            raise EditError(
+                f"The codebook for {name!r} has {len(given.keys)} keys, {len(given.values)} "
+                f"values, {len(given.radii)} radii and {len(given.labels)} labels.",
+                "Give as many of each.",
+            )
+        keys, values, radii = (own.detach().clone() for own in numbers.values())
+        return Codebook(keys, values, radii, given.labels, given.input_first)
+    if isinstance(given, DenseDelta):
+        given = given.tensor
+    if isinstance(given, np.ndarray) and given.dtype.kind == "f":
+        native = given.dtype.newbyteorder("=")
+        return DenseDelta(torch.from_numpy(np.array(given, dtype=native, order="C")))
+    _check_real(name, given)
+    return DenseDelta(given.detach().clone())
+
+
+def _check_real(name: str, given: Any) -> None:
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+        has_dtype = isinstance(given, torch.Tensor | np.ndarray)
+        kind = given.dtype if has_dtype else type(given).__name__
+        raise EditError(
+            f"The delta for {name!r} is {kind}, not a tensor of real numbers.",
+            "Give a tensor of the parameter's shape, or LowRankDelta(left=u[:, None], "
+            "right=v[:, None]) for a rank-one update u v^T.",
+        )
 
 
 def make_edit(model: LensModel, deltas: dict[str, Delta], **fields: Any) -> Edit:
@@ -318,10 +390,18 @@ def load_edit(folder: str | os.PathLike[str], model: LensModel | None = None) ->
             f"There is no edit in {path}: {error.strerror or error}.",
             f"An edit is a folder with {RECORD_FILE} and {WEIGHTS_FILE}, written by Edit.save().",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path / RECORD_FILE} is damaged: {error}.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise DataError(f"{path / RECORD_FILE} is not an edit of format {FORMAT}.")
+        raise DataError(
+            f"{path / RECORD_FILE} is not an edit of format {FORMAT}.",
+            "Make the edit again with this version, and save it.",
+        )
+    if record.pop(CHECKSUM, None) != digest(record):
+        raise DataError(
+            f"{path / RECORD_FILE} is not what was saved.",
+            "Save the edit again; one with other contents is made by Edit.from_deltas.",
+        )
     if record.get("tensors_sha256") != _sha256(data):
         raise DataError(
             f"{path / WEIGHTS_FILE} does not belong to {RECORD_FILE}, or is damaged.",
@@ -449,19 +529,57 @@ def _check_tied(model: LensModel, state: Mapping[str, torch.Tensor]) -> None:
             )
 
 
+_COMPUTED = (
+    r"rotary_emb\.inv_freq$", r"(attn|attention)\.(masked_)?bias$", r"decoder\.version$"
+)  # fmt: skip
+"""Names of what older releases of transformers saved, and newer ones compute."""
+
+
+def _check_names(model: LensModel, state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a checkpoint with weights that the model has no place for; what is computed from the
+    configuration (masks, rotations), and so in some checkpoints, is none."""
+    computed = [*(getattr(model.hf_model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    computed += _COMPUTED
+    known = {*named_parameters(model.hf_model, aliases=True)}
+    buffers = (name for name, _ in model.hf_model.named_buffers())
+    known |= {  # a bridge has biases where the model has none
+        name.replace("_original_component.", "") for name in buffers if not name.endswith("bias")
+    }
+    for name in state:
+        if name not in known and not any(re.search(pattern, name) for pattern in computed):
+            raise EditError(
+                f"The second checkpoint has {name!r}, which {model.info.name} does not have.",
+                "Merge adapters into the weights before, and take a checkpoint of the same model.",
+            )
+
+
 def _state_of(other: Any) -> dict[str, torch.Tensor]:
+    if isinstance(other, LensModel):
+        if any(isinstance(delta, Codebook) for delta in other.weights.active):
+            raise EditError(
+                "An adapter is applied to the second model, and no weight holds it.",
+                "Take the edit that made it.",
+            )
+        return dict(other.weights.parameters)
     if isinstance(other, torch.nn.Module):
         return dict(named_parameters(other, aliases=True))
     if isinstance(other, Mapping):
-        return dict(other)
-    path = Path(other)
-    from transformers import AutoModelForCausalLM
-
+        for name, value in other.items():
+            if not isinstance(value, torch.Tensor | np.ndarray):
+                raise EditError(
+                    f"{name!r} in the second checkpoint is {type(value).__name__}, no tensor.",
+                    "Give the state dict alone.",
+                )
+        return {name: torch.as_tensor(value) for name, value in other.items()}
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype="auto", local_files_only=True)
-    except (OSError, ValueError) as error:
+        folder = str(expanded(other))
+        model, more = read_weights(folder, dtype="auto", local_files_only=True)
+    except ModelError as error:
+        raise EditError(f"The second checkpoint: {error.problem}", error.remedy) from error
+    except Exception as error:  # damaged files make the reader raise errors of many types
         raise EditError(
-            f"The second checkpoint {path} cannot be loaded: {str(error).splitlines()[0]}",
+            f"The second checkpoint {other} cannot be loaded: {first_line(error)}",
             "Give a folder that transformers can load.",
         ) from error
-    return dict(model.named_parameters())
+    parameters = named_parameters(model)
+    return {**parameters, **{name: torch.empty(0) for name in more}}

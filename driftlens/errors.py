@@ -7,6 +7,8 @@ line can print it as it is, without a traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class DriftLensError(Exception):
     """Base of all errors raised on purpose by DriftLens.
@@ -44,3 +46,29 @@ class DataError(DriftLensError):
 
 class DownloadError(DriftLensError):
     """A bundled file could not be fetched or does not have its checksum."""
+
+
+def check_choice(what: str, given: object, choices: Iterable[str]) -> None:
+    """Raise if an argument is none of its choices.
+
+    Args:
+        what: The argument's name.
+        given: What was passed.
+        choices: What may be.
+
+    Raises:
+        RequestError: With the choices.
+    """
+    known = list(choices)
+    if given not in known:
+        raise RequestError(f"{what} is {given!r}.", f"Choose one of {', '.join(known)}.")
+
+
+def check_count(what: str, given: int) -> None:
+    """Raise if a number of things is negative.
+
+    Raises:
+        RequestError: If it is.
+    """
+    if given < 0:
+        raise RequestError(f"{what} is {given}.", "Give 0 or more.")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from driftlens.cases import ALL_METRICS, METRICS, Case, Metric
-from driftlens.intervals import bootstrap_interval, with_interval
+from driftlens.errors import check_choice
+from driftlens.intervals import bootstrap_interval, ends, with_interval
 from driftlens.models import LensModel
 from driftlens.scoring import ContinuationScore, ask, score_questions
 
@@ -26,6 +27,8 @@ MEASURES: dict[Measure, str] = {
     "margin": "mean log-probability per token of the right answer, less the wrong one's (nats)",
 }
 """What is told of a metric, by name; the benchmarks' comparison first, then magnitudes."""
+
+Averaging = Literal["prompt", "case"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,18 @@ class Answer:
         return self.exact if self.wrong is None else self.right > self.wrong
 
     def value(self, measure: Measure) -> float | None:
-        """One of `MEASURES` of this prompt; ``None`` where it is not defined."""
+        """One of `MEASURES` of this prompt; ``None`` where it is not defined.
+
+        Raises:
+            RequestError: If there is no such measure.
+        """
         if measure == "success":
             return 100.0 * self.success
         if measure == "exact":
             return 100.0 * self.exact
         if measure == "prob":
             return self.right_prob
+        check_choice("measure", measure, MEASURES)
         return None if self.wrong is None else self.right - self.wrong
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +111,7 @@ class Rate:
 
     Args:
         value: The mean, of prompts or of cases.
-        low: Lower end of the 95 % interval, by bootstrap over cases.
+        low: Lower end of the 95 % interval, by bootstrap over cases; ``nan`` of one case.
         high: Its upper end.
         prompts: Number of prompts.
         cases: Number of cases that have any.
@@ -122,7 +130,7 @@ class Rate:
 def rates(
     cases: Iterable[Sequence[Answer]],
     measure: Measure = "success",
-    by: Literal["prompt", "case"] = "prompt",
+    by: Averaging = "prompt",
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[Metric, Rate]:
@@ -135,7 +143,11 @@ def rates(
             averages each case first, as ROME's and MEMIT's papers do.
         draws: Of the bootstrap.
         seed: Of the bootstrap.
+
+    Raises:
+        RequestError: If there is no such measure, or ``by`` is another.
     """
+    check_choice("by", by, get_args(Averaging))
     groups = list(cases)
     found: dict[Metric, Rate] = {}
     for metric in ALL_METRICS:
@@ -157,6 +169,7 @@ def _sums(
     groups: Sequence[Sequence[Answer]], metric: Metric, measure: Measure
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each case, the sum over its prompts and their number."""
+    check_choice("A metric", metric, ALL_METRICS)
     of_case = [
         [v for a in group if a.metric == metric and (v := a.value(measure)) is not None]
         for group in groups
@@ -169,7 +182,7 @@ def _sums(
 
 def average(
     cases: Iterable[Sequence[Answer]],
-    by: Literal["prompt", "case"] = "prompt",
+    by: Averaging = "prompt",
     draws: int = 2000,
     seed: int = 0,
 ) -> Rate | None:
@@ -191,7 +204,7 @@ def combined(
     cases: Iterable[Sequence[Answer]],
     metrics: Sequence[Metric],
     mean: Callable[[Sequence[float]], float] = statistics.fmean,
-    by: Literal["prompt", "case"] = "prompt",
+    by: Averaging = "prompt",
     draws: int = 2000,
     seed: int = 0,
 ) -> Rate | None:
@@ -210,19 +223,19 @@ def combined(
     if found is None:
         return None
     value, spread, prompts = found
-    low, high = np.quantile(spread, [0.025, 0.975])
-    return Rate(value, float(low), float(high), prompts, len(groups))
+    return Rate(value, *ends(spread, len(groups)), prompts, len(groups))
 
 
 def _combined(
     groups: Sequence[Sequence[Answer]],
     metrics: Sequence[Metric],
     mean: Callable[[Sequence[float]], float],
-    by: Literal["prompt", "case"],
+    by: Averaging,
     draws: int,
     seed: int,
 ) -> tuple[float, np.ndarray, int] | None:
     """A mean of several metrics, the same in each draw of cases, and the number of prompts."""
+    check_choice("by", by, get_args(Averaging))
     chosen = np.random.default_rng(seed).integers(0, max(len(groups), 1), (draws, len(groups)))
     values, means, prompts = [], [], 0
     for metric in metrics:
@@ -246,7 +259,7 @@ class Difference:
 
     Args:
         value: Difference of the means over prompts.
-        low: Lower end of the 95 % interval, by bootstrap over cases.
+        low: Lower end of the 95 % interval, by bootstrap over cases; ``nan`` of one case.
         high: Its upper end.
         effect: Mean difference of a case over the standard deviation of such differences
             (Cohen's d for paired samples); ``nan`` where that is 0.
@@ -318,14 +331,14 @@ def compare_combined(
     found, other = (_combined(g, metrics, statistics.fmean, "prompt", draws, seed) for g in several)
     if found is None or other is None:
         return None
-    low, high = np.quantile(found[1] - other[1], [0.025, 0.975])
     gains, asked = np.zeros(len(common)), np.zeros(len(common))
     for metric in metrics:  # of each case, the mean over those that it has
         (sums, counts), (others, _) = (_sums(group, metric, "success") for group in several)
         gains += np.divide(sums - others, counts, out=np.zeros_like(sums), where=counts > 0)
         asked += counts > 0
     of_case = gains[asked > 0] / asked[asked > 0]
-    return _difference(found[0] - other[0], float(low), float(high), of_case)
+    low, high = ends(found[1] - other[1], len(common))
+    return _difference(found[0] - other[0], low, high, of_case)
 
 
 @dataclass(frozen=True)
@@ -334,7 +347,7 @@ class Growth:
 
     Args:
         value: Of the sums over all prompts.
-        low: Lower end of the 95 % interval, by bootstrap over cases.
+        low: Lower end of the 95 % interval, by bootstrap over cases; ``nan`` of one case.
         high: Its upper end; infinite if the other condition gives nothing in too many draws.
     """
 
@@ -375,10 +388,8 @@ def growth(
     chosen = np.random.default_rng(seed).integers(0, len(common), size=(draws, len(common)))
     gains, of = (sums - others)[chosen].sum(1), others[chosen].sum(1)
     ratios = np.divide(gains, of, out=np.where(gains > 0, np.inf, 0.0), where=of > 0)
-    low, high = np.quantile(ratios, [0.025, 0.975], method="nearest")
-    return Growth(
-        100 * float((sums.sum() - others.sum()) / others.sum()), 100 * float(low), 100 * float(high)
-    )
+    low, high = ends(ratios, len(common), "nearest")
+    return Growth(100 * float((sums.sum() - others.sum()) / others.sum()), 100 * low, 100 * high)
 
 
 def difference(
@@ -420,6 +431,11 @@ def rate_cells(
         else "-"
         for metric in metrics
     ]
+
+
+def with_failures(arm: str, failed: int) -> str:
+    """An arm for a table, with the number of its cases that the rates are without."""
+    return f"{arm} ({failed} failed)" if failed else arm
 
 
 def harmonic_mean(values: Iterable[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +54,22 @@ def _is_whole_word(text: str, start: int, end: int) -> bool:
 
 def _joined(text: str, boundary: int) -> bool:
     """Whether the characters on both sides of a boundary belong to one word."""
-    sides = text[max(boundary - 1, 0) : boundary], text[boundary : boundary + 1]
-    return all(side.isalnum() and not _UNSPACED.match(side) for side in sides)
+    at = boundary - 1
+    while at >= 0 and _is_attached(text[at]):
+        at -= 1  # to what it stands on
+    left, right = text[max(at, 0) : at + 1], text[boundary : boundary + 1]
+    if not left.isalnum() or _UNSPACED.match(left):
+        return False
+    if right and _is_attached(right):
+        return True
+    return right.isalnum() and not _UNSPACED.match(right)
+
+
+def _is_attached(character: str) -> bool:
+    """Marks (vowel signs, accents), and what joins letters unseen; not what makes an emoji."""
+    if character in "\ufe0e\ufe0f\u20e3":
+        return False
+    return character in "\u200c\u200d" or unicodedata.category(character).startswith("M")
 
 
 _UNSPACED = re.compile(

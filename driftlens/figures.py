@@ -55,6 +55,10 @@ COLOURS = [
     "#1fa8c9", "#c9a400", "#a50026", "#7fbc41", "#000000",
 ]  # fmt: skip
 """Enough for the unedited model and every editor."""
+HATCHINGS = ("/", "\\", "x", ".", "-", "|", "+")
+"""One for each restriction."""
+PANEL_TITLE = 30
+"""Characters of a line above a panel."""
 LAYOUT: dict[str, Any] = {
     "template": "plotly_white",
     "font": {"family": "Inter, Helvetica Neue, Arial, sans-serif", "size": 13},
@@ -83,7 +87,9 @@ def head_maps(
     names = list(panels)
     plain = [np.asarray(panels[n], dtype=float) for n in names if n not in signed]
     diverging = [np.asarray(panels[n], dtype=float) for n in signed if n in panels]
-    fig = make_subplots(cols=len(names), subplot_titles=names, horizontal_spacing=0.06)
+    wrapped = [textwrap.wrap(name, PANEL_TITLE) or [""] for name in names]
+    titles = ["<br>".join(map(_as_text, lines)) for lines in wrapped]
+    fig = make_subplots(cols=len(names), subplot_titles=titles, horizontal_spacing=0.06)
     for column, name in enumerate(names, start=1):
         values = np.asarray(panels[name], dtype=float)
         axis = "coloraxis2" if name in signed else "coloraxis"
@@ -95,7 +101,7 @@ def head_maps(
             y=list(range(layers)),
             text=labels,
             coloraxis=axis,
-            hovertemplate="%{text}: %{z:.4f}<extra>" + name + "</extra>",
+            hovertemplate="%{text}: %{z:.4f}<extra>" + _in_template(name) + "</extra>",
             xgap=0.5,
             ygap=0.5,
             row=1,
@@ -125,7 +131,8 @@ def head_maps(
                 "len": 0.95,
             },
         }
-    fig.update_layout({**layout, **_header(title, 300 * len(names) + 240)})
+    room = 30 + 18 * (max(map(len, wrapped)) - 1)
+    fig.update_layout({**layout, **_header(title, 300 * len(names) + 240, room=room)})
     return Figure(fig)
 
 
@@ -150,6 +157,7 @@ def sweep_chart(
         everything: The value with all layers and heads patched at once.
         unit: Of all values.
     """
+    unit = _as_text(unit)
     fig = make_subplots(
         cols=2,
         column_widths=[0.42, 0.58],
@@ -218,9 +226,10 @@ def edit_trace(trace: Sequence[Mapping[str, Any]], *, title: str, subtitle: str 
     skipped = {"step", "fact", "delta_norm", "target_is_greedy", *second}
     names = [name for name in (mean[0] if mean else {}) if name not in skipped]
     steps = [record["step"] for record in mean]
+    drawn = "lines" if len(steps) > 1 else "markers"  # a line of one point is nothing to see
     for index, name in enumerate(names):
         fig.add_scatter(
-            x=steps, y=[record[name] for record in mean], name=name, mode="lines",
+            x=steps, y=[record[name] for record in mean], name=name, mode=drawn,
             line={"color": COLOURS[index % len(COLOURS)], "width": 3 if name == "loss" else 1.5},
             row=1, col=1,
         )  # fmt: skip
@@ -235,7 +244,7 @@ def edit_trace(trace: Sequence[Mapping[str, Any]], *, title: str, subtitle: str 
                 line={"color": "#bbbbbb", "width": 0.7}, row=row, col=1,
             )  # fmt: skip
         fig.add_scatter(
-            x=steps, y=[record[name] for record in mean], name=titles[name], mode="lines",
+            x=steps, y=[record[name] for record in mean], name=titles[name], mode=drawn,
             line={"color": "#333333"}, showlegend=False, row=row, col=1,
         )  # fmt: skip
         fig.update_yaxes(title_text=titles[name], rangemode="tozero", row=row, col=1)
@@ -276,7 +285,7 @@ def probability_bars(
         fig.add_bar(
             x=list(groups),
             y=[bars.get(answer, float("nan")) for bars in groups.values()],
-            name=html.escape(answer),
+            name=_as_text(answer),
             marker_color=COLOURS[index % len(COLOURS)],
             hovertemplate="%{x}: %{y:.4f}<extra>%{fullData.name}</extra>",
         )
@@ -293,7 +302,8 @@ def rate_bars(
     unit: str = "%",
     top: float | None = 104,
 ) -> go.Figure:
-    """Values of metrics with their intervals: a colour for each editor, hatched if restricted.
+    """Values of metrics with their intervals: a colour for each editor, a hatching for each
+    restriction.
 
     Args:
         rows: Columns ``arm``, ``metric``, ``value``, ``low`` and ``high``.
@@ -302,16 +312,21 @@ def rate_bars(
         top: Of the axis; ``None`` leaves it to the values.
     """
     fig = Figure()
-    editors = list(dict.fromkeys(str(arm).split(" + ")[0] for arm in rows["arm"]))
+    parts = {arm: str(arm).partition(" + ") for arm in rows["arm"]}
+    editors = list(dict.fromkeys(editor for editor, *_ in parts.values()))
+    restrictions = list(dict.fromkeys(held for *_, held in parts.values() if held))
     for arm, own in rows.groupby("arm", sort=False):
-        index = editors.index(str(arm).split(" + ")[0])
+        editor, _, held = parts[arm]
+        index = editors.index(editor)
         found = own.set_index("metric").reindex(list(metrics))
         fig.add_bar(
             x=list(metrics),
             y=found["value"],
-            name=html.escape(str(arm)),
+            name=_as_text(str(arm)),
             marker_color=COLOURS[index % len(COLOURS)],
-            marker_pattern_shape="/" if " + " in str(arm) else "",
+            marker_pattern_shape=(
+                HATCHINGS[restrictions.index(held) % len(HATCHINGS)] if held else ""
+            ),
             error_y=interval(found),
             hovertemplate="%{x}: %{y:.3g}<extra>%{fullData.name}</extra>",
         )
@@ -324,7 +339,7 @@ def rate_bars(
 def trade_off(kept: pd.DataFrame, *, title: str) -> go.Figure:
     """What each arm keeps of the edit (x) and of other knowledge (y), with 95 % intervals.
 
-    Arms whose names differ in their last number only, such as ``"gamma 0.2"`` and
+    Arms whose names differ in a number at their end only, such as ``"gamma 0.2"`` and
     ``"gamma 0.8"``, are joined by a line.
 
     Args:
@@ -332,7 +347,7 @@ def trade_off(kept: pd.DataFrame, *, title: str) -> go.Figure:
             ``_high``, in %, and with ``_of``, the metrics that it is a mean of.
     """
     fig = Figure()
-    kinds = kept["arm"].map(_kind)
+    kinds = _kinds(kept["arm"])
     for index, kind in enumerate(dict.fromkeys(kinds)):
         own = kept[kinds == kind]
         fig.add_scatter(
@@ -340,8 +355,8 @@ def trade_off(kept: pd.DataFrame, *, title: str) -> go.Figure:
             y=own["others"],
             error_x=interval(own, "edit"),
             error_y=interval(own, "others"),
-            text=[html.escape(arm) for arm in own["arm"]],
-            name=html.escape(kind),
+            text=[_as_text(arm) for arm in own["arm"]],
+            name=_as_text(kind),
             mode="lines+markers",
             marker={"size": 10, "color": COLOURS[index % len(COLOURS)]},
             line={"width": 1},
@@ -367,7 +382,7 @@ def window_lines(rows: pd.DataFrame, name: str, *, title: str) -> go.Figure:
     """
     shown = rows[rows["layers"] != "all"].rename(columns={name: "value"})
     kinds, patched = (list(dict.fromkeys(shown[column])) for column in ("kind", "patched"))
-    names = [html.escape(str(kind)) for kind in kinds]
+    names = [_as_text(str(kind)) for kind in kinds]
     fig = make_subplots(1, max(1, len(kinds)), subplot_titles=names, shared_yaxes=True)
     for (kind, what), own in shown.groupby(["kind", "patched"], sort=False):
         fig.add_scatter(
@@ -376,7 +391,7 @@ def window_lines(rows: pd.DataFrame, name: str, *, title: str) -> go.Figure:
             x=own["layers"],
             y=own["value"],
             error_y=interval(own),
-            name=html.escape(str(what)),
+            name=_as_text(str(what)),
             legendgroup=str(what),
             showlegend=kind == kinds[0],
             mode="lines+markers",
@@ -402,7 +417,7 @@ def fitted_scatter(
         y_title: Of the y axis.
     """
     kinds = list(dict.fromkeys(points["kind"]))
-    names = [html.escape(str(kind)) for kind in kinds]
+    names = [_as_text(str(kind)) for kind in kinds]
     fig = make_subplots(1, max(1, len(kinds)), subplot_titles=names, shared_yaxes=True)
     for column, kind in enumerate(kinds, 1):
         own, line = points[points["kind"] == kind], lines[lines["kind"] == kind]
@@ -426,7 +441,7 @@ def fitted_scatter(
         fig.add_scatter(
             x=own["x"],
             y=own["y"],
-            text=[html.escape(text) for text in own["text"]],
+            text=[_as_text(text) for text in own["text"]],
             name=names[column - 1],
             mode="markers",
             marker={"color": colour, "opacity": 0.6},
@@ -443,12 +458,23 @@ def interval(rates: pd.DataFrame, name: str = "value") -> dict[str, Any]:
     """Error bars of a trace from columns of values, and of the lower and upper ends: ``value``,
     ``low`` and ``high``, or ``NAME``, ``NAME_low`` and ``NAME_high``."""
     low, high = ("low", "high") if name == "value" else (f"{name}_low", f"{name}_high")
+    value = rates[name].astype(float)  # of a file, what is no number is None
     return {
-        "array": rates[high] - rates[name],
-        "arrayminus": rates[name] - rates[low],
+        "array": rates[high].astype(float) - value,
+        "arrayminus": value - rates[low].astype(float),
         "thickness": 1,
         "width": 2,
     }
+
+
+def _as_text(text: str) -> str:
+    """A text that a chart shows as it is, not as markup (quotes are none there)."""
+    return html.escape(text, quote=False)
+
+
+def _in_template(text: str) -> str:
+    """The same in a template of hover texts, where ``%{`` begins a variable."""
+    return _as_text(text).replace("%{", "%\u200b{")
 
 
 def _header(title: str, width: int, subtitle: str = "", room: int = 30) -> dict[str, Any]:
@@ -459,8 +485,8 @@ def _header(title: str, width: int, subtitle: str = "", room: int = 30) -> dict[
     """
     lines = textwrap.wrap(title, max(20, width // 9)) or [""]
     small = textwrap.wrap(subtitle, max(20, width // 7))
-    text = "<br>".join(html.escape(line) for line in lines)
-    text += "".join(f"<br><sub>{html.escape(line)}</sub>" for line in small)
+    text = "<br>".join(_as_text(line) for line in lines)
+    text += "".join(f"<br><sub>{_as_text(line)}</sub>" for line in small)
     top = 24 * len(lines) + 20 * len(small) + room
     height = 440 + top
     return {
@@ -482,7 +508,8 @@ def _tick(count: int) -> int:
     return max(1, round(count / 12))
 
 
-def _kind(arm: str) -> str:
-    """What a series of arms has in common: its name without its number."""
-    words = arm.rsplit(" ", 1)
-    return words[0] if len(words) > 1 and words[1][:1].isdigit() else arm
+def _kinds(arms: pd.Series) -> pd.Series:
+    """What arms of a series have in common, their names without their numbers; the whole name of
+    one that is in no series."""
+    stems = arms.str.replace(r" [-+]?\d+(\.\d+)?(e[-+]?\d+)?$", "", regex=True)
+    return stems.where(stems.duplicated(keep=False), arms)

@@ -19,7 +19,7 @@ from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 from transformers import LogitsProcessorList
 
-from driftlens.cases import TEXT_METRICS, Case, TextMetric
+from driftlens.cases import TEXT_METRICS, Case, TextMetric, check_metrics
 from driftlens.editing.statistics import wikipedia_leads
 from driftlens.edits import Edit
 from driftlens.errors import ModelError, RequestError
@@ -211,6 +211,7 @@ def measure_texts(
         seed: Of the sampling.
         written: The texts, if they have been written already (:func:`generate_each`).
     """
+    check_metrics(metrics, TEXT_METRICS)
     found: dict[TextMetric, float] = {}
     if written is None and are_written(case, metrics):
         written = generate(model, case.generation, length, seed=seed)

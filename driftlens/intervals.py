@@ -11,7 +11,8 @@ import numpy as np
 def bootstrap_interval(
     sums: np.ndarray, counts: np.ndarray, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of a mean over prompts, by bootstrap over the groups that they belong to.
+    """95 % interval of a mean over prompts, by bootstrap over the groups that they belong to; not a
+    number if there is one group only, which tells nothing of others.
 
     Args:
         sums: Of each group's prompts.
@@ -21,7 +22,23 @@ def bootstrap_interval(
     """
     chosen = np.random.default_rng(seed).integers(0, len(counts), size=(draws, len(counts)))
     means = sums[chosen].sum(1) / counts[chosen].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    return ends(means, len(counts))
+
+
+def ends(
+    drawn: np.ndarray, groups: int, method: Literal["linear", "nearest"] = "linear"
+) -> tuple[float, float]:
+    """95 % interval of what was found in each draw of a bootstrap; not a number if fewer than two
+    groups were drawn from.
+
+    Args:
+        drawn: A number for each draw.
+        groups: That were drawn from.
+        method: Of the quantiles; ``"nearest"`` where draws may be infinite.
+    """
+    if groups < 2:
+        return float("nan"), float("nan")
+    low, high = np.quantile(drawn, [0.025, 0.975], method=method)
     return float(low), float(high)
 
 

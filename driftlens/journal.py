@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,30 @@ class Journal:
         tried again."""
         return unit in self and not (retry_failed and "error" in self[unit])
 
+    def warn_of_other_versions(
+        self, units: Iterable[Any], made_by: Mapping[str, str], stacklevel: int = 2
+    ) -> None:
+        """Warn of finished units of other versions: what the code does is in no unit's identity.
+
+        Args:
+            units: Those of a run.
+            made_by: Their ``versions``, were they made now.
+            stacklevel: Of the warning, from here.
+        """
+        made = [self[unit].get("versions", {}) for unit in units if unit in self]
+        others = [versions for versions in made if versions != made_by]
+        if not others:
+            return
+        changed = [
+            f"{name} {value}" for name, value in others[0].items() if value != made_by.get(name)
+        ]
+        warnings.warn(
+            f"{len(others)} of the units in {self.path} were made by other versions "
+            f"({', '.join(changed) or 'unknown'}), and are kept. Choose another folder to make all "
+            "anew.",
+            stacklevel=stacklevel + 1,
+        )
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._records.values())
 
@@ -52,8 +77,8 @@ class Journal:
         Raises:
             DataError: If the file cannot be written; what was in it stays.
         """
-        record = json.loads(json.dumps({"unit": unit, **fields}, ensure_ascii=False))
-        line = json.dumps({**record, CHECKSUM: digest(record)}, ensure_ascii=False) + "\n"
+        record = json.loads(json.dumps({"unit": unit, **fields}))
+        line = json.dumps({**record, CHECKSUM: digest(record)}) + "\n"  # ASCII: of any text
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A line that was cut off must not swallow the next one.

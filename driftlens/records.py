@@ -1,10 +1,13 @@
-"""What all files of results have in common: versions, data, being written as a whole."""
+"""What all files of results have in common: versions, data, plain JSON, being written whole."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +36,20 @@ def data_file(path: Path) -> dict[str, str]:
             return {"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def plain(value: Any) -> Any:
+    """A result as JSON has it: what is no finite number is ``None``, tuples are lists."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def result_json(value: Any) -> str:
+    """The text of a file of results; see :func:`plain`."""
+    return json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_result(path: Path, data: str | bytes) -> None:

@@ -67,7 +67,8 @@ def telling_prompts(
         result: A run that has the unedited model.
         n: How many.
         arm: The editor to look at; by default the first one without a restriction.
-        held: Its restricted counterpart; by default the first one of the same editor.
+        held: Its restricted counterpart; by default the first one of the same editor with the
+            same configuration.
 
     Raises:
         RequestError: If there is no such arm, or none of the unedited model.
@@ -81,9 +82,7 @@ def telling_prompts(
         raise RequestError("The run has no editor.", "Run some, e.g. --methods rome.")
     arm = arm or next((one["name"] for one in edited if not one["penalties"]), edited[0]["name"])
     if held is None:
-        of_same = [one for one in edited if one["method"] == known[arm]["method"]]
-        held = next((one["name"] for one in of_same if one["penalties"]), None)
-        held = None if held == arm else held
+        held = next((name for name, plain in result.pairs() if plain == arm), None)
 
     answers = {name: result.answers(name) for name in (UNEDITED, arm, held) if name is not None}
     found = []
@@ -107,11 +106,11 @@ def look_into(model: LensModel, result: BenchResult, prompt: Telling) -> Compari
             f"The run was not one of {model.info.name} with these weights.",
             f"Load {result.plan['model']['name']}.",
         )
-    arms = {one["name"]: arm_from_dict(one) for one in result.plan["arms"]}
+    arms = {one["name"]: one for one in result.plan["arms"]}
     seed = int(result.plan["setting"]["seed"])
 
     def again(name: str) -> Edit:
-        return edit(model, prompt.case.request, **arms[name].edit_options(seed))
+        return edit(model, prompt.case.request, **arm_from_dict(arms[name]).edit_options(seed))
 
     cured = None if prompt.held is None else again(prompt.held)
     return compare(
@@ -157,21 +156,22 @@ def report(
 
 def _overall(result: BenchResult, rows: pd.DataFrame) -> Section:
     charts = []
+    metrics = result.main_metrics()
     if len(rows):
         asked = set(rows["metric"])
-        shown = [m for m in (*METRICS, "Avg. S") if m in asked]
+        shown = [m for m in (*metrics, "Avg. S") if m in asked]
         charts.append(figures.rate_bars(rows, shown, title="Success, with 95 % intervals"))
     kept = result.trade_off()
-    if {"edit", "others"} <= set(kept.columns):
+    if len(kept.dropna()):
         charts.append(figures.trade_off(kept.dropna(), title="What edits keep"))
-    metrics = [m for m in result.plan["setting"]["metrics"] if m in METRICS]
     told = "; ".join(f"{name}, {ALL_METRICS[name]}" for name in metrics)
+    mean = " Avg. S is their harmonic mean." if set(METRICS) <= set(metrics) else ""
     return Section(
         "results",
         "Results",
         texts=[
             "Success in per cent: on how many prompts the right answer is likelier than the other, "
-            f"with 95 % intervals by bootstrap over cases ({told}). Avg. S is their harmonic mean."
+            f"with 95 % intervals by bootstrap over cases ({told}).{mean}"
         ],
         figures=charts,
         tables=[

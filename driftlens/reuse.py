@@ -25,13 +25,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from driftlens.errors import check_choice
 from driftlens.interventions import Hook, block_in_name
 from driftlens.models import LensModel, Places, relative_tolerance
 
@@ -333,8 +334,23 @@ def shown_exact(
     return bool(model.memo[ability])
 
 
+def check_engine(asked: Engine | None) -> None:
+    """Refuse an engine that there is not; ``None`` leaves the choice open.
+
+    Raises:
+        RequestError: If there is no such engine.
+    """
+    if asked is not None:
+        check_choice("engine", asked, get_args(Engine))
+
+
 def choose_engine(model: LensModel, asked: Engine | None) -> Engine:
-    """The engine that was asked for, or the fast one if it is exact on this model."""
+    """The engine that was asked for, or the fast one if it is exact on this model.
+
+    Raises:
+        RequestError: If there is no such engine.
+    """
+    check_engine(asked)
     return asked or ("suffix" if reuse_is_exact(model) else "plain")
 
 

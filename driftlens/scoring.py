@@ -13,7 +13,7 @@ from driftlens.errors import RequestError
 from driftlens.models import LensModel
 from driftlens.packing import ROW, pack, packing_is_exact, run_packed
 from driftlens.precision import in_float32
-from driftlens.reuse import Engine, budget, in_batches
+from driftlens.reuse import Engine, budget, check_engine, in_batches
 
 MAX_TOKENS_PER_BATCH = 4096
 """Positions per forward pass; bounds memory, does not change results."""
@@ -26,7 +26,9 @@ class ContinuationScore:
     Args:
         text: The continuation.
         token_logprobs: Natural log-probability of each of its tokens, given all before it.
-        token_ranks: How many vocabulary items are more likely, for each token.
+        token_ranks: How many vocabulary items greedy decoding prefers, for each token: more
+            likely ones, and equally likely ones with a smaller id. All of them where the logits
+            are not numbers.
         engine: How it was found: ``"suffix"``, prefixes that several texts share run once;
             ``"plain"``, padded batches; ``None`` if from another pass, e.g. a patched one.
     """
@@ -157,7 +159,9 @@ def read_score(
     logprobs = logprobs[: len(question.target)]
     target = torch.tensor(question.target, device=logprobs.device)
     own = logprobs.gather(-1, target[:, None])
-    ranks = (logprobs > own).sum(-1)
+    lower = torch.arange(logprobs.shape[-1], device=logprobs.device) < target[:, None]
+    ahead = ~(logprobs <= own) | ((logprobs == own) & lower)  # not a number: not known to be behind
+    ranks = ahead.sum(-1)
     return ContinuationScore(question.text, tuple(own[:, 0].tolist()), tuple(ranks.tolist()))
 
 
@@ -170,6 +174,7 @@ def score_questions(
         engine: ``"suffix"`` runs each prefix that questions share once, ``"plain"`` pads
             batches of like length; ``None`` takes the former wherever it is exact.
     """
+    check_engine(engine)
     packs = engine == "suffix" or (engine is None and packing_is_exact(model))
     used: Engine = "suffix" if packs else "plain"
     found = (_score_packed if packs else _score_padded)(model, questions)
@@ -241,8 +246,8 @@ def score_details(
 def score(model: LensModel, prompt: str, continuations: Sequence[str]) -> dict[str, float]:
     """Log-probability (nats) of each whole continuation of a prompt.
 
-    A continuation is separated from the prompt by one space. The model is scored as it is
-    now: inside ``with edit.applied(model):`` that is the edited one.
+    A continuation is separated from the prompt by the model's ``separator``, a space by default.
+    The model is scored as it is now: inside ``with edit.applied(model):`` that is the edited one.
 
     Raises:
         RequestError: If there are no continuations.

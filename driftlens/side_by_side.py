@@ -32,13 +32,15 @@ def fits_beside_others(model: LensModel, edit: Edit) -> bool:
     """Whether an edit can be heard in some rows of a batch only.
 
     It can if it changes nothing but linear layers inside the model's layers, in float32 or more: in
-    less, an edited weight is rounded, and what a row hears would not be.
+    less, an edited weight is rounded, and what a row hears would not be. And if no adapter is
+    applied beside these layers, which would replace what the change does.
     """
     return all(
         not isinstance(delta, Codebook)
         and model.layer_of(name) is not None
         and isinstance(model.weights.owner(name), torch.nn.Linear | Conv1D)
         and model.weights.parameters[name].dtype in (torch.float32, torch.float64)
+        and not model.weights.is_adapted(name)
         for name, delta in edit.deltas.items()
     )
 

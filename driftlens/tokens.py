@@ -67,6 +67,9 @@ class Tokens:
         separator: What stands between a prompt and its target; a space, unless the language
             writes without.
 
+    Attributes:
+        d_vocab: How many ids the model has an embedding for; ``None`` if that is not known.
+
     Raises:
         TokenError: If the tokenizer gives no character offsets.
     """
@@ -81,6 +84,7 @@ class Tokens:
             )
         self.tokenizer = tokenizer
         self.separator = separator
+        self.d_vocab: int | None = None
         self.prepend_bos = _adds_bos(tokenizer) if prepend_bos is None else prepend_bos
         if self.prepend_bos and tokenizer.bos_token_id is None:
             raise TokenError(
@@ -98,16 +102,20 @@ class Tokens:
     def pad_id(self) -> int:
         """An id for padding on the right, where causal attention never looks."""
         for value in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if isinstance(value, int):
+            if isinstance(value, int) and self._is_known(value):
                 return value
         return 0
+
+    def _is_known(self, token: int) -> bool:
+        return self.d_vocab is None or 0 <= token < self.d_vocab
 
     def encode(self, text: str) -> Encoded:
         """Tokenize a text.
 
         Raises:
-            TokenError: If the text is empty or gives no token.
+            TokenError: If the text is empty, gives no token, or one that the model does not know.
         """
+        _check_characters(text)
         if not text:
             raise TokenError("The text is empty.", "Give at least one character.")
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -118,7 +126,17 @@ class Tokens:
         if self.prepend_bos:
             ids = [int(self.tokenizer.bos_token_id), *ids]
             offsets = [(0, 0), *offsets]
+        self._check_known(ids, text)
         return Encoded(text, ids, offsets)
+
+    def _check_known(self, ids: Sequence[int], text: str) -> None:
+        unknown = [token for token in ids if not self._is_known(token)]
+        if unknown:
+            raise TokenError(
+                f"The tokenizer gives {text!r} the id {unknown[0]}, and the model has "
+                f"{self.d_vocab} embeddings.",
+                "Load the tokenizer that belongs to the model.",
+            )
 
     def encode_prompt(self, text: str) -> Encoded:
         """Tokenize a text that a target is to follow.
@@ -127,6 +145,7 @@ class Tokens:
             TokenError: If it is empty or ends in white space, which would be tokenized apart
                 from the target and change what the model is asked.
         """
+        _check_characters(text)
         if text != text.rstrip():
             raise TokenError(
                 f"The prompt {text!r} ends in white space.",
@@ -142,8 +161,9 @@ class Tokens:
         (SentencePiece) give the same ids as in running text.
 
         Raises:
-            TokenError: If the target is empty.
+            TokenError: If the target is empty, or gives a token that the model does not know.
         """
+        _check_characters(target)
         word = target.strip()
         if not word:
             raise TokenError("The target is empty.", "Give at least one visible character.")
@@ -153,7 +173,9 @@ class Tokens:
                 "input_ids"
             ]
             if len(whole) > len(before) and list(whole[: len(before)]) == list(before):
-                return [int(i) for i in whole[len(before) :]]
+                found = [int(i) for i in whole[len(before) :]]
+                self._check_known(found, target)
+                return found
         raise TokenError(
             f"The target {target!r} cannot be separated from the text before it.",
             "Its first characters merge with any preceding token in this tokenizer.",
@@ -237,6 +259,18 @@ class Tokens:
         return torch.tensor(
             [[*row, *[self.pad_id] * (width - len(row))] for row in rows], device=device
         )
+
+
+def _check_characters(text: str) -> None:
+    if not isinstance(text, str):
+        raise TokenError(f"{text!r} is no text.", "Give a string.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenError(
+            f"{text!r} holds half a character (a lone surrogate) at {error.start}.",
+            "Read it with its own encoding.",
+        ) from error
 
 
 def _adds_bos(tokenizer: Any) -> bool:

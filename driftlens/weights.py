@@ -19,11 +19,12 @@ import xxhash
 from jaxtyping import Float
 
 from driftlens.codebook import Codebook
+from driftlens.equality import equal_fields
 from driftlens.errors import EditError
 from driftlens.precision import in_float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRankDelta:
     """A change of one weight matrix, ``left @ right.T``, in the parameter's own orientation.
 
@@ -49,12 +50,15 @@ class LowRankDelta:
         """Its numbers, by field."""
         return {"left": self.left, "right": self.right}
 
+    def __eq__(self, other: object) -> bool:
+        return equal_fields(self, other)
+
     def dense(self) -> Float[torch.Tensor, "rows columns"]:
         """The change as a full matrix."""
         return self.left @ self.right.T
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DenseDelta:
     """A change of one parameter of any shape, stored as it is."""
 
@@ -75,6 +79,9 @@ class DenseDelta:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its numbers, by field."""
         return {"dense": self.tensor}
+
+    def __eq__(self, other: object) -> bool:
+        return equal_fields(self, other)
 
     def dense(self) -> torch.Tensor:
         """The change itself."""
@@ -170,10 +177,24 @@ class WeightStack:
         """Whether any delta is active now."""
         return bool(self._active)
 
+    @property
+    def active(self) -> tuple[Delta, ...]:
+        """The deltas that are active now, in the order in which they were switched on."""
+        return tuple(delta for group in self._active.values() for delta in group.values())
+
     def is_active(self, deltas: Iterable[Delta]) -> bool:
-        """Whether any of these very deltas is active now."""
-        active = {id(delta) for group in self._active.values() for delta in group.values()}
-        return any(id(delta) in active for delta in deltas)
+        """Whether any of these deltas, or one with the same numbers, is active now."""
+        return any(delta == other for delta in deltas for other in self.active)
+
+    def is_adapted(self, name: str) -> bool:
+        """Whether an adapter is active beside the module that a parameter belongs to."""
+        beside = [
+            self.owner(other)
+            for group in self._active.values()
+            for other, delta in group.items()
+            if isinstance(delta, Codebook)
+        ]
+        return any(self.owner(name) is module for module in beside)
 
     def original(self, name: str) -> torch.Tensor:
         """A parameter as it is without any active delta."""

@@ -150,7 +150,8 @@ dl.compare(model, edit, prompt, answer="Paris", cured=cured)
 # ## One example is one example
 #
 # This one was chosen because it shows the effect plainly. Here is the paper's main table on this
-# model, as it comes with DriftLens: 60 cases that no search for hyperparameters saw. ES: the edit;
+# model, as it comes with DriftLens: 60 cases of the paper's data (CounterFact and WikiData) that no
+# search for hyperparameters saw. ES: the edit;
 # PS: its paraphrases; NS: other subjects; RS: other facts about the subject; DNS: other subjects
 # behind the edited sentence. The command that made it is in the file.
 

@@ -47,7 +47,7 @@ pd.DataFrame(
 # - `exchange="pattern"`: the other model's rows; values stay the running model's own.
 # - `exchange="values"`: the values that these rows read; rows stay.
 # - `exchange="both"`: both, so that a head writes what it wrote in the other model.
-# - `activation("mlp_out")`, `"attn_out"`, `"resid"`: what whole layers write, attention aside.
+# - `activation("mlp_out")`, `"attn_out"`: what whole layers write; `"resid"`: the stream itself.
 
 # %%
 results = {

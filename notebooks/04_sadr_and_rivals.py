@@ -16,7 +16,7 @@
 # SADR adds a term to an edit's objective: for heads that attend to the subject more than any head of
 # their layer did before, the KL divergence between the original attention row and the present one,
 # times gamma. This notebook looks at what gamma trades against what, at other rules for choosing
-# heads, and at other things that could be restricted, always at equal steps.
+# heads, and at other things that could be restricted, always with the same number of steps at most.
 
 # %%
 import tempfile
@@ -58,7 +58,7 @@ drift.plot(cured=dl.measure_drift(model, cured, prompt))
 #
 # Arms are editors with restrictions. Penalties are objects; several in one arm add up. Three cases
 # are far too few for conclusions, and the intervals say so: `driftlens reproduce fig6 fig7 rules
-# rivals` does the same with 150.
+# rivals --out my-results` does the same with 150.
 
 # %%
 cases = balanced(read_cases(asset("facts.jsonl")), 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,22 @@ class Browser:
     def media(self, scheme: str) -> None:
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+    def switch_media(self, scheme: str) -> None:
+        """Let the system change its colours, and wait until the page was told."""
+        self.js(
+            "window.told = false;"
+            "matchMedia('(prefers-color-scheme: dark)')"
+            ".addEventListener('change', () => { window.told = true; }, {once: true})"
+        )
+        self.media(scheme)
+        self.wait(lambda: self.js("return window.told"))
+
+    def wait(self, until: Callable[[], Any], seconds: float = 30) -> None:
+        """Wait for what the page does later."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.driver, seconds).until(lambda _: until())
 
     def open(self, data: PageData, width: int = 1280, scheme: str = "light") -> None:
         """Show a page of the viewer."""
@@ -93,6 +109,15 @@ class Browser:
     def choose(self, value: str, box: str = "#views") -> None:
         """Press a radio button or checkbox by its value."""
         self.js("arguments[0].click()", self.find(f'{box} input[value="{value}"]'))
+
+    def unfold(self, details: str) -> None:
+        """Open a ``<details>``, and wait for its ``toggle``, which comes after the click."""
+        self.driver.execute_async_script(
+            "const [details, done] = arguments;"
+            "details.addEventListener('toggle', () => done(), {once: true});"
+            "details.querySelector('summary').click()",
+            self.find(details),
+        )
 
     def focused(self) -> Any:
         return self.driver.switch_to.active_element

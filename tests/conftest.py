@@ -18,6 +18,10 @@ typechecking.install("driftlens")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("driftlens", deadline=None)  # a busy machine is no error
+settings.load_profile("driftlens")
 
 LONG = ("test_real_editors.py", "test_real_engines.py", "test_editors.py", "test_engines.py",
         "test_ray.py", "test_documentation.py", "test_site.py", "test_bench.py",

@@ -74,6 +74,12 @@ def result_rows(name: str) -> list[dict[str, Any]]:
     return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
 
 
+def result_runs(name: str) -> list[dict[str, Any]]:
+    """The runs of a file in assets/results."""
+    path = REPOSITORY / f"assets/results/{name}.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))["runs"])
+
+
 def main_rates() -> dict[tuple[str, str, str, str], float]:
     """Rates of the main table, by data, model, arm and metric."""
     return {

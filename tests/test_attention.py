@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import unwrap
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from driftlens.attention import (
     mix_heads,
     over_attending_heads,
     restore_columns,
+    row_divergence,
     row_kl,
 )
+from driftlens.errors import RequestError
 
 seeds = st.integers(0, 10_000)
 
@@ -46,7 +49,7 @@ def test_kl_is_in_nats_and_from_original_to_edited() -> None:
     assert float(row_kl(undecided, sure)) == pytest.approx(reverse, abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=seeds)
 def test_kl_is_torchs_kl_div_of_the_shifted_rows(seed: int) -> None:
     p, q = rows(seed, 2, 3, 7).double(), rows(seed + 1, 2, 3, 7).double()
@@ -54,7 +57,7 @@ def test_kl_is_torchs_kl_div_of_the_shifted_rows(seed: int) -> None:
     torch.testing.assert_close(row_kl(p, q), expected, atol=1e-12, rtol=0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=seeds, sharpness=st.sampled_from([0.1, 3.0, 40.0]))
 def test_kl_is_not_negative_and_zero_for_equal_rows(seed: int, sharpness: float) -> None:
     p = rows(seed, 5, 9, sharpness=sharpness).double()
@@ -88,6 +91,14 @@ def test_kl_has_a_gradient_that_points_back() -> None:
                                atol=1e-6, rtol=0)  # fmt: skip
 
 
+def test_unknown_divergences_and_rules_are_refused() -> None:
+    row = torch.tensor([0.5, 0.5])
+    with pytest.raises(RequestError, match="kind is 'KL'. Choose one of kl, reverse_kl, js, l2."):
+        unwrap(row_divergence)(row, row, "KL")  # as without the type checks of these tests
+    with pytest.raises(RequestError, match="rule is 'median'. Choose one of max, all, quantile, "):
+        unwrap(over_attending_heads)(row, row, "median")
+
+
 # --- over_attending_heads ------------------------------------------------------------------
 
 
@@ -119,7 +130,7 @@ def test_the_rule_all_holds_every_head() -> None:
 # --- restore_columns -----------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=seeds, chosen=st.sets(st.integers(0, 7), min_size=1, max_size=7))
 def test_restored_columns_are_exact_and_the_rest_keeps_its_proportions(
     seed: int, chosen: set[int]
@@ -140,6 +151,27 @@ def test_rows_whose_totals_differ_in_the_last_bits_get_no_negative_attention() -
     row, original = torch.tensor([0.5, 0.4999999]), torch.tensor([1.0, 0.0])
     restored = restore_columns(row, original, torch.tensor([True, False]))
     assert restored.tolist() == [1.0, 0.0]
+
+
+def test_a_sinks_share_is_one_more_key() -> None:
+    before, after = torch.tensor([0.3, 0.1]).double(), torch.tensor([0.6, 0.2]).double()
+    p, q = torch.tensor([0.3, 0.1, 0.6]).double(), torch.tensor([0.6, 0.2, 0.2]).double()
+    expected = float((p * (p / q).log()).sum())
+    assert float(row_kl(before, after)) == pytest.approx(expected, abs=1e-6)
+    assert expected > 0 > float((before * (before / after).log()).sum())
+    for kind in ("reverse_kl", "js", "l2"):
+        whole = row_divergence(p, q, kind)
+        torch.testing.assert_close(row_divergence(before, after, kind), whole, atol=1e-6, rtol=0)
+    # One row of many has a sink: all are looked at alike.
+    rows_of_both = torch.stack([before, torch.tensor([0.5, 0.5]).double()])
+    assert float(row_kl(rows_of_both, rows_of_both).abs().max()) == 0
+
+
+def test_a_sink_keeps_its_proportion_where_columns_are_restored() -> None:
+    row, original = torch.tensor([0.1, 0.1, 0.05]), torch.tensor([0.6, 0.1, 0.05])
+    restored = restore_columns(row, original, torch.tensor([True, False, False]))
+    # 0.9 of the row, 0.75 of it the sink's, are scaled to 0.4.
+    torch.testing.assert_close(restored, torch.tensor([0.6, 0.1 * 4 / 9, 0.05 * 4 / 9]))
 
 
 def test_restoring_columns_in_numbers() -> None:

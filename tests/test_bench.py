@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import torch
 from filelock import FileLock
 
 import driftlens as dl
@@ -125,6 +127,8 @@ def test_tables(whole: BenchResult, cases: list[Case]) -> None:
     assert "| ft + sadr |" in shown
     assert np.isnan(whole.seconds("unedited"))
     assert whole.compare("ft", "ft")["RS"].value == 0.0
+    head, *_ = whole.to_markdown(["ES", "distractor"]).splitlines()
+    assert head == "| arm | ES | distractor | seconds |"
     assert whole.compare("ft", "unedited", "prob")["ES"].cases == len(cases)
     with pytest.raises(RequestError, match="no arm 'x'"):
         whole.answers("x")
@@ -436,6 +440,17 @@ def test_units_of_other_versions_are_told(
     assert made == [dl.__version__, dl.__version__, "99"] * 3
 
 
+def test_units_of_unknown_versions_are_told(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path
+) -> None:
+    bench(model, cases[:2], tmp_path)
+    journal = Journal(tmp_path / UNITS)
+    record = {k: v for k, v in next(iter(journal)).items() if k != "versions"}
+    journal.add(**record)
+    with pytest.warns(UserWarning, match=r"1 of the units in .*by other versions \(unknown\)"):
+        bench(model, cases[:2], tmp_path)
+
+
 def test_a_case_that_fails_does_not_stop_the_others(
     model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,6 +479,33 @@ def test_a_case_that_fails_does_not_stop_the_others(
     with pytest.raises(ZeroDivisionError):  # a defect is no failed case
         bench(model, mixed, tmp_path, retry_failed=True)
     assert len(BenchResult(tmp_path).failed) == 3
+
+
+def test_a_case_that_memory_does_not_do_for_is_a_failed_case(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each, one = units.edit_each, units.edit
+
+    def short(requests: Sequence[dl.EditRequest]) -> None:
+        if cases[1].request in requests:
+            raise torch.OutOfMemoryError("CUDA out of memory.\n Tried to allocate 2 GiB.")
+
+    def make_each(model: Any, requests: Any, **options: Any) -> Any:
+        short(requests)
+        return each(model, requests, **options)
+
+    def make_one(model: Any, request: Any, **options: Any) -> Any:
+        short([request])
+        return one(model, request, **options)
+
+    monkeypatch.setattr(units, "edit_each", make_each)
+    monkeypatch.setattr(units, "edit", make_one)
+    found = bench(model, cases, tmp_path)
+    why = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."
+    assert found.failed == [(arm, cases[1].id, why) for arm in ("ft", "ft + sadr")]
+    assert found.is_complete
+    monkeypatch.undo()
+    assert not bench(model, cases, tmp_path, retry_failed=True).failed
 
 
 def test_changed_weights_end_the_run(
@@ -597,9 +639,12 @@ SCRIPT = """
         return child
 
     assert os.waitpid(start("first"), 0)[1] == 0  # covariances are kept
-    began = time.monotonic()
-    assert os.waitpid(start("undisturbed"), 0)[1] == 0
-    whole = time.monotonic() - began
+    times = []
+    for name in ("undisturbed", "again"):  # the shorter one, if the machine is busy
+        began = time.monotonic()
+        assert os.waitpid(start(name), 0)[1] == 0
+        times.append(time.monotonic() - began)
+    whole = min(times)
     while kills < 30:
         child = start("killed-" + str(run))
         time.sleep(rng.uniform(0, whole / 2))
@@ -622,7 +667,7 @@ def test_killed_at_30_random_moments(arms: str, tmp_path: Path) -> None:
     tests = str(Path(__file__).parent)
     script = textwrap.dedent(SCRIPT.format(tests=tests, out=str(tmp_path), arms=arms))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=900
     )
     assert done.stdout.strip().endswith("kills 30"), done.stderr
     expected = BenchResult(tmp_path / "undisturbed")
@@ -641,6 +686,15 @@ def test_killed_at_30_random_moments(arms: str, tmp_path: Path) -> None:
                 continue  # cut off by a kill
         assert len(whole_lines) == len(set(whole_lines)) == 3 * len(globals()[arms])
     assert not expected.failed
+
+
+def test_failures_stand_in_the_table(whole: BenchResult) -> None:
+    found = BenchResult(whole.folder)
+    assert "failed)" not in found.to_markdown()
+    for name in list(found.records["ft"])[:2]:
+        found.records["ft"][name] = {"error": "a reason"}
+    lines = found.to_markdown().splitlines()
+    assert [line for line in lines if line.startswith("| ft (2 failed) | ")]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -676,7 +730,7 @@ def test_bench_on_the_command_line(
 ) -> None:  # fmt: skip
     from driftlens import cli
 
-    monkeypatch.setattr(cli, "_load", lambda name, device=None: model)
+    monkeypatch.setattr(cli, "_load", lambda name, *options: model)
     plan = tmp_path / "slow.toml"
     plan.write_text('method = "ft-l"\n[config]\nlayer = 1\nsteps = 2\n')
     options = ["bench", "--methods", "", "--config", str(plan), "--cases", "3", "--quiet"]

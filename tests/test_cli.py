@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +40,12 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
         sys.stderr.write(f"{code}\n")
         return 1
     return int(code or 0)
+
+
+def run_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an exit."""
+    monkeypatch.setattr(sys, "argv", ["driftlens"])
+    cli.main()
 
 
 def make_edit(monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path, *more: object) -> int:
@@ -81,7 +90,8 @@ def test_sadr_is_recorded(monkeypatch, folder, tmp_path):
 
 def test_the_tuned_gamma_is_the_models_for_the_editor(monkeypatch, folder, tmp_path, capsys):
     model = dl.load_model(folder)
-    kind = (model.hf_model.config.model_type, model.info.n_layers, model.info.d_model)
+    kind = (model.hf_model.config.model_type, model.info.n_layers, model.info.d_model,
+            model.info.n_kv_heads)  # fmt: skip
     out, numbers = tmp_path / "e", tmp_path / "e.json"
     more = ("--sadr", "tuned", "--json", numbers)
     for wrong, words in (
@@ -161,6 +171,52 @@ def test_models_lists_and_inspects(monkeypatch, folder, capsys):
     assert info["down_projection"] == "model.layers.{layer}.mlp.down_proj.weight"
 
 
+def test_sadr_is_not_given_twice(monkeypatch, folder, tmp_path, capsys):
+    plan = tmp_path / "plan.toml"
+    plan.write_text('method = "rome"\n[[penalties]]\npenalty = "sadr"\ngamma = 0.2\n')
+    for gamma in ("0.3", "tuned"):
+        assert (
+            make_edit(monkeypatch, folder, tmp_path / "e", "--config", plan, "--sadr", gamma) == 1
+        )
+        assert "plan.toml holds SADR already. Leave --sadr out." in capsys.readouterr().err
+    assert make_edit(monkeypatch, folder, tmp_path / "e", "--config", plan) == 0
+
+
+def test_the_device_is_that_of_the_model(monkeypatch, folder, edited, tmp_path, capsys):
+    prompt = ("--prompt", "The Eiffel Tower is in the city of")
+    commands = {
+        "drift": ("--edit", edited, "--model", folder, *prompt),
+        "patch": ("--edit", edited, "--model", folder, *prompt, "--answer", "Paris", "--quiet"),
+        "models": (folder,),
+        "demo": ("--model", folder),
+    }
+    for name, options in commands.items():
+        assert run(monkeypatch, name, *options, "--device", "nowhere") == 1
+        assert "There is no device 'nowhere' here" in capsys.readouterr().err
+    assert make_edit(monkeypatch, folder, tmp_path / "e", "--device", "nowhere") == 1
+    assert run(monkeypatch, "drift", *commands["drift"], "--device", "cpu", "--top", "2") == 0
+    assert run(monkeypatch, "drift", *commands["drift"], "--top", "-3") == 1
+    assert "--top is -3. Give 0 or more." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["bench", "reproduce"])
+def test_bad_records_are_told_with_the_options_of_the_command(
+    monkeypatch, tmp_path, capsys, command
+):
+    options = ["fig3"] if command == "reproduce" else []
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "x", "subject": "y", "target_new": "z"}\n')
+    more = (*options, "--data", data, "--out", tmp_path / "o")
+    assert run(monkeypatch, command, *more) == 1
+    assert "is unknown. Name it: --format one of counterfact, " in capsys.readouterr().err
+    assert run(monkeypatch, command, *more, "--format", "driftlens") == 1
+    said = capsys.readouterr().err
+    assert "Record 0, prompt: The prompt 'x' has 0 slots" in said
+    assert said.strip().endswith("Mend it, or leave such out with --skip-bad.")
+    assert run(monkeypatch, command, *more, "--format", "driftlens", "--skip-bad") == 1
+    assert "is a case" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -220,6 +276,41 @@ def test_a_full_disk_loses_no_numbers(monkeypatch, folder, edited, tmp_path, cap
     captured = capsys.readouterr()
     assert "No space left" in captured.err
     assert json.loads(captured.out[captured.out.index("{") :])["prompt"] == PROMPT
+
+
+def test_small_probabilities_are_written_whole(monkeypatch, folder, edited, tmp_path):
+    common = ("patch", "--model", folder, "--edit", edited, "--prompt", PROMPT)
+    answer = "Rome Paris Rome Paris Rome"
+    assert run(monkeypatch, *common, "--answer", answer, "--json", tmp_path / "p.json") == 0
+    rows = json.loads((tmp_path / "p.json").read_text())
+    own = [row for row in rows if row["text"] == answer]
+    assert own and all(0 < row["prob"] < 1e-10 for row in own)
+    assert all(row["prob"] == pytest.approx(math.exp(row["logprob"])) for row in own)
+
+
+def test_a_seed_out_of_range_is_refused(monkeypatch, folder, tmp_path, capsys):
+    for seed in (-1, 2**70):
+        assert make_edit(monkeypatch, folder, tmp_path / "e", "--seed", seed) == 2
+        assert "--seed" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+
+
+def test_ctrl_c_ends_with_a_word(monkeypatch, capsys):
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("driftlens.editing.configs.describe", interrupt)  # inside a command
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(monkeypatch, "methods") == 130
+        assert "Interrupted; what was finished is kept." in capsys.readouterr().err
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell has it for what runs behind
+        monkeypatch.setattr(cli, "app", interrupt)
+        assert run_through(monkeypatch) is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_help_is_quick_and_teaches():

@@ -54,6 +54,16 @@ def test_a_ball_with_the_same_label_grows_instead() -> None:
     assert both.labels == ("a",)
 
 
+def test_a_key_that_is_there_already_gets_the_new_value() -> None:
+    first = book(([3.0, 0.0], 1.0, 0.5, "a"), ([0.0, 0.0], 9.0, 0.5, "c"))
+    both = first.with_entries(book(([3.0, 1e-6], 2.0, 0.2, "b")))
+    assert both.labels == ("b", "c")
+    assert both.radii.tolist() == [0.5, 0.5]
+    assert both.values[:, 0].tolist() == [2.0, 9.0]
+    again = both.with_entries(book(([3.0, 0.0], 3.0, 0.2, "b")))
+    assert again.values[:, 0].tolist() == [3.0, 9.0]
+
+
 @pytest.fixture(scope="module")
 def model() -> dl.LensModel:
     return dl.load_model(

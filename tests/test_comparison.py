@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,65 @@ def test_an_edit_alone_and_one_that_says_nothing(
     assert "edited with second edit" in table.index
     assert other.edit_success == {}
     assert "Berlin" in other.html()
+
+
+def test_only_what_is_true_is_said(model: dl.LensModel, edit: dl.Edit, answer: str) -> None:
+    def said(prompt: str, answer: str) -> str:
+        found = dl.compare(model, edit, prompt, answer, sweep=False, progress=False)
+        return " ".join(found.summary())
+
+    new = REQUEST.target_new
+    usual, asked = said(PROMPT, answer), said(REQUEST.text, answer)
+    assert f"Nothing was said about “{PROMPT}”, whose answer is “{answer}”" in usual
+    assert "Nothing was said" not in asked
+    assert (
+        f"to answer “{new}” to “{REQUEST.text}”. Asked what was edited (“{REQUEST.text}”)" in asked
+    )
+    twice = replace(edit, requests=(REQUEST, replace(REQUEST, target_new="Oslo")))
+    silent = dl.Edit.from_deltas(model, edit.deltas)
+    for one, first in (
+        (twice, "Asked what was edited (“"),
+        (silent, f"Asked “{REQUEST.text}”, whose"),
+    ):
+        found = dl.compare(
+            model, one, REQUEST.text, answer, subject=REQUEST.subject, sweep=False, progress=False
+        )
+        assert found.summary()[0].startswith(first)
+    assert f", that of “{new}” from " in usual
+    gained = said(REQUEST.text, new)
+    assert "that of" not in gained
+    assert "nothing was lost" in gained and "brings back most" not in gained
+
+
+def test_an_edit_of_several_facts_is_looked_at_by_subject(
+    model: dl.LensModel, edit: dl.Edit, answer: str
+) -> None:
+    other = dl.EditRequest("{} is in", "The Prado", "Oslo")
+    both = replace(edit, requests=(REQUEST, other))
+    with pytest.raises(RequestError, match="of 2 facts. Pass subject=..., e.g. one of 'The"):
+        dl.compare(model, both, PROMPT, answer, progress=False)
+    found, alone = (
+        dl.compare(model, one, PROMPT, answer, subject=REQUEST.subject, sweep=False, progress=False)
+        for one in (both, edit)
+    )
+    assert found.request == REQUEST
+    assert found.target_new == REQUEST.target_new
+    assert found.to_dataframe().equals(alone.to_dataframe())
+    assert found.edit_success == alone.edit_success
+    assert found.summary() == alone.summary()
+    twice = replace(edit, requests=(REQUEST, replace(REQUEST, target_new="Oslo")))
+    assert twice.request_about(REQUEST.subject) is None
+
+
+def test_it_says_what_it_is_in_a_line(found: dl.Comparison, answer: str) -> None:
+    after = found.readouts()["edited"].prob
+    assert repr(found).startswith(f"Comparison(tiny, {PROMPT!r}; P({answer!r}): original model ")
+    assert f", edited {after:.3f}," in repr(found)
+    assert len(repr(found)) < 500
+    head = found.drift.top_heads(1)[0]
+    assert repr(found.drift).startswith(
+        f"Drift(tiny, edited, 1 prompt; most: {head.name} {head.drift:+.3f}, "
+    )
 
 
 def test_bad_requests(

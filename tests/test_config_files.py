@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from hypothesis import given
@@ -87,6 +89,26 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
         dl.write_config(tmp_path / "no" / "config.toml", "rome", dl.RomeConfig(layer=1))
 
 
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    whole = np.int64(3)
+    config = checked(
+        dl.RomeConfig, {"layer": whole, "steps": np.int32(5), "lr": np.float64(0.25)}, "rome"
+    )
+    assert config == dl.RomeConfig(layer=3, steps=5, lr=0.25)
+    assert type(config.layer) is int
+    several = checked(
+        dl.MemitConfig, {"layers": np.array([1, 2]), "context_lengths": [whole]}, "memit"
+    )
+    assert several == dl.MemitConfig(layers=(1, 2), context_lengths=(3,))
+    held = dl.SADR(layers=np.array([1, 2]))  # type: ignore[arg-type]
+    assert held == dl.SADR(layers=(1, 2))
+    dl.write_config(tmp_path / "plan.toml", "memit", several, [held])
+    assert dl.read_config(tmp_path / "plan.toml").penalties == (held,)
+    for wrong in (np.bool_(True), np.float64(1.5), True):
+        with pytest.raises(RequestError, match="layer is"):
+            checked(dl.RomeConfig, {"layer": wrong}, "rome")
+
+
 @given(st.text(max_size=60))
 def test_no_text_crashes_the_reader(text: str) -> None:
     import tempfile
@@ -98,7 +120,9 @@ def test_no_text_crashes_the_reader(text: str) -> None:
             plan = dl.read_config(path)
         except DriftLensError:
             return
-        assert plan.penalties == () or plan.config is not None
+        content = tomllib.loads(text)
+        assert (plan.method, plan.config) == (content.get("method"), content.get("config", {}))
+        assert len(plan.penalties) == len(content.get("penalties", ()))
 
 
 # --- what is documented ----------------------------------------------------------------------

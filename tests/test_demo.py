@@ -11,7 +11,8 @@ import pytest
 import tiny
 
 import driftlens as dl
-from driftlens.demo import EIFFEL, Demo, demo_json, demo_page, run_demo
+from driftlens.assets import survey_result
+from driftlens.demo import EIFFEL, Demo, averages, demo_json, demo_page, run_demo
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_json_has_what_it_promises(demo: Demo):
     assert re.fullmatch(r"L\d+H\d+", numbers["top_heads"][0]["name"])
     drifts = [head["drift"] for head in numbers["top_heads"]]
     assert drifts == sorted(drifts, reverse=True)
-    assert numbers["averages"] is None
+    assert numbers["averages"] is None  # nobody measured any of this model
     assert numbers["seconds"] > 0
 
 
@@ -48,6 +49,19 @@ def test_numbers_agree_with_the_single_calls(demo: Demo):
     assert numbers["probabilities"]["restored"]["answer"] == pytest.approx(patched.prob)
     assert demo.comparison.cured is not None
     assert demo.comparison.edit.config["steps"] == demo.comparison.cured.config["steps"]
+
+
+def test_averages_are_of_this_model_and_name_their_gamma(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch
+):
+    survey = survey_result("smollm2-135m")
+    assert survey is not None
+    monkeypatch.setattr("driftlens.demo.survey_result", lambda name: survey)
+    assert averages(demo.model) is None  # of the same name, but other weights
+    own = {**survey, "fingerprint": demo.model.fingerprint()}
+    monkeypatch.setattr("driftlens.demo.survey_result", lambda name: own)
+    assert demo_json(demo)["averages"] == own
+    assert ">sadr, gamma 0.8<" in demo_page(demo) or '"sadr, gamma 0.8"' in demo_page(demo)
 
 
 def test_page_is_self_contained(demo: Demo):

@@ -68,10 +68,10 @@ def stand_in(
             return load(tiny_smollm2, tiny.tokenizer(), name=source, **options)
         return load(source, tokenizer, **options)
 
-    quick = {name: {**values, "steps": 2} for name, values in KNOWN["llama", 30, 576].items()}
+    quick = {name: {**values, "steps": 2} for name, values in KNOWN["llama", 30, 576, 3].items()}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DRIFTLENS_CACHE", str(cache))
-    monkeypatch.setitem(KNOWN, ("llama", 30, 36), quick)
+    monkeypatch.setitem(KNOWN, ("llama", 30, 36, 3), quick)
     monkeypatch.setattr(dl, "load_model", load_stand_in)
     monkeypatch.setattr(driftlens.editing.statistics, "wikipedia_leads", lambda: leads)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,13 @@ def test_top_heads_are_those_that_grew_most_on_average() -> None:
 # --- prompts and subjects ----------------------------------------------------------------------
 
 
+def test_a_negative_number_of_heads_is_refused() -> None:
+    drift = dl.measure_drift(lens("llama"), an_edit("llama"), PROMPTS)
+    assert drift.top_heads(0) == []
+    with pytest.raises(dl.RequestError, match="k is -3. Give 0 or more."):
+        drift.top_heads(-3)
+
+
 def test_each_prompt_may_have_its_own_subject() -> None:
     model, edit = lens("llama"), an_edit("llama")
     texts = ["The Louvre is in", "The Eiffel Tower is in"]
@@ -345,6 +353,62 @@ def test_a_drift_survives_the_disk(tmp_path: Path) -> None:
         assert np.array_equal(old.original, new.original)
         assert np.array_equal(old.edited, new.edited)
     assert np.array_equal(drift.kl, back.kl)
+
+
+def test_drifts_are_compared_by_their_numbers(tmp_path: Path) -> None:
+    drift = dl.measure_drift(lens("llama"), an_edit("llama"), PROMPTS)
+    again = dl.load_drift(drift.save(tmp_path / "drift.npz"))
+    assert again == drift
+    first = again.prompts[0]
+    edited = first.edited.copy()
+    edited[0, 0, 0] += 1e-3
+    assert replace(again, prompts=(replace(first, edited=edited), *again.prompts[1:])) != drift
+    assert replace(first, query=first.query - 1) != first
+    assert first != "a drift"
+
+
+def test_drifts_of_different_prompts_are_not_subtracted() -> None:
+    drift = dl.measure_drift(lens("llama"), an_edit("llama"), PROMPTS)
+    last = drift.prompts[2]
+    for what, change in (
+        ("of different prompts", {"prompt": "Another"}),
+        ("of different subjects", {"subject": replace(last.subject, start=last.subject.start - 1)}),
+        ("of different rows of the prompts", {"query": last.query - 1}),
+        ("begin from different attention", {"original": 1 - last.original}),
+    ):
+        other = replace(drift, prompts=(*drift.prompts[:2], replace(last, **change)))
+        with pytest.raises(dl.RequestError, match=f"{what}. Measure both"):
+            drift.plot(cured=other)
+    with pytest.raises(dl.RequestError, match="of different models"):
+        drift.plot(cured=replace(drift, model_name="another"))
+    fewer = tuple(replace(p, original=p.original[:1], edited=p.edited[:1]) for p in drift.prompts)
+    with pytest.raises(dl.RequestError, match="begin from different attention"):
+        drift.plot(cured=replace(drift, prompts=fewer))
+    assert drift.plot(cured=replace(drift, edit_label="again")).data
+
+
+def test_a_map_of_another_row_says_so() -> None:
+    model, edit = lens("llama"), an_edit("llama")
+    title = dl.measure_drift(model, edit, PROMPTS[0]).plot().layout.title.text
+    assert "from token" not in title
+    earlier = dl.measure_drift(model, edit, PROMPTS[0], query=-2)
+    row = earlier.prompts[0].query
+    assert f"(from token {row})" in earlier.plot().layout.title.text.replace("<br>", " ")
+    several = dl.measure_drift(model, edit, [PROMPTS[0]] * 2, query=-2).plot().layout.title.text
+    assert "(from other tokens)" in several.replace("<br>", " ")
+
+
+def test_patterns_of_heads_and_prompts_that_do_not_exist_are_refused() -> None:
+    model = lens("llama")
+    for head, error, said in (
+        ((0, -1), dl.RequestError, "has no head L0H-1"),
+        ((0, 99), dl.RequestError, "has no head L0H99"),
+        ((99, 0), dl.ModelError, "There is no layer 99"),
+    ):
+        with pytest.raises(error, match=said):
+            drift_module.attention_patterns(model, "The Eiffel Tower", [head])
+    with pytest.raises(dl.RequestError, match="more than the 128"):
+        drift_module.attention_patterns(lens("gpt2"), " in Rome" * 60, [(0, 0)])
 
 
 def test_a_drift_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:

@@ -245,9 +245,16 @@ def test_identity_weight_is_added_to_the_second_moments() -> None:
 def test_equal_keys_are_met_on_average() -> None:
     keys, covariance = random_problem(1)
     twice = keys.repeat(2, 1)
-    right = equality_right(twice, covariance, emmet_config(1.0, 0.0))
     residual = torch.tensor([[1.0], [3.0]]).double()
-    assert torch.allclose((residual.T @ right.T) @ keys[0], torch.tensor([2.0]).double())
+    for noise in (0.0, 1e-6):  # what rounding in float32 does to keys of one text
+        twice[1] = keys[0] * (1 + noise * torch.randn(keys.shape[1]).double())
+        right = equality_right(twice, covariance, emmet_config(1.0, 0.0))
+        said = (residual.T @ right.T) @ keys[0]
+        assert torch.allclose(said, torch.tensor([2.0]).double(), atol=1e-4)
+    other, _ = random_problem(2)  # keys that differ are met one by one
+    other = torch.stack([keys[0], keys[0] + 1e-3 * other[1]])
+    right = equality_right(other, covariance, emmet_config(1.0, 0.0))
+    assert torch.allclose(residual.T @ right.T @ other.T, residual.T, atol=1e-3)
 
 
 def test_on_a_model_rome_is_emmet_with_an_exact_constraint() -> None:
@@ -590,7 +597,13 @@ def test_values_are_not_shared_between_models_facts_or_on_top_of_an_edit(
     monkeypatch.setattr(outcome, "PASS_COST", 10**6)  # all facts in one pass
     options = LOCATED["rome"]
     first = list(dl.edit_each(model, REQUESTS[:2], "rome", store=store, **options))
-    for on, facts in ((other, REQUESTS[:2]), (model, REQUESTS[1::-1]), (model, REQUESTS[:1])):
+    unspaced = dl.load_model(model.hf_model, tiny.tokenizer(), name=model.info.name, separator="")
+    for on, facts in (
+        (other, REQUESTS[:2]),
+        (unspaced, REQUESTS[:2]),
+        (model, REQUESTS[1::-1]),
+        (model, REQUESTS[:1]),
+    ):
         before = len(asked)
         list(dl.edit_each(on, facts, "rome", store=store, **options))
         assert len(asked) == before + 1
@@ -789,6 +802,93 @@ def test_a_damaged_state_is_not_silently_used() -> None:
     assert sorted(state.projections) == [1]
     dl.edit(model, REQUESTS[1], "alphaedit", state=state, **options)
     assert sorted(state.projections) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("nullspace_threshold", {"nullspace_threshold": 0.7}),
+        ("covariance", {"covariance": "another"}),
+        ("model", {}),
+    ],
+)
+def test_a_state_of_something_else_is_refused(name: str, changes: dict[str, Any]) -> None:
+    model, state = lens("gpt2"), NullSpaceState()
+    options = {**options_for("alphaedit", model), "state": state}
+    dl.edit(model, REQUESTS[0], "alphaedit", **options)
+    if name == "model":
+        model = dl.load_model(tiny.hf_model("gpt2", 3, 12.0, 0.1).double(), tiny.tokenizer())
+    if "covariance" in changes:
+        other = {y: replace(c, source="other texts") for y, c in options["covariance"].items()}
+        changes = {"covariance": other}
+    with pytest.raises(EditError, match=f"null space in layer 0 is of another {name}. Pass a new"):
+        dl.edit(model, REQUESTS[1], "alphaedit", **{**options, **changes})
+    assert state.facts == 1
+
+
+def test_a_state_counts_no_edits_of_a_sequence_that_failed() -> None:
+    model, state = lens("gpt2"), NullSpaceState()
+    options = {**options_for("alphaedit", model), "state": state}
+
+    def stop(n: int, current: Any) -> None:
+        if n == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dl.edit_sequence(model, REQUESTS, "alphaedit", after_each=stop, **options)
+    assert (state.facts, state.key_sums) == (0, {})
+    dl.edit_sequence(model, REQUESTS, "alphaedit", **options)
+    assert state.facts == 3
+    assert sorted(state.key_sums) == list(LAYERS)
+
+
+def test_alphaedit_wants_as_much_text_as_other_editors() -> None:
+    model = lens("gpt2")
+    options = options_for("alphaedit", model)
+    few = {y: replace(c, count=5) for y, c in options["covariance"].items()}
+    with pytest.raises(EditError, match=r"averaged over 5 tokens.*tells of no null space"):
+        dl.edit(model, REQUESTS[0], "alphaedit", **{**options, "covariance": few})
+
+
+def test_edits_that_are_applied_while_others_are_made_are_refused() -> None:
+    model = lens("gpt2")
+    found = dl.edit_each(model, REQUESTS, "memit", **LOCATED["memit"])
+    with next(found).applied(model), pytest.raises(EditError, match="Apply them when all are made"):
+        next(found)
+    made = dl.edit_each(model, REQUESTS, "memit", **LOCATED["memit"])
+    for edit in made:  # between two of them is fine
+        with edit.applied(model):
+            pass
+
+
+@pytest.mark.parametrize("method", ["ft-m", "ft-l", "grace"])
+def test_second_moments_that_would_not_be_used_are_refused(method: str) -> None:
+    with pytest.raises(RequestError, match=f"{method} uses no second moments of keys. Leave"):
+        dl.edit(lens("gpt2"), REQUESTS[0], method, covariance="identity", **LOCATED[method])
+
+
+@pytest.mark.parametrize("method", ["rome", "memit", "ft-m", "grace"])
+def test_an_engine_that_does_not_exist_is_refused(method: str) -> None:
+    with pytest.raises(RequestError, match="engine is 'sufix'. Choose one of suffix, plain."):
+        dl.edit(lens("gpt2"), REQUESTS[0], method, engine="sufix", **LOCATED[method])
+
+
+def test_a_matrix_beside_which_an_adapter_speaks_is_not_edited() -> None:
+    model = lens("gpt2")
+    adapter = dl.edit(model, REQUESTS[0], "grace", **LOCATED["grace"])
+    with adapter.applied(model):
+        for method in ("rome", "ft-m", "memit"):
+            with pytest.raises(EditError, match="adapter is applied beside layer 1's down-proj"):
+                dl.edit(model, REQUESTS[1], method, **LOCATED[method])
+        dl.edit(model, REQUESTS[1], "grace", **LOCATED["grace"])
+        dl.edit(model, REQUESTS[1], "ft-m", **{**LOCATED["ft-m"], "layer": 0})
+
+
+def test_a_fact_that_is_one_already_is_not_edited() -> None:
+    same = dl.EditRequest("{} is in", "The Louvre", "Paris", "Paris")
+    for edit in (dl.edit, dl.edit_sequence, lambda *a, **k: list(dl.edit_each(*a, **k))):
+        with pytest.raises(RequestError, match="'Paris' is the true answer to 'The Louvre is in'"):
+            edit(lens("gpt2"), [REQUESTS[0], same], "memit", **LOCATED["memit"])
 
 
 def test_configurations_are_immutable() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 
 import driftlens as dl
 from driftlens.assets import asset
+from driftlens.bench import Setting, make_arms
 from driftlens.cases import (
     ALL_METRICS,
     BEGINNINGS,
@@ -28,12 +31,14 @@ from driftlens.cases import (
     balanced,
     tuning_split,
     with_beginnings,
+    without_edited_facts,
 )
-from driftlens.errors import DataError
+from driftlens.errors import DataError, RequestError
 from driftlens.evaluation import (
     Answer,
     Growth,
     answers,
+    average,
     combined,
     compare,
     compare_combined,
@@ -43,6 +48,7 @@ from driftlens.evaluation import (
 )
 from driftlens.experiments import many, tuning
 from driftlens.experiments.paper import TABLE_3
+from driftlens.generation import measure_texts
 from driftlens.intervals import with_interval
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
@@ -96,12 +102,56 @@ def test_the_papers_file() -> None:
     assert {c.id for c in chosen} <= {c.id for c in balanced(reported, 100)}
 
 
+def about(name: str, **asked: Any) -> Case:
+    """A case with nothing but an edit and what is given."""
+    request = dl.EditRequest("{} is in", name, "Rome", {"The Louvre": "Paris"}.get(name))
+    return Case(name, request, **{k: tuple(v) for k, v in asked.items()})
+
+
+def test_cases_with_other_prompts_are_chosen_where_the_usual_ones_do_not_do() -> None:
+    near, far = [Cloze("The Eiffel Tower is in", "Paris")], [Cloze("The Louvre is a", "museum")]
+    usual = [about("a", neighbours=near), about("b", relations=far)]
+    others = [about("c", paraphrases=["Where is c? In"]), about("d")]
+    cases = [*others, *usual]
+    assert {case.id for case in balanced(cases, 2)} == {"a", "b"}
+    assert len(balanced(cases, 3)) == 3
+    assert {case.id for case in balanced(cases, 9)} == {"a", "b", "c", "d"}
+    assert {case.id for case in balanced(others, 9)} == {"c", "d"}
+
+
+def test_what_another_edit_changes_is_left_out() -> None:
+    louvre = about(
+        "The Louvre",
+        paraphrases=["Where is The Louvre? In"],
+        relations=[Cloze("The Louvre is a", "museum"), Cloze("The Louvre stands in", "Paris")],
+    )
+    kept = Cloze("The Eiffel Tower is in", "Paris")
+    other = about(
+        "The Kremlin",
+        neighbours=[
+            kept,
+            Cloze("The Louvre is in", "France"),  # its prompt
+            Cloze("Where is The Louvre? In", "France"),  # a paraphrase
+            Cloze("One can visit The Louvre in", " paris"),  # another wording, by its answer
+        ],
+        relations=[Cloze("The Kremlin is near The Louvre, which is a", "museum")],
+        distractors=[Cloze("The Louvre, once in", "Paris")],
+    )
+    assert without_edited_facts([louvre, other]) == [
+        louvre,  # what its own edit changes is asked
+        replace(other, neighbours=(kept,), distractors=()),
+    ]
+    assert without_edited_facts([other]) == [other]
+
+
 def test_rates_by_hand() -> None:
     win, loss, tie = Answer("ES", -1.0, -2.0), Answer("ES", -2.0, -1.0), Answer("ES", -1.0, -1.0)
     found = rates([[win, win, loss], [tie], [Answer("NS", -1.0, -3.0)]])
     assert set(found) == {"ES", "NS"}
     assert (found["ES"].value, found["ES"].prompts, found["ES"].cases) == (50.0, 4, 2)
-    assert (found["NS"].value, found["NS"].low, found["NS"].high) == (100.0, 100.0, 100.0)
+    assert (found["NS"].value, found["NS"].cases) == (100.0, 1)
+    assert np.isnan([found["NS"].low, found["NS"].high]).all()  # one case tells nothing of others
+    assert str(found["NS"]) == "100.0 [-, -]"
     assert found["ES"].low == 0.0
     assert found["ES"].high == pytest.approx(200 / 3)
 
@@ -433,6 +483,27 @@ def test_many_facts_at_once_and_in_a_row(
     assert json.loads(again.read_text()) == result
 
 
+def test_a_batch_that_fails_says_why_and_is_tried_again_if_asked(
+    model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = read_cases(write(tmp_path / "data.json", RECORD))
+    journal = Journal(tmp_path / "journal.jsonl")
+    arm = make_arms(model, ["ft-m"], ["none"])[1]
+    edit = dl.edit
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise dl.EditError("Too many\nfacts.")
+
+    monkeypatch.setattr(dl, "edit", failing)
+    found = many.measure(model, cases, arm, "batch", journal, progress=False)
+    assert found.pop("spent") >= 0
+    assert found == {"error": "EditError: Too many facts."}
+    monkeypatch.setattr(dl, "edit", edit)
+    assert "error" in many.measure(model, cases, arm, "batch", journal, progress=False)
+    again = many.measure(model, cases, arm, "batch", journal, retry_failed=True, progress=False)
+    assert again["rates"]["ES"]["prompts"] == 1
+
+
 def test_tuning_takes_what_works_first() -> None:
     good = {"rates": {"ES": 100.0, "PS": 96.0, "NS": 50.0}}
     better = {"rates": {"ES": 99.0, "PS": 95.0, "NS": 80.0}}
@@ -525,3 +596,34 @@ def test_every_method_has_valid_trials(method: str) -> None:
     for change in itertools.chain(*tuning.stages(method, 18)):
         found = replace(config, **change)
         checked(kind, {n: getattr(found, n) for n in kind.__dataclass_fields__}, method)
+
+
+# --- names that do not exist -----------------------------------------------------------------
+
+YES = Answer("RS", -1.0, -2.0, 0.4, 0.1, True)
+MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
+    "a measure": (lambda: rates([[YES]], "logit_diff"), "measure is 'logit_diff'. Choose one of s"),
+    "a measure of pairs": (lambda: compare({"a": [YES]}, {"a": [YES]}, "logprob"), "'logprob'"),
+    "averaging": (lambda: rates([[YES]], by="cases"), "by is 'cases'. Choose one of prompt, case."),
+    "averaging of a mean": (lambda: average([[YES]], by="cases"), "by is 'cases'"),
+    "a metric": (lambda: growth({"a": [YES]}, {"a": [YES]}, "rs"), "A metric is 'rs'"),
+    "a metric of a mean": (lambda: combined([[YES]], ["RS", "NSS"]), "A metric is 'NSS'"),
+    "a metric of a run": (lambda: Setting(metrics=("es",)), "A metric is 'es'. Choose one of ES"),
+    "letters": (lambda: Setting(metrics="ES"), "A metric is 'E'"),
+    "a metric of texts": (lambda: Setting(texts=("fluency",)), "Choose one of FL, reference, "),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_name_that_does_not_exist_is_refused(mistake: str) -> None:
+    make, said = MISTAKES[mistake]
+    with pytest.raises(RequestError, match=re.escape(said)):
+        make()
+
+
+def test_a_metric_that_does_not_exist_is_not_asked(model: dl.LensModel, tmp_path: Path) -> None:
+    (case,) = read_cases(write(tmp_path / "data.json", RECORD))
+    with pytest.raises(RequestError, match="A metric is 'NSS'. Choose one of ES, "):
+        answers(model, case, ["ES", "NSS"])
+    with pytest.raises(RequestError, match="A metric is 'fluency'"):
+        measure_texts(model, case, ["fluency"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -45,6 +46,51 @@ def test_every_editor_has_a_colour_of_its_own() -> None:
     assert len({bar.marker.color for bar in bars}) == len(arms)
 
 
+def test_every_restriction_has_a_hatching_of_its_own() -> None:
+    arms = [f"{editor} + {held}" for editor in ("rome", "memit")
+            for held in ("sadr", "key-drift", "sadr + key-drift")]  # fmt: skip
+    rows = pd.DataFrame([(arm, "ES", 50.0, 40.0, 60.0) for arm in arms], columns=RATES.columns)
+    shapes = [bar.marker.pattern.shape for bar in figures.rate_bars(rows, ["ES"], title="T").data]
+    assert len(set(shapes[:3])) == 3
+    assert shapes[3:] == shapes[:3]
+
+
+def test_what_ends_in_a_word_with_a_number_is_no_series() -> None:
+    names = pd.Series(["plan 4-6", "plan 7-9", "plan 2nd", "keys 0.003", "keys 1e-2", "rome at 8"])
+    assert figures._kinds(names).tolist() == [*names[:3], "keys", "keys", names[5]]
+
+
+def test_titles_of_panels_are_no_wider_than_panels() -> None:
+    name = "edited with SADR + KEY-DRIFT - original"
+    figure = figures.head_maps({"original": np.zeros((2, 2)), name: np.zeros((2, 2))}, title="T")
+    titles = [note.text for note in figure.layout.annotations]
+    assert titles == ["original", "edited with SADR + KEY-DRIFT -<br>original"]
+    assert name in figure.data[1].hovertemplate
+    alone = figures.head_maps({"original": np.zeros((2, 2))}, title="T")
+    assert figure.layout.margin.t == alone.layout.margin.t + 18  # of the second line
+
+
+def test_texts_are_no_markup() -> None:
+    name = '<i>a</i> & "b" %{z}'
+    shown = '&lt;i&gt;a&lt;/i&gt; &amp; "b" %{z}'
+    figure = figures.head_maps({name: np.zeros((2, 2))}, title=name)
+    assert figure.layout.title.text == figure.layout.annotations[0].text == shown
+    assert "%{z}" not in figure.data[0].hovertemplate.partition("<extra>")[2]
+    swept = figures.sweep_chart(
+        np.zeros((2, 2)), np.zeros(2), [], np.zeros(0), everything=0.0, title=name, unit=name
+    )
+    assert swept.layout.yaxis2.title.text == swept.data[0].colorbar.title.text == shown
+    bars = figures.probability_bars({"edited": {name: 0.5}}, title="T")
+    assert bars.data[0].name == shown
+
+
+def test_a_trace_of_one_step_can_be_seen() -> None:
+    steps = [{"step": i, "loss": 1.0, "nll": 1.0, "target_prob": 0.5} for i in range(2)]
+    for length, mode in ((1, "markers"), (2, "lines")):
+        drawn = figures.edit_trace(steps[:length], title="T")
+        assert {line.mode for line in drawn.data} == {mode}
+
+
 def test_trade_offs_join_what_differs_in_its_number() -> None:
     kept = pd.DataFrame(
         [
@@ -57,7 +103,8 @@ def test_trade_offs_join_what_differs_in_its_number() -> None:
     ).assign(edit_of="ES, PS", others_of="NS, RS")
     figure = figures.trade_off(kept, title="T")
     plain, gamma, kl = figure.data
-    assert [plain.name, gamma.name, kl.name] == ["rome", "rome, gamma", "rome, KL"]
+    # One alone is no series: its number is a part of its name.
+    assert [plain.name, gamma.name, kl.name] == ["rome", "rome, gamma", "rome, KL 4"]
     assert (list(gamma.x), list(gamma.y)) == ([96.0, 90.0], [55.0, 60.0])
     assert list(gamma.text) == ["rome, gamma 0.2", "rome, gamma 0.8"]
     assert list(gamma.error_x.array) == [1.0, 6.0]

@@ -62,8 +62,8 @@ def test_rows_of_all_models_with_how_they_were_made(
     assert f"wrote {out / 'fig6.json'}" in capsys.readouterr().out
     assert tables.fluent_markdown(table) == tables.markdown(table)
     cell, shown = "50.0 [40.0, 60.0]", tables.markdown(table)
-    assert f"| facts | large | rome | {cell} | {cell} | - | - | {cell} | - |" in shown
-    assert f"| theirs | small | rome | {cell} |" in shown
+    assert f"| facts | large | rome (1 failed) | {cell} | {cell} | - | - | {cell} | - |" in shown
+    assert f"| theirs | small | rome (1 failed) | {cell} |" in shown
 
 
 def test_what_cannot_be_gathered_is_said(tmp_path: Path) -> None:
@@ -109,6 +109,7 @@ def test_what_was_gathered_before_stays(tmp_path: Path) -> None:
 def test_texts_are_filled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delitem(tables.TABLES, "sequential")  # what has no table is told
     one = finding(
         finding(tmp_path / "one", "small"), "small", "sequential", points=["One.", "Two."]
     )
@@ -192,6 +193,26 @@ def test_fluency_is_shown_where_it_was_measured(tmp_path: Path) -> None:
     assert table.endswith("| - | 612.3 [600.0, 620.0] |")
 
 
+def test_the_main_table_has_steps_and_the_strength_of_edits_where_they_are_known(
+    tmp_path: Path,
+) -> None:
+    rate = {"value": 50.0, "low": 40.0, "high": 60.0, "prompts": 4, "cases": 2}
+    rows = [{"arm": name, "metric": "RS", **rate} for name in ("unedited", "rome")]
+    arms = [{"name": "unedited", "steps_per_edit": None}, {"name": "rome", "steps_per_edit": 19.5}]
+    probs = [
+        {"arm": name, "metric": metric, **rate, "value": value, "low": value, "high": None}
+        for name in ("unedited", "rome")
+        for metric, value in (("ES", 0.25), ("PS", 0.75))
+    ]
+    new = finding(tmp_path / "new", "small", arms=arms, rows=rows, probabilities=probs)
+    old = finding(tmp_path / "old", "large", rows=rows[1:])
+    gather.gather([new, old], tmp_path)
+    table = tables.TABLES["table3"](json.loads((tmp_path / "table3.json").read_text())).splitlines()
+    assert table[0].endswith("| DNS | steps | P(new target) |")
+    ends = [line.rpartition(" 50.0 [40.0, 60.0] | - | ")[2] for line in table[2:]]
+    assert ends == ["- | 0.250 [0.250, -] |", "19.5 | 0.250 [0.250, -] |", "- | - |"]
+
+
 def test_restricted_edits_have_the_steps_that_they_take(tmp_path: Path) -> None:
     arms = [
         {"name": name, "steps_per_edit": steps} for name, steps in (("rome", 19.5), ("no", None))
@@ -209,10 +230,32 @@ def test_restricted_edits_have_the_steps_that_they_take(tmp_path: Path) -> None:
     assert table[2:] == [
         start.format(model, arm) + cells.format(steps)
         for model, arm, steps in (
-            ("small", "rome", "19.5"),
+            ("small", "rome (1 failed)", "19.5"),
             ("small", "no", "-"),
-            ("large", "rome", "20"),
+            ("large", "rome (1 failed)", "20"),
         )
+    ]
+
+
+def test_a_sequence_is_shown_after_few_some_and_all_facts() -> None:
+    def row(model: str, arm: str, facts: int, value: float) -> dict[str, Any]:
+        return {
+            "data": "d", "model": model, "arm": arm, "facts": facts, "metric": "RS",
+            "value": value, "low": 0.0 if facts > 1 else None, "high": 99.0 if facts > 1 else None,
+        }  # fmt: skip
+
+    looks = (1, 10, 25, 50, 100, 150)
+    rows = [row("small", arm, n, n / 10) for arm in ("unedited", "rome") for n in looks]
+    rows += [row("large", "rome", 1, 50.0)]
+    table = tables.TABLES["sequential"]({"rows": rows}).splitlines()
+    assert table[0] == "| data | model | facts | arm | ES | PS | NS | RS | DNS |"
+    assert table[2:] == [
+        *(
+            f"| d | small | {n} | {arm} | - | - | - | {n / 10:.1f} [0.0, 99.0] | - |"
+            for n in (10, 50, 150)
+            for arm in ("unedited", "rome")
+        ),
+        "| d | large | 1 | rome | - | - | - | 50.0 [-, -] | - |",
     ]
 
 
@@ -230,6 +273,9 @@ def test_tables_of_what_is_inside() -> None:
         for layers, change in (("0-1", -0.01), ("1-2", 0.012), ("all", 0.05))
     ]
     rows[2] |= {"share, %": None}
+    alone = {**rows[0], "low": None, "high": None, "new low": None, "new high": None}
+    table = tables.substituted_markdown({"rows": [alone]}).splitlines()  # of one case
+    assert table[2].endswith(" | -1.0 [-, -] | +50.0 [-, -] |")
     rows[5] |= {"answer likelier, %": 40.0}
     table = tables.restored_markdown({"rows": rows}).splitlines()
     assert table[0] == (
@@ -248,10 +294,15 @@ def test_tables_of_what_is_inside() -> None:
     ]
     correlations = [
         {"data": "facts", "model": "small", "kind": "relation", "damage": "fall",
-         "prompts": 7, "drift": drift,
+         "prompts": 7, "drift": drift, "mean": 0.0125, "mean_low": -0.1, "mean_high": None,
          "pearson": r, "pearson_low": None, "pearson_high": 0.5}
         for drift, r in (("max head", 0.254), ("row KL", None))
     ]  # fmt: skip
     table = tables.correlated_markdown({"rows": correlations}).splitlines()
-    assert table[0] == "| data | model | prompts | damage | number | max head | row KL |"
-    assert table[2:] == ["| facts | small | relation | fall | 7 | 0.25 [-, 0.50] | - [-, 0.50] |"]
+    assert table[0] == (
+        "| data | model | prompts | damage | number | mean drift (max head) | max head | row KL |"
+    )
+    assert table[2:] == [
+        "| facts | small | relation | fall | 7 | +0.013 [-0.100, -] | 0.25 [-, 0.50] | "
+        "- [-, 0.50] |"
+    ]

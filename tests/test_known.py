@@ -12,7 +12,7 @@ import torch
 
 import driftlens as dl
 from driftlens.assets import asset
-from driftlens.cases import Case, Cloze
+from driftlens.cases import Case, Cloze, without_edited_facts
 from driftlens.errors import DataError
 from driftlens.experiments import known
 from driftlens.readers import read_cases
@@ -63,6 +63,18 @@ def test_the_data_card_shows_what_was_measured() -> None:
         summary = json.loads(asset(f"results/known-{name}.json").read_text("utf-8"))["summary"]
         cells = [f"{summary[k]['known']} of {summary[k]['asked']}" for k in ("facts", *known.KINDS)]
         assert f"| {title} | {' | '.join(cells)} |" in card
+
+
+def test_the_data_card_says_how_many_prompts_ask_for_other_edits() -> None:
+    card = " ".join((Path(__file__).parent.parent / "assets/facts.md").read_text("utf-8").split())
+    facts = read_cases(asset("facts.jsonl"))
+    whole, left = (
+        (sum(len(case.neighbours) for case in some), sum(len(case.relations) for case in some))
+        for some in (facts, without_edited_facts(facts))
+    )
+    said = "of all {} it leaves out {} of {} neighbours, and {} of {} relations."
+    left_out = whole[0] - left[0], whole[0], whole[1] - left[1], whole[1]
+    assert said.format(len(facts), *left_out) in card
 
 
 def test_command(model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

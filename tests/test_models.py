@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
+import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import tiny
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from transformer_lens.model_bridge import TransformerBridge
 
 import driftlens as dl
-from driftlens import interventions, models, weights
+from driftlens import bundled, interventions, models, weights
 from driftlens.interventions import pattern_name, replace_heads, values_name, z_name
+from driftlens.tokens import Tokens
 
 PROMPT = "The Eiffel Tower is located in the city of"
 DOWN = {
@@ -282,10 +288,30 @@ def test_the_identity_is_of_all_that_answers_depend_on() -> None:
         (dl.load_model(loaded, tiny.tokenizer(), prepend_bos=True), "prepends_bos"),
         (dl.load_model(loaded, tiny.tokenizer(), separator=""), "separator"),
         (dl.load_model(loaded, other), "tokenizer"),
+        (
+            dl.load_model(tiny.hf_model("llama", 0, 12.0, 0.1, rms_norm_eps=0.5), tiny.tokenizer()),
+            "configuration",
+        ),
     ):
         names = {name for name, value in found.identity().items() if value != plain[name]}
         assert names - {"model"} == {differs} - {"model"}, differs
         assert ("model" in names) == (differs in ("model", "dtype"))
+    loaded.config.use_cache = False  # nothing that changes an answer
+    loaded.config.architectures = ["LlamaForCausalLM"]
+    loaded.config._name_or_path = "elsewhere"
+    assert plain == dl.load_model(loaded, tiny.tokenizer()).identity()
+
+
+def test_the_configuration_is_that_of_the_computation() -> None:
+    narrow, wide = (
+        dl.load_model(tiny.hf_model("mistral", sliding_window=size), tiny.tokenizer())
+        for size in (5, 50)
+    )
+    assert narrow.fingerprint() == wide.fingerprint()
+    assert narrow.identity() != wide.identity()
+    assert narrow.configuration() == {**wide.configuration(), "sliding_window": 5}
+    nested = {"text_config": {"dtype": "float32", "sliding_window": 5}, "_name_or_path": "here"}
+    assert models._of_the_computation(nested) == {"text_config": {"sliding_window": 5}}
 
 
 def test_the_fingerprint_notices_every_way_of_changing_a_weight() -> None:
@@ -420,6 +446,57 @@ def test_a_folder_with_safetensors(architecture: str, tmp_path: Path) -> None:
     assert again.tokenizer is tiny.tokenizer()
 
 
+def test_another_file_of_the_same_name_size_and_time_is_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRIFTLENS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "_gguf_quantisation", lambda path: "Q4_0")
+    from_pretrained = hf.AutoModelForCausalLM.from_pretrained
+    read: list[str] = []
+
+    def reading(folder: str, **options: Any) -> Any:
+        if "gguf_file" not in options:
+            return from_pretrained(folder, **options)
+        read.append(Path(folder).name)
+        return build("llama", seed=len(read)), {"missing_keys": [], "unexpected_keys": []}
+
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", reading)
+    monkeypatch.setattr(
+        hf.AutoTokenizer, "from_pretrained", lambda *args, **options: tiny.tokenizer()
+    )
+    files = [tmp_path / name / "model.gguf" for name in ("one", "other")]
+    for content, file in enumerate(files):
+        file.parent.mkdir()
+        file.write_bytes(bytes([content] * 9))
+        os.utime(file, (1, 1))
+    found = [dl.load_model(file).fingerprint() for file in (files[0], files[1], files[0])]
+    assert read == ["one", "other"]  # the third one is in the cache
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_file_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"x")
+
+    def refusing(path: Path) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(models, "_content_digest", refusing)
+    with pytest.raises(dl.ModelError, match=r"model.gguf cannot be read: Permission denied"):
+        dl.load_model(path)
+
+
+@pytest.mark.parametrize("source", ["smollm2-135m", "folder", "memory"])
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(source: str, tmp_path: Path) -> None:
+    given: Any = {"folder": tmp_path, "memory": reference("llama")}.get(source, source)
+    with pytest.raises(
+        dl.ModelError, match=r"A revision names a version on the hub, and \S+ is not.*Leave"
+    ):
+        dl.load_model(given, tiny.tokenizer(), revision="main")
+
+
 def test_attention_is_switched_to_eager() -> None:
     inner = hf.AutoModelForCausalLM.from_config(
         tiny.CONFIGS["llama"](), attn_implementation="sdpa"
@@ -437,6 +514,181 @@ def test_a_model_in_training_mode_is_put_into_evaluation_mode() -> None:
     model, ids = dl.load_model(inner, tiny.tokenizer()), some_ids()
     assert not inner.training
     torch.testing.assert_close(run(model, ids), reference("gpt2")(ids).logits, atol=1e-5, rtol=0)
+
+
+@architectures
+def test_a_checkpoint_is_the_model_as_it_is_now(architecture: str, tmp_path: Path) -> None:
+    model = dl.load_model(build(architecture), tiny.tokenizer())
+    ids = some_ids()
+    down = model.down_projection(1)
+    change = dl.DenseDelta(torch.full(down.weight.shape, 0.01))
+    edit = dl.Edit.from_deltas(model, {down.name: change})
+    model.hf_model.config.dtype = "float16"  # of the file that it is from, say
+    with edit.applied(model):
+        expected = run(model, ids)
+        folder = model.save_checkpoint(tmp_path / "deep" / "edited")
+        other = model.save_checkpoint(str(tmp_path / "again"))
+    assert [path.name for path in folder.parent.iterdir()] == ["edited"]  # nothing half written
+    again = dl.load_model(folder)
+    assert torch.equal(run(again, ids), expected)
+    assert again.info.dtype == model.info.dtype
+    assert again.tokens.encode(PROMPT).ids == model.tokens.encode(PROMPT).ids
+    found = dl.Edit.from_checkpoint(model, other)
+    assert list(found.deltas) == [down.name]
+    plain = hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lens("llama")
+    (tmp_path / "file").write_text("mine")
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(dl.ModelError, match="is there already. Choose a new folder"):
+            model.save_checkpoint(taken)
+    assert (tmp_path / "file").read_text() == "mine"
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with small_files(1000), pytest.raises(dl.ModelError, match="cannot be written to .*new: "):
+        model.save_checkpoint(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(dl.ModelError, match="cannot be written to .*new: No space left on device"):
+        model.save_checkpoint(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@contextmanager
+def small_files(most: int) -> Iterator[None]:
+    """No file may be larger, as if the disk were full."""
+    import resource
+    import signal
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+# --- what is no whole checkpoint of a model ---------------------------------------------------
+
+
+def saved(folder: Path, architecture: str = "llama") -> Path:
+    build(architecture).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "one")
+    assert dl.load_model(folder).fingerprint() == lens("llama").fingerprint()
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    missing = "model.layers.1.mlp.down_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != missing}, file, {"format": "pt"})
+    with pytest.raises(
+        dl.ModelError, match=f"lacks 1 of the model's weights, the first '{missing}'"
+    ):
+        dl.load_model(folder)
+    save_file({f"x.{k}": v for k, v in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(dl.ModelError, match=f"lacks {len(tensors)} of the model's weights"):
+        dl.load_model(folder)
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    changed = {**config, "num_hidden_layers": config["num_hidden_layers"] + 1}
+    (folder / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(dl.ModelError, match="Give a complete checkpoint"):
+        dl.load_model(folder)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma3"])
+def test_tied_weights_are_not_missing(architecture: str, tmp_path: Path) -> None:
+    found = dl.load_model(saved(tmp_path, architecture))
+    assert found.fingerprint() == lens(architecture).fingerprint()
+
+
+def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "one")
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-50])
+    with pytest.raises(dl.ModelError, match="cannot be loaded: "):
+        dl.load_model(folder)
+    file.write_bytes(whole)
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"num_attention_heads": 5}, {"intermediate_size": 7}, {"hidden_size": "wide"}):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(dl.ModelError, match="cannot be loaded: "):
+            dl.load_model(folder)
+
+
+def test_names_that_are_no_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved(tmp_path / "mine")
+    assert dl.load_model("~/mine").fingerprint() == lens("llama").fingerprint()
+    with pytest.raises(dl.EditError, match="so there is no edit"):
+        dl.Edit.from_checkpoint(lens("llama"), "~/mine")
+    monkeypatch.setattr(
+        hf.AutoTokenizer, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError("no"))
+    )
+    for name in ("~no-such-user/x", "x" * 300):
+        with pytest.raises(dl.ModelError, match="cannot be loaded: no"):
+            dl.load_model(name)
+    with pytest.raises(dl.ModelError, match="dtype is 'float16'. Give one of torch's"):
+        dl.load_model(tmp_path, dtype="float16")  # type: ignore[arg-type]
+    monkeypatch.setenv("DRIFTLENS_CACHE", "~no-such-user/x")
+    assert bundled.cache_dir() == Path("~no-such-user/x").absolute()
+
+
+def test_a_model_that_is_loaded_is_not_moved(tmp_path: Path) -> None:
+    hf_model = build("llama")
+    model = dl.load_model(hf_model, tiny.tokenizer())
+    with pytest.raises(dl.ModelError, match="loaded already, on cpu in torch.float32"):
+        dl.load_model(hf_model, tiny.tokenizer(), dtype=torch.bfloat16)
+    with pytest.raises(dl.ModelError, match="loaded already"):
+        dl.load_model(hf_model, tiny.tokenizer(), device="meta")
+    bridge = model.bridge
+    with pytest.raises(dl.ModelError, match="loaded already"):
+        dl.load_model(bridge, tiny.tokenizer(), dtype=torch.float16)
+    again = dl.load_model(hf_model, tiny.tokenizer(), dtype=torch.float32, device="cpu")
+    assert again.fingerprint() == model.fingerprint()
+    assert {p.dtype for p in hf_model.parameters()} == {torch.float32}
+
+
+def test_a_token_without_an_embedding_is_no_padding() -> None:
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model = dl.load_model(build("llama"), tokenizer)
+    assert tokenizer.pad_token_id >= model.info.d_vocab > model.tokens.pad_id
+    prompts = ["The Louvre is in", "Rome is"]
+    assert [dl.score(model, p, ["Paris", "Rome, Italy"]) for p in prompts] == [
+        dl.score(lens("llama"), p, ["Paris", "Rome, Italy"]) for p in prompts
+    ]
+    begun = Tokens(tokenizer, prepend_bos=True)
+    begun.d_vocab = tokenizer.bos_token_id
+    with pytest.raises(dl.TokenError, match=f"the id {tokenizer.bos_token_id}, and the model has"):
+        begun.encode("a")
+    for text in ("a [PAD] b", "[PAD]"):
+        with pytest.raises(dl.TokenError, match=f"gives .* the id {tokenizer.pad_token_id}, and"):
+            model.tokens.encode(text)
+        with pytest.raises(dl.TokenError, match="embeddings. Load the tokenizer that belongs"):
+            model.tokens.target_ids(text)
+
+
+def test_a_checkpoint_holds_no_adapter(tmp_path: Path) -> None:
+    model = lens("llama")
+    request = dl.EditRequest("{} is in", "The Eiffel Tower", "Rome")
+    edit = dl.edit(model, request, "grace", layer=1, steps=1, progress=False)
+    with edit.applied(model), pytest.raises(dl.ModelError, match="holds weights only. Keep the"):
+        model.save_checkpoint(tmp_path / "edited")
 
 
 # --- what is refused -------------------------------------------------------------------------
@@ -515,6 +767,21 @@ def test_layers_out_of_range_are_refused(layer: Any) -> None:
         model.check_layer(layer)
     with pytest.raises(dl.ModelError, match="There is no layer"):
         model.down_projection(layer)
+
+
+def test_layers_and_heads_may_be_of_any_integer_type() -> None:
+    model = lens("llama")
+    layer = model.check_layer(np.int64(2))
+    assert layer == 2 and type(layer) is int
+    model.check_head(np.int32(2), np.int64(3))
+
+
+@pytest.mark.parametrize("head", [-1, 4, 1.0, "1"])
+def test_heads_out_of_range_are_refused(head: Any) -> None:
+    with pytest.raises(dl.RequestError, match=r"has no head L1H.*Heads are 0 to 3"):
+        lens("llama").check_head(1, head)
+    with pytest.raises(dl.ModelError, match="There is no layer 3"):
+        lens("llama").check_head(3, 0)
 
 
 def test_a_mixture_of_experts_can_be_studied_but_not_edited() -> None:
@@ -608,6 +875,54 @@ def test_the_probe_refuses_patterns_that_are_not_the_models(
     with pytest.raises(dl.ModelError, match="layer 2: replacing the attention pattern by itself "
                        "moves the logits"):  # fmt: skip
         dl.load_model(build(architecture), tiny.tokenizer())
+
+
+def in_a_large_stream(inner: Any, dtype: torch.dtype) -> dl.LensModel:
+    """A model whose residual stream is so large that it rounds what layers add."""
+    inner.get_input_embeddings().weight.data *= 30 if dtype == torch.bfloat16 else 3e4
+    return dl.load_model(inner.to(dtype), tiny.tokenizer())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gptj", "gemma3"])
+def test_a_large_residual_stream_is_no_norm(architecture: str, dtype: torch.dtype) -> None:
+    model = in_a_large_stream(build(architecture), dtype)
+    every = frozenset(range(model.info.n_layers))
+    assert model.writes_directly == (frozenset() if architecture == "gemma3" else every)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("multiplier", "direct"), [(1.0, {0, 1, 2}), (0.22, set())])
+def test_what_is_scaled_before_the_residual_stream_does_not_arrive_as_it_was(
+    multiplier: float, direct: set[int], dtype: torch.dtype
+) -> None:
+    config = hf.GraniteConfig(**tiny._SHARED, num_key_value_heads=2, residual_multiplier=multiplier)
+    torch.manual_seed(0)
+    inner = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    assert dl.load_model(inner.to(dtype), tiny.tokenizer()).writes_directly == direct
+
+
+@pytest.mark.parametrize(
+    ("mlp", "moved", "stream", "arrives"),
+    [
+        (1.0, 1.0, 3e7, True),  # the stream rounds what arrives
+        (1.0, 0.2, 1.0, False),  # scaled on the way into the stream
+        (0.5, 1.0, 3e7, False),  # something stands before it, and the stream hides what it does
+        (0.5, 1.0, 1.0, True),  # arrives to the last bit, whatever the MLP's own hook shows
+    ],
+)
+def test_what_arrives_in_the_residual_stream(
+    mlp: float, moved: float, stream: float, arrives: bool
+) -> None:
+    pushed = torch.linspace(0.1, 1.0, 8)
+    down, added, block = models._around_down([0])
+    before = {down: torch.ones(8), added: mlp * torch.ones(8), block: torch.full((8,), stream)}
+    after = {
+        down: before[down] + pushed,
+        added: before[added],
+        block: before[block] + moved * pushed,
+    }
+    assert models._arrives(before, after, 0) is arrives
 
 
 def test_the_probe_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

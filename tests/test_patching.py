@@ -9,7 +9,9 @@ columns or values are exchanged inside Hugging Face's own attention code.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -751,6 +753,32 @@ def test_numbers_of_heads_may_come_from_numpy() -> None:
     assert found == expected
 
 
+def test_positions_may_come_from_numpy_and_be_read_once() -> None:
+    experiment = dl.PatchExperiment(lens("llama"), an_edit("llama"), PROMPT, answer=ANSWER)
+    expected = experiment.attention(queries=[3], columns=[1])
+    assert expected.what.endswith("rows of the positions 3, key columns 1 (rows renormalised)")
+    assert experiment.attention(queries=np.int64(3), columns=np.int64(1)) == expected
+    assert experiment.attention(queries=3, columns=1) == expected
+    once = experiment.attention(queries=iter([3]), columns=iter([1]))
+    assert once == expected
+    each = experiment.attention_each([["L1H0"], ["L2H3"]], queries=iter([3]), columns=iter([1]))
+    alone = [experiment.attention(heads=[name], queries=[3], columns=[1])
+             for name in ("L1H0", "L2H3")]  # fmt: skip
+    assert [one.what for one in each] == [one.what for one in alone]
+    swept = experiment.sweep(queries=iter([3]), progress=False)
+    assert swept.heads[1][0] == experiment.attention(heads=["L1H0"], queries=[3]).patched
+    written = experiment.activation("mlp_out", queries=iter([3]))
+    assert written == experiment.activation("mlp_out", queries=[3])
+    of_each = experiment.activation_each("mlp_out", [[0, 1, 2]], queries=iter([3]))
+    assert [one.what for one in of_each] == [written.what]
+
+
+def test_one_text_to_compare_with_is_no_list_of_letters() -> None:
+    model, edit = lens("llama"), an_edit("llama")
+    found = dl.patch_attention(model, edit, PROMPT, answer=ANSWER, compare="Rome")
+    assert found == dl.patch_attention(model, edit, PROMPT, answer=ANSWER, compare=["Rome"])
+
+
 @pytest.mark.parametrize("window", [0, 4])
 def test_windows_that_do_not_fit_are_refused(window: int) -> None:
     with pytest.raises(dl.RequestError, match=rf"window of {window} layers.*1 to 3"):
@@ -770,6 +798,8 @@ def test_wrong_activations_are_refused() -> None:
         options = {"component": "resid", "answer": ANSWER, **wrong}
         with pytest.raises(error, match=text):
             dl.patch_activation(model, edit, PROMPT, **options)
+    with pytest.raises(dl.RequestError, match="k is -3"):
+        dl.sweep_attention(model, edit, PROMPT, answer="city", progress=False).top_heads(-3)
     with pytest.raises(dl.RequestError, match="measure is 'odds'"):
         dl.sweep_attention(model, edit, PROMPT, answer="city", progress=False).head_shares("odds")
 
@@ -788,6 +818,36 @@ def test_an_edit_that_is_applied_already_is_refused() -> None:
     model, edit = lens("llama"), an_edit("llama")
     with edit.applied(model), pytest.raises(dl.DriftLensError):
         dl.patch_attention(model, edit, PROMPT, answer=ANSWER)
+
+
+def test_an_edit_read_from_disk_that_is_applied_already_is_refused(tmp_path: Path) -> None:
+    model, edit = lens("llama"), an_edit("llama")
+    again = dl.load_edit(edit.save(tmp_path / "edit"))
+    with edit.applied(model), pytest.raises(dl.EditError, match="is applied to the model now"):
+        dl.patch_attention(model, again, PROMPT, answer=ANSWER)
+
+
+def test_what_was_computed_under_other_edits_is_not_mixed_in() -> None:
+    model, edit = lens("llama"), an_edit("llama")
+    down = model.down_projection(1)
+    change = dl.DenseDelta(torch.full(down.weight.shape, 0.05))
+    other = dl.Edit.from_deltas(model, {down.name: change})
+    outside = dl.PatchExperiment(model, edit, PROMPT, answer=ANSWER)
+    with other.applied(model):
+        inside = dl.PatchExperiment(model, edit, PROMPT, answer=ANSWER)
+        expected = inside.attention()
+    for active, experiment in ((edit, outside), (other, outside), (None, inside)):
+        with nullcontext() if active is None else active.applied(model):
+            for patch in (
+                experiment.attention,
+                lambda e=experiment: e.activation("mlp_out"),
+                lambda e=experiment: e.sweep(progress=False),
+            ):
+                with pytest.raises(dl.EditError, match="Other edits are applied to the model now"):
+                    patch()
+    with other.applied(model):  # the same state again
+        assert inside.attention() == expected
+    assert outside.attention().original == outside.original
 
 
 # --- the model stays as it was -------------------------------------------------------------------

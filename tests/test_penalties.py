@@ -377,15 +377,19 @@ def test_records_can_be_read_back(penalty: Penalty) -> None:
         (lambda: dl.SADR(gamma=-1), "gamma is -1"),
         (lambda: dl.SADR(gamma=float("nan")), "gamma is nan"),
         (lambda: dl.SADR(gamma="much"), "gamma is 'much'"),  # type: ignore[arg-type]
-        (lambda: dl.SADR(heads="some"), "no head-selection rule 'some'"),  # type: ignore[arg-type]
+        (lambda: dl.SADR(heads="some"), "SADR's heads is 'some'. Choose one of max, all"),  # type: ignore[arg-type]
         (lambda: dl.SADR(heads=[]), "no head to hold"),
         (lambda: dl.SADR(heads=["9.6"]), "'9.6' is no head"),
         (lambda: dl.SADR(heads=[(1, -2)]), r"\(1, -2\) is no head"),
-        (lambda: dl.SADR(divergence="wasserstein"), "no divergence"),  # type: ignore[arg-type]
-        (lambda: dl.SADR(queries="first"), "no query positions"),  # type: ignore[arg-type]
+        (lambda: dl.SADR(divergence="wasserstein"), "SADR's divergence is 'wasserstein'"),  # type: ignore[arg-type]
+        (lambda: dl.SADR(queries="first"), "SADR's queries is 'first'"),  # type: ignore[arg-type]
         (lambda: dl.SADR(threshold=0.5), "compares with none"),
         (lambda: dl.SADR(heads="quantile", threshold=1.5), "quantile 1.5 does not exist"),
         (lambda: dl.SADR(heads="drift", threshold=float("nan")), "threshold is nan"),
+        (lambda: dl.SADR(heads=5), "SADR's heads are 5"),  # type: ignore[arg-type]
+        (lambda: dl.SADR(heads=[("a", "b")]), "is no head"),  # type: ignore[list-item]
+        (lambda: dl.SADR(heads=[(True, 1)]), "is no head"),
+        (lambda: dl.HiddenDrift(relative="no"), "relative is 'no'"),  # type: ignore[arg-type]
         (lambda: dl.SADR(layers=()), r"layers are \(\)"),
         (lambda: dl.KeyDrift(weight=-2), "weight is -2"),
         (lambda: dl.HiddenDrift(layers=3), "layers are 3"),  # type: ignore[arg-type]

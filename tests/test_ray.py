@@ -202,6 +202,16 @@ def test_workers_without_room_are_refused(model: dl.LensModel) -> None:
     # Three workers on two GPUs: halves, since thirds of both would not fit twice on one.
     assert room(gpus, threads=1, workers=3) == (3, 0.5)
     assert room(gpus, threads=8, workers=1) == (1, 1.0)
+    # A worker takes CPUs and a GPU of one node.
+    head, short = {"CPU": 48.0}, {"CPU": 2.0, "GPU": 4.0}
+    assert room([head, {"CPU": 96.0, "GPU": 8.0}], threads=48) == (2, 1.0)
+    assert room([head, *gpus], threads=1) == (2, 1.0)
+    assert room([short, *gpus], threads=1) == (4, 1.0)
+    assert room([short, *gpus], threads=1, workers=8) == (8, 1 / 3)
+    with pytest.raises(RequestError, match="for 2 workers of 8 threads on nodes with a GPU, not"):
+        room([head, *gpus], threads=8, workers=3)
+    with pytest.raises(RequestError, match="No node with a GPU has 9 CPUs"):
+        room([head, *gpus], threads=9)
 
 
 def test_a_run_without_room_ends_at_once(

@@ -195,10 +195,27 @@ def changed(name: str, path: str, value: Any) -> dict[str, Any]:
         ("counterfact", "requested_rewrite.prompt", "The Louvre is in", "prompt: .*exactly one"),
         ("counterfact", "requested_rewrite.target_new.str", " Paris", "str: it is the true answer"),
         ("counterfact", "paraphrase_prompts", "x", "paraphrase_prompts: .*valid list"),
+        ("counterfact", "neighbourhood_prompts", ["x"], "no prompts are called 'neighbourhood_pr"),
+        ("knowedit", "locality.Relations", [], "locality: no prompts are called 'Relations'; Forg"),
+        ("knowedit", "portability.Reasonings", [], "called 'Reasonings'; Logical_Generalization"),
         ("knowedit", "portability.Reasoning", [{}], "portability.Reasoning.0.prompt: Field requir"),
         ("knowedit", "locality.Relation_Specificity.0.ground_truth", [], "ground_truth: .*string"),
         ("knowedit", "prompt", "It is in", "prompt: it holds the subject 0 times"),
+        ("knowedit", "rephrases", ["x"], "no prompts are called 'rephrases'"),
+        ("knowedit", "Portability", {}, "no prompts are called 'Portability'"),
+        ("knowedit", "paraphrase", "x", "no prompts are called 'paraphrase'"),
+        ("knowedit", "Locality", {}, "no prompts are called 'Locality'; locality, portability"),
         ("zsre", "answers", [], "answers: .*at least 1 item"),
+        ("zsre", "locality_prompts", [], "no prompts are called 'locality_prompts'; rephrase are"),
+        ("zsre", "loc_ans", None, "of loc and loc_ans there is one without the other"),
+        ("zsre", "loc", ..., "of loc and loc_ans there is one without the other"),
+        ("driftlens", "paraphrases", ["Where is {}? In"], r"paraphrases.0: it holds \{\}, and"),
+        ("driftlens", "neighbors.0.prompt", "{} is in", r"neighbors.0.prompt: it holds \{\}"),
+        ("driftlens", "aliases", ["{} is in"], r"aliases.0.*it holds \{\}"),
+        ("merged", "l-relation.prompts", ["x", "{}"], r"l-relation.prompts.1: it holds \{\}"),
+        ("counterfact", "neighborhood_prompts", ["{} is"], r"neighborhood_prompts.0: it holds"),
+        ("knowedit", "rephrase", "{} lies in", r"rephrase.*it holds \{\}"),
+        ("zsre", "rephrase", "Where is {}?", r"rephrase: it holds \{\}"),
         ("zsre", "alt", "\ud800", "alt: it holds half of a surrogate pair"),
         ("driftlens", "neighbors.0.answer", ..., "neighbors.0.answer: Field required"),
         ("driftlens", "neighbours", [], "neighbours: Extra inputs are not permitted"),
@@ -219,6 +236,29 @@ def test_a_bad_record_is_named(
     assert list(found) == [CASES[name]]
     assert [s.record for s in found.skipped] == [1]
     assert "1 skipped" in repr(found)
+
+
+def test_what_files_of_knowedit_hold_beside(tmp_path: Path) -> None:
+    record = changed("knowedit", "locality.Forgetfulness", [{"prompt": "x", "ground_truth": "y"}])
+    record["rephrase_prompt"] = record.pop("rephrase")
+    assert list(read_cases(write(tmp_path, record))) == [CASES["knowedit"]]
+
+
+def test_a_field_that_stands_twice(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    line = json.dumps(RECORDS["zsre"])
+    twice = f'{line[:-1]}, "alt": "Oslo"}}'
+    inner = json.dumps(RECORDS["driftlens"]).replace('"answer":', '"answer": "x", "answer":', 1)
+    path.write_text(f"{line}\n{twice}\n")
+    with pytest.raises(DataError, match="Record 1, alt: it stands there twice"):
+        read_cases(path)
+    path.write_text(f"{json.dumps(RECORDS['driftlens'])}\n{inner}\n")
+    with pytest.raises(DataError, match="Record 1, answer: it stands there twice"):
+        read_cases(path)
+    whole = tmp_path / "data.json"
+    whole.write_text(f"[{line}, {twice}]")
+    found = read_cases(whole, strict=False)  # the others are read
+    assert (len(found), str(found.skipped[0])) == (1, "Record 1, alt: it stands there twice.")
 
 
 def test_two_records_of_one_name(tmp_path: Path) -> None:

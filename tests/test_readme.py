@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from documents import REPOSITORY, flowing, main_rates, result_rows, run_python
+from documents import REPOSITORY, flowing, main_rates, result_rows, result_runs, run_python
 
 import driftlens as dl
 from driftlens.bench.results import ALLOWED
@@ -80,7 +80,7 @@ def test_readme_names_the_tests_and_the_demo():
 
 def test_readme_shows_the_main_table():
     result = json.loads((REPOSITORY / "assets/results/table3.json").read_text())
-    assert tables.markdown(result) in README
+    assert tables.fluent_markdown(result) in README
     assert min(row["cases"] for row in result["rows"] if row["metric"] in METRICS) >= 150
 
 
@@ -100,8 +100,9 @@ def test_readme_says_in_short_what_was_measured():
                 for metric in ("ES", "PS")]  # fmt: skip
 
     assert (
-        f"(ES {theirs('rome', 'ES'):.1f}), and of what it answered about the subject little is "
-        f"left: RS falls from {theirs('unedited', 'RS'):.1f} to {theirs('rome', 'RS'):.1f}."
+        f"(ES {theirs('rome', 'ES'):.1f}), and on other questions about the subject the right "
+        f"answer is likelier than the new target {theirs('rome', 'RS'):.1f} instead of "
+        f"{theirs('unedited', 'RS'):.1f} % of the time (RS)."
     ) in text
     assert (
         f"from {theirs('unedited', 'NS'):.1f} (NS) to {theirs('unedited', 'DNS'):.1f} (DNS), ROME "
@@ -118,7 +119,52 @@ def test_readme_says_in_short_what_was_measured():
              for place, model, name, metric in rate
              if (place, metric) == ("shipped facts", "RS") and name in PAPERS]  # fmt: skip
     assert f"RS is {min(left):.0f} to {max(left):.0f} after an edit" in text
-    assert f"SADR adds at most {100 * max(added):.0f} % to it" in text
+    assert f"SADR at its tuned gamma adds at most {100 * max(added):.0f} % to it" in text
+    strong, plain = "selected heads, gamma 3.2", "rome"
+    success = {(row["arm"], row["metric"]): row["value"] for row in result_rows("fig6")
+               if row["model"] == "smollm2-135m"}  # fmt: skip
+    more = 100 * (success[strong, "RS"] / success[plain, "RS"] - 1)
+    paid = [success[plain, metric] - success[strong, metric] for metric in ("ES", "PS")]
+    assert (
+        f"(four times that gamma {more:.0f} % with ROME on SmolLM2, for {paid[0]:.1f} points of ES "
+        f"and {paid[1]:.1f} of PS)"
+    ) in text
+    prob = {
+        (run["model"]["name"], row["arm"]): row["value"]
+        for run in result_runs("fig6")
+        for row in run["probabilities"]
+        if row["metric"] == "RS"
+    }
+    states = [prob[model, arm] for model in ("smollm2-135m", "gemma-3-270m")
+              for arm in ("unedited", "rome", "selected heads, gamma 0.8")]  # fmt: skip
+    assert (
+        "P(answer) to these prompts falls from {0} to {1} with ROME on SmolLM2, and from {3} to "
+        "{4} on Gemma; with SADR it is {2} and {5}."
+    ).format(*(f"{state:.3f}" for state in states)) in text
+    page = flowing((REPOSITORY / "docs/results.md").read_text(encoding="utf-8"))
+    assert (
+        "from {} to {}, with SADR {}, on SmolLM2; from {} to {}, with SADR {}, on Gemma"
+    ).format(*(f"{state:.3f}" for state in states)) in page
+    back = {
+        f"{100 * (held - edited) / (before - edited):.0f}"
+        for before, edited, held in (states[:3], states[3:])
+    }
+    assert back == {"5"} and "of which SADR gives back 5 %" in page
+    known = {
+        (model, kind): round(100 * counts["known"] / counts["asked"])
+        for model in ("smollm2-135m", "gemma-3-270m")
+        for kind, counts in json.loads(
+            (REPOSITORY / f"assets/results/known-{model}.json").read_text()
+        )["summary"].items()
+    }
+    assert f"(greedy decoding gives {known['smollm2-135m', 'relations']} % of these" in text
+    assert (
+        "greedy decoding gives {} % of the relations' answers and {} % of the neighbours' on "
+        "SmolLM2, {} and {} % on Gemma"
+    ).format(
+        *(known[model, kind] for model in ("smollm2-135m", "gemma-3-270m")
+          for kind in ("relations", "neighbours"))
+    ) in page  # fmt: skip
     near = [f"{rate['shipped facts', 'gemma-3-270m', arm, 'NS']:.1f}"
             for arm in ("unedited", "rome", "pmet")]  # fmt: skip
     assert "falls from {} to {} and {}.".format(*near) in text
@@ -135,20 +181,53 @@ def test_readme_says_in_short_what_patching_and_ablation_show():
         "brings back {} % (relation) and {} % (distract neighbourhood) of what P(answer) lost on "
         "SmolLM2, {} and {} % on Gemma;"
     ).format(*patterns) in text
+    drift = {(row["data"], row["model"], row["kind"]): f"{row['mean']:+.3f}"
+             for row in result_rows("fig4") if row["drift"] == "max head"}  # fmt: skip
+    moved = [drift["shipped facts", model, kind]
+             for model in ("smollm2-135m", "gemma-3-270m") for kind in kinds]  # fmt: skip
+    assert (
+        "by {} on relations and {} on distract neighbourhoods on SmolLM2, by {} and {} on Gemma)"
+    ).format(*moved) in text
+    theirs = [drift["counterfact_wikidata_dev", "smollm2-135m", kind] for kind in kinds]
+    assert "that attention changes by {} and {};".format(*theirs) in text
     values = [value for (data, *_, what), value in share.items()
               if (data, what) == ("shipped facts", "values")]  # fmt: skip
     assert f"*values* bring back {min(values):.0f} to {max(values):.0f} %" in text
     there = [share["counterfact_wikidata_dev", "smollm2-135m", kinds[1], what]
              for what in ("pattern", "values")]  # fmt: skip
-    assert "patterns bring back {:.0f} % on distract neighbourhoods, values {:.0f} %.".format(
+    assert "patterns bring back {:.0f} % on distract neighbourhoods, values {:.0f} %;".format(
         *there
     ) in text  # fmt: skip
+    pattern, value = (row for row in result_rows("fig5") if row["layers"] == "all"
+                      and row["data"] == "counterfact_wikidata_dev" and row["kind"] == kinds[0]
+                      and row["patched"] in ("pattern", "values"))  # fmt: skip
+    assert (
+        f"likelier than the new target on {pattern['likelier edited, %']:.0f} % of the prompts "
+        f"after the edit, on {pattern['answer likelier, %']:.0f} % with original patterns, and on "
+        f"{value['answer likelier, %']:.0f} % with original values "
+        f"({pattern['likelier original, %']:.0f} % before the edit)."
+    ) in text
     rate = {(row["arm"], row["metric"]): row["value"] for row in result_rows("fig6")
             if row["model"] == "smollm2-135m"}  # fmt: skip
     more = {metric: rate["all heads, gamma 0.2", metric] - rate["selected heads, gamma 0.8", metric]
             for metric in METRICS}  # fmt: skip
     assert more["ES"] == more["PS"] == 0
     assert f"keeps {more['RS']:.1f} points more of RS and {more['DNS']:.1f} more of DNS" in text
+
+
+def test_readme_says_in_short_what_sadr_takes_off():
+    off: dict[str, list[float]] = {}
+    for row in result_rows("cure"):
+        off.setdefault(row["measure"], []).append(row["taken off, %"])
+    drift, rows, damage = (
+        off[name] for name in ("drift, max head", "drift, row KL", "answers overtaken")
+    )
+    assert len(drift) == len(rows) == len(damage) == 2 * len(PAPERS)
+    assert (
+        f"it takes {min(drift):.0f} to {max(drift):.0f} % off the drift of the largest head and "
+        f"{min(rows):.0f} to {max(rows):.0f} % off the divergence of whole rows, with ROME, MEMIT "
+        f"and PMET, and {min(damage):.0f} to {max(damage):.0f} % off the answers"
+    ) in flowing(README)
 
 
 def test_readme_says_in_short_what_the_search_found():
@@ -158,12 +237,24 @@ def test_readme_says_in_short_what_the_search_found():
         check = json.loads((folder / f"sadr-smollm2-135m-{name}.json").read_text())["check"]
         ((_, told),) = check["settings"].items()
         less = next(iter(told["less"].values()))
-        gained = max(less[metric]["relative_value"] for metric in ("RS", "DNS"))
+        gained, interval = max(
+            (less[metric]["relative_value"], less[metric]["relative"]) for metric in ("RS", "DNS")
+        )
         paid = {metric: -less[metric]["value"] for metric in ("ES", "PS")}
         if gained >= 50 and all(paid[metric] <= ALLOWED[metric] for metric in paid):
-            cheap[name] = gained, paid
-    ((name, (gained, paid)),) = cheap.items()
+            cheap[name] = interval.replace("+", ""), paid, check
+    ((name, (interval, paid, check)),) = cheap.items()
+    level = {(row["arm"], row["metric"], row["measure"]): row["value"]
+             for row in check["magnitudes"]}  # fmt: skip
+    _, plain, held = (arm["name"] for arm in check["arms"])
     assert (
-        f"found one for {name.upper()} (RS by {gained:.0f} % for {paid['ES']:.1f} points of ES and "
-        f"{paid['PS']:.1f} of PS), and none for MEMIT and PMET."
+        f"found one for {name.upper()} (RS by {interval} for {paid['ES']:.1f} points of ES and "
+        f"{paid['PS']:.1f} of PS), and none for MEMIT and PMET. By probability the price is higher "
+        f"there: P(new target) falls from {level[plain, 'ES', 'prob']:.2f} to "
+        f"{level[held, 'ES', 'prob']:.2f}."
+    ) in flowing(README)
+    asked = next(row["cases"] for row in check["rows"] if row["metric"] == "RS")
+    assert (
+        f"greedy decoding gives {level['unedited', 'RS', 'exact']:.1f} % of such answers before an "
+        f"edit (of {asked} held-back cases)."
     ) in flowing(README)

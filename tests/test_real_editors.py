@@ -55,6 +55,17 @@ def options_for(method: str, model: dl.LensModel) -> dict[str, Any]:
     return {"layers": LAYERS, "covariance": moments(model), **COMMON, **more}
 
 
+def test_every_layer_writes_to_the_residual_stream_in_half_precision_too(
+    smollm2: dl.LensModel,
+) -> None:
+    assert smollm2.writes_directly == set(range(30))
+    half = dl.load_model("smollm2-135m", dtype=torch.bfloat16)
+    assert half.writes_directly == set(range(30))
+    options = {**COMMON, "layers": (12, 13), "covariance": "identity", "cov_weight": 1.0}
+    edit = dl.edit(half, REQUEST, method="memit", **options)
+    assert edit.rank == 1
+
+
 def test_the_identities_of_the_solves_on_real_keys(smollm2: dl.LensModel) -> None:
     covariance = moments(smollm2)[8]
     assert covariance.matrix is not None

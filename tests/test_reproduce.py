@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import html
+import importlib
 import json
 import re
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,11 @@ from driftlens.experiments.reproduce import (
     Study,
     editors,
     inside,
+    measuring,
     reproduce,
 )
 from driftlens.experiments.reproduce import finding as finding_module
+from driftlens.experiments.tables import TABLES
 from driftlens.generation import measure_texts
 from driftlens.readers import read_cases
 
@@ -82,7 +86,8 @@ def small_edits(monkeypatch: pytest.MonkeyPatch, model: dl.LensModel) -> None:
         "ft": {"layer": 1, "steps": 3},
         "grace": {"layer": 1, "steps": 3},
     }
-    kind = ("llama", model.info.n_layers, model.info.d_model)
+    info = model.info
+    kind = ("llama", info.n_layers, info.d_model, info.n_kv_heads)
     monkeypatch.setitem(defaults.GAMMAS, kind, {"rome": 20.0})
     monkeypatch.setitem(defaults.KNOWN, kind, known)
     resolve = methods.resolve_covariances
@@ -113,9 +118,9 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
     alone: list[tuple[str, np.ndarray]] = []
     for number, case in enumerate(study.cases):
         edit = dl.edit(study.model, case.request, "rome", progress=False)
-        for kind, title in inside.KINDS.items():
+        for kind, title in measuring.KINDS.items():
             probes = [p for p in case.probes((kind,)) if case.request.subject in p.prompt]  # type: ignore[arg-type]
-            for probe in probes[: inside.PER_KIND]:
+            for probe in probes[: measuring.PER_KIND]:
                 for kind_, what, layers in rows.index:
                     if kind_ != title:
                         continue
@@ -164,7 +169,7 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
         best = own.loc[own[own["kind"] == "relation"]["change of P(answer)"].idxmax()]
         rise = 100 * best["change of P(answer)"] / best["P(answer) unpatched"]
         assert f"a change of P(answer) by {rise:+.1f} % relative" in said
-        for title in inside.KINDS.values():
+        for title in measuring.KINDS.values():
             gains = np.mean([own for kind_, own in alone if kind_ == title], axis=0)
             found = re.search(rf"{title}: single heads [a-z ,]+: L(\d)H(\d) ", said)
             assert found is not None
@@ -181,9 +186,9 @@ def test_likelier_means_what_the_benchmarks_mean(study: Study) -> None:
     def success(metric: Any) -> float:
         found = zip(case.probes((metric,)), answers(study.model, case, (metric,)), strict=True)
         asked = [answer for probe, answer in found if case.request.subject in probe.prompt]
-        return 100 * float(np.mean([answer.success for answer in asked[: inside.PER_KIND]]))
+        return 100 * float(np.mean([answer.success for answer in asked[: measuring.PER_KIND]]))
 
-    for metric, kind in inside.KINDS.items():
+    for metric, kind in measuring.KINDS.items():
         row = rows.loc[(kind, "pattern", "all")]
         assert row["likelier original, %"] == pytest.approx(success(metric))
         with study.edit(case).applied(study.model):
@@ -194,7 +199,7 @@ def test_likelier_means_what_the_benchmarks_mean(study: Study) -> None:
     longer = Cloze(relation.prompt, f"{relation.answer} and {relation.answer}")
     several = replace(one, cases=[replace(case, relations=(longer, *case.relations[1:]))])
     prompts = [{"case": case.id, "prompt": prompt} for prompt, _ in several.cases[0].relations]
-    lengths = [found["tokens"] for found in inside._with_lengths(several, prompts)]
+    lengths = [found["tokens"] for found in measuring.with_lengths(several, prompts)]
     for (prompt, answer), found in zip(several.cases[0].relations, lengths, strict=True):
         whole, asked = (len(tokens.encode(text).ids) for text in (f"{prompt} {answer}", prompt))
         assert found["answer"] == whole - asked
@@ -204,9 +209,9 @@ def test_likelier_means_what_the_benchmarks_mean(study: Study) -> None:
         len(tokens.encode(new).ids) - len(tokens.encode(case.request.text).ids)
     }
     pair = {"answer": 0.2, "new": 0.25}
-    assert inside._is_ahead(pair, {"answer": 1, "new": 1}) == 0
-    assert inside._is_ahead(pair, {"answer": 2, "new": 1}) == 100
-    assert inside._is_ahead({"answer": 0.0, "new": 0.5}, {"answer": 1, "new": 1}) == 0
+    assert measuring.is_ahead(pair, {"answer": 1, "new": 1}) == 0
+    assert measuring.is_ahead(pair, {"answer": 2, "new": 1}) == 100
+    assert measuring.is_ahead({"answer": 0.0, "new": 0.5}, {"answer": 1, "new": 1}) == 0
 
 
 def _gains_of_heads(model: dl.LensModel, edit: dl.Edit, probe: Probe, base: float) -> np.ndarray:
@@ -237,7 +242,7 @@ def test_windows_hold_every_layer(quick: bool) -> None:
 
 def test_correlations_are_scipys(study: Study) -> None:
     finding = EXPERIMENTS["fig4"](study)
-    prompts, *_ = inside._measured(study, "fig4", lambda *_: 1 / 0)  # all is kept
+    prompts, *_ = measuring.measured(study, "drift", lambda *_: 1 / 0)  # all is kept
     for row in finding.rows.to_dict("records"):
         own = [p for p in prompts if p["kind"] == row["kind"]]
         damage = inside._damages(own)[row["damage"]]
@@ -245,6 +250,11 @@ def test_correlations_are_scipys(study: Study) -> None:
         assert row["prompts"] == len(own) > 3
         assert row["pearson"] == pytest.approx(stats.pearsonr(drift, damage).statistic)
         assert row["spearman"] == pytest.approx(stats.spearmanr(drift, damage).statistic)
+        assert row["mean"] == pytest.approx(np.mean(drift))
+        assert row["mean_low"] < row["mean"] < row["mean_high"]
+        if row["drift"] == "max head":
+            level = f"{row['mean']:+.3f} [{row['mean_low']:+.3f}, {row['mean_high']:+.3f}]."
+            assert any(p.startswith(f"{row['kind']}: ") and level in p for p in finding.points)
         for name in ("pearson", "spearman"):
             assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
     first = prompts[0]
@@ -263,7 +273,9 @@ def test_intervals_of_correlations_are_those_of_resampled_cases() -> None:
     x = np.round(rng.normal(size=40), 1)  # with ties
     y, cases = x + rng.normal(size=40), [str(i // 4) for i in range(40)]
     drawn = inside._correlation(x, y, inside._draws(cases, 3, 300))
-    found = {k: v for name in drawn for k, v in inside._with_interval(name, drawn[name]).items()}
+    found = {
+        k: v for name in drawn for k, v in inside._with_interval(name, drawn[name], 10).items()
+    }
     chosen = np.random.default_rng(3).integers(0, 10, (300, 10))
     samples = [np.concatenate([np.arange(4 * c, 4 * c + 4) for c in row]) for row in chosen]
     for name, measure in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
@@ -294,7 +306,7 @@ def test_other_measures_are_compared_with_the_largest_head() -> None:
     prompts = [
         {
             "case": str(i // 3), "kind": "relation", "prompt": "p",
-            "drift": dict(zip(inside.DRIFTS, map(float, values), strict=True)),
+            "drift": dict(zip(measuring.DRIFTS, map(float, values), strict=True)),
             "original": {"answer": float(damage), "new": 0.0},
             "edited": {"answer": 0.0, "new": 0.1},
         }
@@ -304,7 +316,7 @@ def test_other_measures_are_compared_with_the_largest_head() -> None:
     rows = rows[rows["damage"] == "fall of P(answer)"].set_index("drift")
     assert rows.loc["max head", ["less_max_head", "less_max_head_low"]].tolist() == [0.0, 0.0]
     damage = np.array([p["original"]["answer"] for p in prompts])
-    x = {name: np.array([p["drift"][name] for p in prompts]) for name in inside.DRIFTS}
+    x = {name: np.array([p["drift"][name] for p in prompts]) for name in measuring.DRIFTS}
     chosen = np.random.default_rng(3).integers(0, 10, (2000, 10))
     drawn = []
     for row in chosen:
@@ -328,7 +340,7 @@ def test_other_measures_are_compared_with_the_largest_head() -> None:
 def test_no_variation_is_no_correlation() -> None:
     weights = inside._draws(["a", "b", "c", "d"], 0, 50)
     for name, drawn in inside._correlation(np.ones(4), np.arange(4.0), weights).items():
-        assert all(np.isnan(value) for value in inside._with_interval(name, drawn).values())
+        assert all(np.isnan(value) for value in inside._with_interval(name, drawn, 4).values())
     unknown = dict.fromkeys(("pearson", "less_max_head"), float("nan"))
     rows = pd.DataFrame([{"drift": "max head", **unknown}])
     assert inside._told_correlations(rows) == "no correlation can be told"
@@ -337,8 +349,16 @@ def test_no_variation_is_no_correlation() -> None:
 def test_one_case_gives_no_interval_of_a_correlation() -> None:
     weights = inside._draws(["a"] * 5, 0, 50)
     drawn = inside._correlation(np.array([1.0, 2, 4, 3, 5]), np.arange(5.0), weights)
-    found = inside._with_interval("pearson", drawn["pearson"])
-    assert 0.5 < found["pearson"] < 1
+    for name in ("pearson", "less_max_head"):
+        found = inside._with_interval(name, drawn["pearson"], 1)
+        assert 0.5 < found[name] < 1
+        assert np.isnan(found[f"{name}_low"]) and np.isnan(found[f"{name}_high"])
+    # Two prompts of two cases correlate perfectly in each draw that has both: no certainty.
+    drawn = inside._correlation(
+        np.array([1.0, 2]), np.arange(2.0), inside._draws(["a", "b"], 0, 50)
+    )
+    found = inside._with_interval("pearson", drawn["pearson"], 2)
+    assert found["pearson"] == pytest.approx(1)
     assert np.isnan(found["pearson_low"]) and np.isnan(found["pearson_high"])
 
 
@@ -437,6 +457,126 @@ def test_the_main_table_is_the_benchmarks(study: Study) -> None:
     assert "GPT-J 6B rome: RS 11.9 to 27.8, DNS 30.4 to 49.4" in finding.paper
 
 
+def test_what_sadr_takes_off_is_what_single_calls_measure(study: Study) -> None:
+    finding = EXPERIMENTS["cure"](study)
+    rows = finding.rows.set_index(["kind", "method", "measure"])
+    assert list(rows.index.unique("method")) == ["rome", "memit", "pmet"]
+    prompt_of: dict[str, list[str]] = {kind: [] for kind in measuring.KINDS.values()}
+    seen: dict[tuple[str, str, str], list[float]] = {}
+    for case in study.cases:
+        asked = {kind: [p for p in case.probes((metric,)) if case.request.subject in p.prompt]
+                 for metric, kind in measuring.KINDS.items()}  # fmt: skip
+        for penalty in ("none", "sadr"):
+            (arm,) = study.arms(("rome",), (penalty,))[1:]
+            edit = study.edit(case, arm)
+            for kind, probes in asked.items():
+                for probe in probes[: measuring.PER_KIND]:
+                    prompt_of[kind] += [probe.prompt] * (penalty == "none")
+                    drift = dl.measure_drift(study.model, edit, probe.prompt)
+                    both = [probe.right, case.request.target_new]
+                    before = dl.score_details(study.model, probe.prompt, both)
+                    with edit.applied(study.model):
+                        after = dl.score_details(study.model, probe.prompt, both)
+                    fall, rise = (after[text].prob - before[text].prob for text in both)
+                    ahead = [
+                        100.0 * (of[both[0]].mean_logprob > of[both[1]].mean_logprob)
+                        for of in (before, after)
+                    ]
+                    for name, value in (
+                        ("drift, max head", abs(drift.max_head.mean())),
+                        ("drift, row KL", drift.kl.mean()),
+                        ("fall of P(answer)", -fall),
+                        ("rise of P(new target)", rise),
+                        ("answers overtaken", ahead[0] - ahead[1]),
+                    ):
+                        seen.setdefault((kind, penalty, name), []).append(float(value))
+    for (kind, penalty, name), values in seen.items():
+        row = rows.loc[kind, "rome", name]
+        column = "with" if penalty == "sadr" else "without"
+        assert row[column] == pytest.approx(np.mean(values), rel=1e-4, abs=1e-6)
+        assert row["prompts"] == len(prompt_of[kind])
+        if penalty == "sadr" and np.isfinite(row["taken off, %"]):
+            share = 100 * (1 - sum(values) / sum(seen[kind, "none", name]))
+            assert row["taken off, %"] == pytest.approx(share, rel=1e-3)
+            assert row["low"] <= row["taken off, %"] <= row["high"]
+    assert np.isfinite(rows["taken off, %"]).any()
+    row = rows.loc["relation", "rome", "drift, row KL"]
+    said = [point for point in finding.points if point.startswith("relation, rome: ")]
+    assert f"drift, row KL {-row['taken off, %']:+.0f} % [" in said[0]
+    edits = [(arm["name"], len(arm["penalties"])) for arm in finding.arms]
+    assert edits[:2] == [("rome", 0), ("rome + sadr", 1)]
+    assert len(edits) == 6
+    kept = map(json.loads, (study.out / "drift.prompts.jsonl").read_text().splitlines())
+    assert finding.seconds == pytest.approx(sum(record["seconds"] for record in kept))
+    assert finding_module.in_all([1.0, None]) is None
+    table = TABLES["cure"](
+        {
+            "rows": [
+                {"data": "d", "model": "m", **r}
+                for r in json.loads(finding.rows.to_json(orient="records"))
+            ]
+        }
+    )
+    cell = f"{row['taken off, %']:.0f} % [{row['low']:.0f}, {row['high']:.0f}]"
+    lines = [line for line in table.splitlines() if "| relation | rome |" in line]
+    assert cell in lines[0]
+
+
+def test_drift_that_turns_round_is_not_taken_off() -> None:
+    def prompts(drifts: list[float]) -> list[dict[str, Any]]:
+        same = {"original": {"answer": 0.5, "new": 0.1}, "edited": {"answer": 0.4, "new": 0.2}}
+        drift = dict.fromkeys(measuring.DRIFTS, 0.0)
+        return [
+            {"case": str(i), "kind": "relation", "prompt": "p", "tokens": {"answer": 1, "new": 1},
+             "drift": {**drift, "max head": found}, **same}
+            for i, found in enumerate(drifts)
+        ]  # fmt: skip
+
+    cure = importlib.import_module("driftlens.experiments.reproduce.cure")  # not the function
+    rows = list(cure._rows("rome", prompts([0.1] * 8), prompts([0.1, -0.1] * 4)))
+    found = {row["measure"]: row for row in rows}["drift, max head"]
+    assert (found["without"], found["with"]) == pytest.approx((0.1, 0.1))
+    assert found["taken off, %"] == pytest.approx(0)
+
+
+def test_a_share_of_what_few_cases_lost_has_no_interval() -> None:
+    names = list("abcde")
+    lost = np.array([1.0, 1.0, 1.0, 0.0, 0.0])  # none of the first three in one of 100 draws
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        share = measuring.share_of(names, lost / 2, lost)
+        assert share["share, %"] == 50.0
+        assert np.isnan([share["share low"], share["share high"]]).all()
+        whole = measuring.share_of(names, np.full(5, 0.5), np.ones(5))
+    assert list(whole.values()) == [50.0, 50.0, 50.0]
+    assert np.isnan([*measuring.share_of(names, lost, np.array([1.0, 0, 0, 0, 0])).values()]).all()
+
+
+def test_nothing_is_told_of_prompts_that_one_side_lacks(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def apart(study: Study, arm: Arm) -> Any:
+        prompts = [{"case": arm.name, "kind": "relation", "prompt": "Oslo is"}]
+        return prompts, [], 0.0
+
+    cure = importlib.import_module("driftlens.experiments.reproduce.cure")  # not the function
+    monkeypatch.setattr(cure, "drifts", apart)
+    monkeypatch.setattr(cure, "with_lengths", lambda study, prompts: prompts)
+    with pytest.raises(RequestError, match="both without and with SADR"):
+        EXPERIMENTS["cure"](study)
+
+
+def test_prompts_of_other_versions_are_told(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = Study(study.model, study.cases[:1], tmp_path, quick=True, progress=False)
+    found = EXPERIMENTS["fig3"](quick)
+    monkeypatch.setattr(measuring, "versions", lambda: {"driftlens": "99"})
+    with pytest.warns(UserWarning, match=r"1 of the units in .*fig3.* \(driftlens .* are kept"):
+        again = EXPERIMENTS["fig3"](quick)
+    pd.testing.assert_frame_equal(again.rows, found.rows)
+
+
 def test_fluency_is_asked_of_cases_with_beginnings_of_texts(study: Study) -> None:
     written = replace(study.cases[0], generation=("The Louvre is",))
     mixed = replace(study, cases=[written, study.cases[1]])
@@ -479,6 +619,21 @@ def test_edits_that_pile_up(study: Study, tmp_path: Path, monkeypatch: pytest.Mo
     pd.testing.assert_frame_equal(EXPERIMENTS["sequential"](quick).rows, finding.rows)
 
 
+def test_a_sequence_does_not_ask_what_its_other_edits_change(study: Study, tmp_path: Path) -> None:
+    first, second, _ = study.cases
+    known = Cloze(second.request.text, "whatever")
+    first = replace(first, neighbours=(known, *first.neighbours))
+    quick = Study(study.model, [first, second], tmp_path, quick=True, progress=False)
+    finding = EXPERIMENTS["sequential"](quick)
+    prompts = finding.rows.set_index(["arm", "facts", "metric"])["prompts"]
+    for arm in ("unedited", "rome", "rome + sadr"):  # after one fact, too
+        assert prompts[arm, 1, "NS"] == prompts[arm, 1, "DNS"] == len(first.neighbours) - 1
+    said = f"1 of {len(first.neighbours) + len(second.neighbours)} neighbours."
+    assert finding.text.endswith(f"the answers: {said}")
+    alone = EXPERIMENTS["sequential"](replace(quick, cases=[second], out=tmp_path / "alone"))
+    assert "Not asked" not in alone.text
+
+
 def test_a_sequence_that_fails_says_why(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,8 +652,10 @@ def test_a_sequence_that_fails_says_why(
     said = [point.split(" ES ")[0] for point in finding.points]
     # What was seen before is kept.
     assert said[1:] == ["rome: after 1 fact", "rome + sadr: after 1 fact"]
-    assert finding.failed == [(arm, "a sequence", "enough") for arm in ("rome", "rome + sadr")]
-    assert finding.summary.endswith(" 2 failed; the first, rome on a sequence: enough")
+    assert finding.failed == [
+        (arm, "a sequence", "EditError: enough") for arm in ("rome", "rome + sadr")
+    ]
+    assert finding.summary.endswith(" 2 failed; the first, rome on a sequence: EditError: enough")
     seen = finding.rows.groupby("arm")["facts"].unique().map(list).to_dict()
     assert seen == {"unedited": [1, 2], "rome": [1], "rome + sadr": [1]}
     # Nothing is tried again, unless it is asked for.
@@ -599,7 +756,7 @@ def test_a_case_that_fails_is_kept_with_its_reason(
     monkeypatch.setattr(finding_module, "edits_of", failing)
     short = Study(study.model, cases[:2], tmp_path, quick=True, progress=False)
     finding = EXPERIMENTS["fig4"](short)
-    lines = (tmp_path / "fig4.prompts.jsonl").read_text().splitlines()
+    lines = (tmp_path / "drift.prompts.jsonl").read_text().splitlines()
     assert [json.loads(line).get("error") for line in lines] == ["EditError: enough", None]
     kept = json.loads(lines[1])["prompts"]
     assert finding.rows["prompts"].sum() == len(finding.rows["drift"].unique()) * 2 * len(kept)
@@ -708,7 +865,75 @@ def test_what_keeps_most_at_no_higher_price() -> None:
     assert editors._at_no_higher_price(result, "one", others).startswith("best less one: ES +0.0")
     assert "RS +10.0 [" in editors._at_no_higher_price(result, "one", ["dear", "better"])
     told = editors._at_no_higher_price(result, "one", ["dear", "nothing"])
-    assert told == "None of the others costs as little as one."
+    left_out = "(left out, as cases failed: nothing)"
+    assert told == f"None of the others costs as little as one {left_out}."
+    result.records["best"]["7"] = {"error": "a reason"}  # not chosen for the cases that are left
+    assert editors._at_no_higher_price(result, "one", others).startswith("better less one: ")
+    assert editors._at_no_higher_price(result, "one", ["dear", "best"]) == (
+        "None of the others costs as little as one (left out, as cases failed: best)."
+    )
+
+
+def test_searches_are_told_and_compared_at_all_their_steps(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Arm] = []
+    whole, held = "rome, all steps", "rome + sadr, all steps"
+    values = {"ES": 99.0, "RS": 20.0}
+    result = result_of(
+        {"unedited": {}, "rome": values, whole: {**values, "RS": 15.0},
+         held: {**values, "ES": 98.0, "RS": 30.0}}
+    )  # fmt: skip
+    for name, steps in (("rome", 4), (whole, 20), (held, 20)):
+        for record in result.records[name].values():
+            record["steps"] = steps
+    monkeypatch.setattr(Study, "bench", lambda *_: result)
+    finding = EXPERIMENTS["steps"](replace(study, quick=True))
+    gained, longer = finding.points
+    assert gained.startswith(f"{held} less {whole}: ES -1.0 [")
+    assert "; RS +15.0 [" in gained and gained.endswith("] relative.")
+    assert longer.startswith(f"{whole} less rome: ES +0.0 [")
+    assert ", RS -5.0 [" in longer
+    assert longer.endswith(" Its searches take 20 steps in the median (4 for rome).")
+
+    class Enough(Exception):
+        pass
+
+    def bench(_: Study, arms: list[Arm]) -> None:
+        asked.extend(arms)
+        raise Enough
+
+    monkeypatch.setattr(Study, "bench", bench)
+    with pytest.raises(Enough):
+        EXPERIMENTS["steps"](study)
+    arms = {arm.name: arm for arm in asked}
+    for method in editors.PAPERS:
+        one, long = (arms[name].config for name in (method, f"{method}, all steps"))
+        assert arms[f"{method} + sadr, all steps"].config == long != one
+        stops = {name: getattr(long, name) for name in editors.STOPS if hasattr(long, name)}
+        assert stops and set(stops.values()) == {-1.0}
+        assert replace(long, **{name: getattr(one, name) for name in stops}) == one
+        (penalty,) = arms[f"{method} + sadr, all steps"].penalties
+        assert penalty.gamma == defaults.sadr_gamma(study.model, method)
+        assert not arms[f"{method}, all steps"].penalties
+    whole_pmet = arms["pmet, all steps"].config
+    assert isinstance(whole_pmet, dl.PmetConfig)
+    assert (whole_pmet.early_stop_loss, whole_pmet.greedy_stop_kl) == (-1.0, -1.0)
+
+
+def test_no_search_stops_that_is_to_take_all_its_steps(
+    model: dl.LensModel, cases: list[Case]
+) -> None:
+    for method in editors.PAPERS:
+        config = methods.resolve_config(model, method)
+
+        def made(config: Any, method: str = method) -> list[dict[str, Any]]:
+            return dl.edit(model, cases[0].request, method, config=config, progress=False).trace
+
+        easy = {name: 1e9 for name in editors.STOPS if hasattr(config, name)}
+        never = dict.fromkeys(easy, -1.0)
+        lengths = [len(made(replace(config, **stops))) for stops in (easy, never)]
+        assert lengths == [1, config.steps]
 
 
 def test_what_figure_7_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -756,12 +981,12 @@ def test_what_rivals_are_compared_with(study: Study, monkeypatch: pytest.MonkeyP
         "that cost no more of ES and PS than SADR (one prompt in any case), there is none.\n"
         f"SADR less rome: {change('SADR', 'rome', 'ES', 0)}; {gained}, +50 % ["
     )
-    assert "Its searches take 5 steps in the median (4 without).\n" in text
+    assert "Its searches take 5 steps in the median (4 for rome).\n" in text
     assert (
         f"keys 0.01 less SADR: {change('keys 0.01', 'SADR', 'ES', -4)}, "
         f"{change('keys 0.01', 'SADR', 'RS', -3)}."
     ) in text
-    assert text.endswith("Its searches take 4 steps in the median (4 without).")
+    assert text.endswith("Its searches take 4 steps in the median (4 for rome).")
     text, _ = told(monkeypatch, study, "rivals", {**found, "keys 0.01": {"ES": 98.0, "RS": 31.0}})
     assert "in any case), keys 0.01 keeps most (chosen on the same cases).\n" in text
 
@@ -952,7 +1177,8 @@ def test_the_search_for_the_settings_of_sadr(
     assert len(found["cases"]) == 2 and not found["failed"]
     result = BenchResult(tmp_path / "search")
     assert [arm["name"] for arm in found["arms"]] == result.arms
-    assert 10 <= len(found["settings"]) <= 12  # a stage may name what was tried before
+    # A stage may name what was tried before; one layer above the edit is not halved.
+    assert 8 <= len(found["settings"]) <= 10
     arms = {arm["name"]: arm for arm in found["arms"]}
     reference = result.arms[1]
     assert arms[reference]["config"]["steps"] == SEARCH["steps"]
@@ -996,6 +1222,15 @@ def test_the_search_for_the_settings_of_sadr(
         alone = rates([answers(model, cases[2])])
     told = {(row["arm"], row["metric"]): row["value"] for row in checked["rows"]}
     assert told[found["best"], "DNS"] == pytest.approx(alone["DNS"].value)
+    level = {(row["measure"], row["arm"], row["metric"]): row["value"]
+             for row in checked["magnitudes"]}  # fmt: skip
+    assert {measure for measure, *_ in level} == {"exact", "prob"}
+    with made.applied(model):
+        by_prob = rates([answers(model, cases[2])], "prob")["DNS"].value
+    assert level["prob", found["best"], "DNS"] == pytest.approx(by_prob, rel=1e-4)
+    less = checked["settings"][found["best"]]["less"][reference]["DNS"]["prob"]
+    assert less["value"] == pytest.approx(by_prob - level["prob", reference, "DNS"], abs=1e-6)
+    assert "magnitudes" not in found  # nothing is decided by them
 
     table = sadr_search.markdown({"search": found, "check": checked}).splitlines()
     assert len(table) == 2 + len(found["arms"]) + len(checked["arms"])

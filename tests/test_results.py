@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from documents import REPOSITORY, flowing, main_rates, result_rows
 
 from driftlens.assets import asset, survey_result
-from driftlens.editing.defaults import GAMMAS
+from driftlens.cases import METRICS
 from driftlens.editing.methods import METHODS
 from driftlens.experiments import gather, many, sadr_search
 from driftlens.experiments.reproduce import EXPERIMENTS
@@ -17,6 +19,7 @@ from driftlens.experiments.reproduce.editors import PAPERS
 from driftlens.experiments.survey import markdown, paired_markdown
 from driftlens.readers import read_cases
 
+DATA = REPOSITORY.parent / "shared/data/counterfact_wikidata_dev.json"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGE = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
 
@@ -51,12 +54,50 @@ def test_page_says_of_paired_differences_what_was_measured():
 
 
 def test_page_says_of_the_main_table_what_was_measured():
-    for run in json.loads((REPOSITORY / "assets/results/table3.json").read_text())["runs"]:
-        told = " ".join([run["text"], *run["points"]])
-        for share in re.findall(r"\+(\d+) % ", told):
-            assert re.search(rf"\b{share}( %|, | and)", PAGE), share
-        for cost in re.findall(r"(?:ES|PS) -([\d.]+)", told):
-            assert re.search(rf"\b{cost}\b", PAGE), cost
+    rows = json.loads((REPOSITORY / "assets/results/table3.json").read_text())["rows"]
+    found = {(row["data"], row["model"], row["arm"], row["metric"]): row["value"] for row in rows}
+
+    def change(metric: str, method: str, place: tuple[str, str]) -> tuple[float, int]:
+        """What SADR adds, in points, and in per cent of what there was."""
+        before, after = (found[(*place, arm, metric)] for arm in (method, f"{method} + sadr"))
+        return after - before, round(100 * (after - before) / before)
+
+    theirs = "counterfact_wikidata_dev", "smollm2-135m"
+    small, large = (("shipped facts", name) for name in ("smollm2-135m", "gemma-3-270m"))
+    page = " ".join(PAGE.split())
+    rs, dns = ([change(metric, method, theirs)[1] for method in PAPERS] for metric in ("RS", "DNS"))
+    assert (
+        f"SADR raises RS by {rs[0]} % relative for ROME, {rs[1]} % for MEMIT and {rs[2]} % for "
+        f"PMET, and DNS by {dns[0]}, {dns[1]} and {dns[2]} %"
+    ) in page
+    es, ps = ([-change(metric, method, theirs)[0] for method in PAPERS] for metric in ("ES", "PS"))
+    assert (
+        f"ROME loses {es[0]:.1f} points of ES and {ps[0]:.1f} of PS, MEMIT {es[1]:.1f} and "
+        f"{ps[1]:.1f}. PMET has the low price ({es[2]:.1f} and {ps[2]:.1f}, neither"
+    ) in page
+    prices = [-change("PS", method, place)[0] for method in PAPERS for place in (small, large)]
+    assert (
+        f"costs {min(prices):.1f} to {max(prices):.1f} points of PS, with ROME clearly "
+        f"({prices[0]:.1f} on SmolLM2, {prices[1]:.1f} on Gemma)"
+    ) in page
+    assert (
+        f"clearly in two cells ({-change('NS', 'memit', small)[0]:.1f} points with MEMIT on "
+        f"SmolLM2, {-change('NS', 'pmet', large)[0]:.1f} with PMET on Gemma)"
+    ) in page
+    gains = {
+        (metric, method): [change(metric, method, place)[1] for place in (small, large)]
+        for metric in ("RS", "DNS")
+        for method in PAPERS
+    }
+    assert (
+        f"RS by {gains['RS', 'rome'][0]} % relative and DNS by {gains['DNS', 'rome'][0]} % on "
+        f"SmolLM2, by {gains['RS', 'rome'][1]} and {gains['DNS', 'rome'][1]} % on Gemma; with "
+        f"MEMIT RS only, by {gains['RS', 'memit'][0]} and {gains['RS', 'memit'][1]} % (DNS "
+        f"{gains['DNS', 'memit'][0]} and {gains['DNS', 'memit'][1]} %, hardly a difference); with "
+        f"PMET there is none ({gains['RS', 'pmet'][0]} %, and DNS less by "
+        f"{-change('DNS', 'pmet', large)[0]:.0f} points on Gemma)"
+    ) in page
+    assert gains["RS", "pmet"] == [0, 0]
 
 
 def test_what_was_gathered_stands_in_the_texts():
@@ -136,8 +177,6 @@ def test_page_says_that_pmet_is_no_different_inside():
         f"{share['rome']}), and make the answer likelier than the new target on "
         "{} % of the prompts instead of {} % on relations (ROME: {} instead of {} %)."
     ).format(*likelier["pmet"], *likelier["rome"]) in text
-    gammas = GAMMAS["llama", 30, 576]
-    assert f"PMET's gamma is {gammas['pmet']}, ROME's {gammas['rome']}," in text
 
 
 def test_page_says_of_substitution_and_drift_what_was_measured():
@@ -152,8 +191,12 @@ def test_page_says_of_substitution_and_drift_what_was_measured():
     ends = [f"{min(own)} to {max(own)} %" for own in shares.values()]
     assert f"costs the original model {ends[0]} of what" in text
     assert f"what its MLPs write, {ends[1]}." in text
-    found = {(row["model"], row["damage"], row["kind"], row["drift"]): round(row["pearson"], 2)
-             for row in result_rows("fig4")}  # fmt: skip
+    correlated = {
+        (row["data"], row["model"], row["damage"], row["kind"], row["drift"]): row
+        for row in result_rows("fig4")
+    }
+    found = {place: round(row["pearson"], 2) for (data, *place_), row in correlated.items()
+             if data == "shipped facts" and (place := tuple(place_))}  # fmt: skip
     kinds, models = ("relation", "distract neighbourhood"), ("smollm2-135m", "gemma-3-270m")
     fall, rise = ([found[model, damage, kind, "max head"] for model in models for kind in kinds]
                   for damage in ("fall of P(answer)", "rise of P(new target)"))  # fmt: skip
@@ -166,6 +209,23 @@ def test_page_says_of_substitution_and_drift_what_was_measured():
             for kind in kinds}  # fmt: skip
     ends = [f"({rows[kind][0]:.2f} to {rows[kind][-1]:.2f})" for kind in reversed(kinds)]
     assert f"on distract neighbourhoods {ends[0]}, hardly on relations {ends[1]}." in text
+    drift = {(data, model, kind): f"{row['mean']:+.3f}"
+             for (data, model, _, kind, name), row in correlated.items()
+             if name == "max head"}  # fmt: skip
+    assert (
+        "by {} (relation) and {} (distract neighbourhood) on SmolLM2, and by {} and {} on Gemma."
+    ).format(*(drift["shipped facts", model, kind] for model in models for kind in kinds)) in text
+    theirs = "counterfact_wikidata_dev", models[0]
+    there = [drift[(*theirs, kind)] for kind in kinds]
+    assert (
+        "there is drift ({} on relations and {} on distract neighbourhoods)".format(*there) in text
+    )
+    falls, rises = (
+        [f"{correlated[(*theirs, damage, kind, 'max head')]['pearson']:.2f}" for kind in kinds]
+        for damage in ("fall of P(answer)", "rise of P(new target)")
+    )
+    assert "with what P(answer) loses ({} and {})".format(*falls) in text
+    assert "({1}), not on relations ({0})".format(*rises) in text
 
 
 def test_page_says_what_sadr_saves_of_what_is_lost():
@@ -274,6 +334,58 @@ def test_the_search_for_the_settings_of_sadr_is_the_result_file(
     assert f"`{shown})`" in flowing(PAGE)
 
 
+@pytest.mark.skipif(not DATA.is_file(), reason="the paper's file is not beside the project")
+def test_page_says_how_much_tuning_and_report_share():
+    results, tuned = REPOSITORY / "assets/results", set()
+    for path in results.glob("tuning/tuning-*.jsonl"):
+        for line in path.read_text().splitlines():
+            tuned |= set(json.loads(line)["unit"]["cases"])
+    for path in results.glob("tuning/sadr-*.json"):
+        tuned |= set(json.loads(path.read_text())["search"]["cases"])
+    subject = {case.id: case.request.subject for case in read_cases(DATA)}
+    runs = json.loads((results / "table3.json").read_text())["runs"]
+    (reported,) = (r["cases"] for r in runs if r["data"] == "counterfact_wikidata_dev")
+    assert not tuned & set(reported)
+    shared = [name for name in reported if subject[name] in {subject[one] for one in tuned}]
+    assert (
+        f"({len(shared)} of the {len(reported)} of table 3 have a subject that one of the "
+        f"{len(tuned)} tuning cases has, too)"
+    ) in flowing(PAGE)
+
+
+def test_what_success_hides_in_the_search():
+    path = REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-rome.json"
+    check = json.loads(path.read_text())["check"]
+    unedited, plain, held = (arm["name"] for arm in check["arms"])
+    level = {(row["arm"], row["metric"], row["measure"]): row["value"]
+             for row in check["magnitudes"]}  # fmt: skip
+    (told,) = check["settings"].values()
+    less = told["less"][plain]
+
+    def change(metric: str, measure: str, digits: int, sign: int = 1) -> tuple[str, str]:
+        ends = [sign * less[metric][measure][name] for name in ("value", "low", "high")]
+        low, value, high = sorted(ends)
+        return f"{value:.{digits}f}", f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+    fall = " ".join(change("ES", "prob", 3))
+    ends = [f"{level[arm, 'ES', 'prob']:.3f}" for arm in (plain, held)]
+    assert "falls from {} to {} ({})".format(*ends, fall) in flowing(PAGE)
+    points, interval = change("PS", "exact", 1, -1)
+    assert f"new target on {points} points {interval} fewer paraphrases." in flowing(PAGE)
+    known = [level[arm, "RS", "exact"] for arm in (unedited, plain)]
+    assert known[1] == 0
+    assert f"gives {known[0]:.1f} % of the answers about the subject, and none" in flowing(PAGE)
+    probs = [level[arm, "RS", "prob"] for arm in (unedited, plain)]
+    assert f"P(answer) falls from {probs[0]:.3f} to less than 0.001." in flowing(PAGE)
+    assert probs[1] < 0.001
+    of = {row["metric"]: row["cases"] for row in check["rows"]}
+    assert f"RS and DNS are of {of['RS']} of the {of['ES']} cases each." in flowing(PAGE)
+    assert of["RS"] == of["DNS"]
+    text = flowing((REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8"))
+    ends += [f"{level[arm, 'PS', 'prob']:.3f}" for arm in (plain, held)]
+    assert "from {} to {} on the edited prompt, from {} to {} on paraphrases.".format(*ends) in text
+
+
 def test_what_is_said_of_the_search_for_pmet():
     text = flowing((REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8"))
     path = REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-pmet.json"
@@ -368,8 +480,9 @@ def test_no_setting_of_three_editors_teaches_gemma_paraphrases_and_spares_neighb
 
 
 def test_what_is_said_of_selected_and_all_heads():
-    (run,) = json.loads((REPOSITORY / "assets/results/fig6.json").read_text())["runs"]
-    rate = {(row["arm"], row["metric"]): row["value"] for row in result_rows("fig6")}
+    run = run_of("fig6", "smollm2-135m")
+    rate = {(row["arm"], row["metric"]): row["value"] for row in result_rows("fig6")
+            if row["model"] == "smollm2-135m"}  # fmt: skip
     text = flowing(PAGE)
     selected, blanket = ("selected heads, gamma {}", "all heads, gamma {}")
 
@@ -391,6 +504,183 @@ def test_what_is_said_of_selected_and_all_heads():
     for metric in ("NS", "RS", "DNS"):
         found = re.search(rf"{metric} \+[\d.]+ \[\+[\d.]+, \+[\d.]+\]", told)
         assert found is not None and found[0] in text
+    prob = {row["arm"]: row["value"] for row in run["probabilities"] if row["metric"] == "ES"}
+    assert f"(P(new target) on the edited prompt {prob[cheap]:.3f} and {prob[fine]:.3f})" in text
+    pairs = [point for point in run["points"] if " less selected heads" in point]
+    assert len(pairs) == 3 and "(the best of three such pairs," in flowing(README)
+
+
+def test_page_says_how_many_steps_searches_take():
+    text = flowing(PAGE)
+    steps = {arm["name"]: arm["steps_per_edit"] for arm in run_of("fig6", "smollm2-135m")["arms"]}
+    assert (
+        f"({steps['rome']:g} steps in the median without SADR and "
+        f"{steps['selected heads, gamma 0.8']:g} with it,"
+    ) in text
+    path = REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-pmet.json"
+    check = json.loads(path.read_text())["check"]
+    held, plain = check["arms"][-1], check["arms"][-2]
+    assert held["config"] == plain["config"]
+    prob = {row["arm"]: row["value"] for row in check["magnitudes"]
+            if (row["measure"], row["metric"]) == ("prob", "ES")}  # fmt: skip
+    assert (
+        f"in the check below {plain['steps_per_edit']:g} without and {held['steps_per_edit']:g} "
+        f"with it (of {held['config']['steps']})"
+    ) in text
+    assert f"{prob[plain['name']]:.3f} without and {prob[held['name']]:.3f} with SADR)" in text
+
+
+def test_what_is_said_of_selected_and_all_heads_on_gemma():
+    run = run_of("fig6", "gemma-3-270m")
+    rate = {(row["arm"], row["metric"]): row["value"] for row in result_rows("fig6")
+            if row["model"] == "gemma-3-270m"}  # fmt: skip
+    (told,) = (point for point in run["points"] if point.startswith("At gamma 0.8: "))
+    found = dict(re.findall(r"(\w+) ([-+.\d]+) \[", told))
+    text, short = flowing(PAGE), flowing(README)
+    assert (
+        f"(at 0.8, RS {-float(found['RS']):.1f} points and DNS {-float(found['DNS']):.1f}, for "
+        f"{float(found['PS']):.1f} of PS)."
+    ) in text
+    fine, cheap = "selected heads, gamma 3.2", "all heads, gamma 0.05"
+    dear = [arm for arm, metric in rate if metric == "ES" and arm.startswith("all heads")
+            and any(rate[arm, m] < rate[fine, m] - 1e-9 for m in ("ES", "PS"))]  # fmt: skip
+    assert dear == [f"all heads, gamma {gamma}" for gamma in ("0.2", "0.8", "3.2")]
+    _, value, low, high = less_than(run, fine)[cheap, "RS"]
+    assert f"{-value:.1f} points less of RS [{-high:.1f}, {-low:.1f}] than at 3.2." in text
+    near = [less_than(run, f"selected heads, gamma {gamma}")[cheap, "DNS"]
+            for gamma in ("0.05", "0.2", "0.8")]  # fmt: skip
+    (_, first, *one), (_, second, *two), (_, _, *none) = near
+    assert (
+        f"they keep {first:.1f} points more of DNS [{one[0]:.1f}, {one[1]:.1f}] than selected "
+        f"heads at 0.05 and {second:.1f} [{two[0]:.1f}, {two[1]:.1f}] than at 0.2, no clear"
+    ) in text
+    assert none[0] < 0 < none[1]
+    assert (
+        f"all heads keep {first:.1f} and {second:.1f} points more of DNS in two of four, selected "
+        f"heads {-value:.1f} points more of RS in one,"
+    ) in short
+    less = {metric: rate["all heads, gamma 0.8", metric] - rate[fine, metric]
+            for metric in ("ES", "PS", "RS", "DNS")}  # fmt: skip
+    assert less["ES"] == 0 and round(less["PS"] * 3) == -2  # of 300 prompts
+    assert (
+        f"all heads at 0.8 cost {-less['PS']:.1f} points of PS more than selected heads at 3.2, "
+        f"and keep {less['RS']:.1f} more of RS and {less['DNS']:.1f} of DNS."
+    ) in text
+    assert (
+        f"but {less['RS']:.1f} less than all heads that cost {-less['PS']:.1f} points of PS more."
+    ) in short
+
+
+def test_what_is_said_of_what_sadr_takes_off():
+    text = flowing(PAGE)
+    off = {(row["measure"], row["kind"], row["method"]): row for row in result_rows("cure")}
+    near, relation = "distract neighbourhood", "relation"
+
+    def ends(measure: str, *kinds: str, methods: Sequence[str] = PAPERS) -> str:
+        own = [off[measure, kind, name]["taken off, %"] for kind in kinds for name in methods]
+        return f"{min(own):.0f} to {max(own):.0f} %"
+
+    assert f"it takes {ends('drift, max head', near, relation)} off that of the largest" in text
+    assert (
+        f"SADR takes {ends('fall of P(answer)', near)} off what P(answer) loses and "
+        f"{ends('answers overtaken', near)} off the overtaken answers, on relations "
+        f"{ends('answers overtaken', relation)} off these."
+    ) in text
+    rise = "rise of P(new target)"
+    others = ends(rise, near, relation, methods=("rome", "memit"))
+    assert f"the new target rises less elsewhere, by {others};" in text
+    pmet = off[rise, near, "pmet"]
+    assert pmet["low"] < 0 < pmet["high"]
+    pmet = off[rise, relation, "pmet"]
+    assert pmet["high"] < 0
+    assert f"hardly anything ({pmet['without']:.4f}), it becomes {pmet['with']:.4f}." in text
+
+
+def test_what_is_said_of_rules():
+    run = run_of("rules", "smollm2-135m")
+    text = flowing(PAGE)
+    less = less_than(run, "max (the paper's)")
+
+    def points(arm: str, *metrics: str) -> list[str]:
+        return [f"{abs(less[arm, metric][1]):.1f}" for metric in metrics]
+
+    assert "cost {} points of PS and keep {} of RS and {} of DNS more".format(
+        *points("all heads", "PS", "RS", "DNS")
+    ) in text  # fmt: skip
+    assert "cost {} and keep {} and {}.".format(*points("quantile 0.5", "PS", "RS", "DNS")) in text
+    for arm in ("all heads", "quantile 0.5"):
+        assert less[arm, "PS"][3] < 0 < less[arm, "RS"][2]
+    tenth, above = "quantile 0.9", "mean + 1 std"
+    assert points(tenth, "PS") == points(above, "PS") == ["1.3"]
+    assert all(less[arm, "PS"][2] < 0 < less[arm, "PS"][3] for arm in (tenth, above))
+    assert all(less[arm, "DNS"][2] > 0 for arm in (tenth, above))
+    dns = (*points(tenth, "DNS"), *points(above, "DNS"))
+    assert "cost 1.3 each, no clear difference, and keep {} and {} of DNS.".format(*dns) in text
+    alike = [abs(less[arm, metric][1]) for arm in ("mean + 2 std", "drift 0.05", "drift 0.01")
+             for metric in ("RS", "DNS")]  # fmt: skip
+    assert f"are within {max(alike):.1f} points of RS and DNS of it." in text
+    assert points("all rows", "ES", "PS") == ["0.7", "0.7"]
+    assert "costs 0.7 of ES and of PS, neither clear, and keeps {} of RS and {} of DNS.".format(
+        *points("all rows", "RS", "DNS")
+    ) in text  # fmt: skip
+    assert less["all rows", "ES"][3] >= 0 and less["all rows", "PS"][3] > 0
+    assert f"it changes nothing ({less['reverse KL', 'RS'][0]})" in text
+    assert "loses {} of RS".format(*points("JS", "RS")) in text
+    assert less["JS", "RS"][3] < 0
+
+
+def test_what_is_said_of_a_sequence():
+    rate = {
+        (row["arm"], row["metric"]): row for row in result_rows("sequential") if row["facts"] == 150
+    }
+    text, short = flowing(PAGE), flowing(README)
+    methods = ("rome", "memit", "alphaedit")
+    arms = [arm for arm, metric in rate if metric == "ES" and arm != "unedited"]
+
+    def told(metric: str, *chosen: str) -> list[str]:
+        return [f"{rate[arm, metric]['value']:.1f}" for arm in chosen]
+
+    def ends(metric: str, chosen: Sequence[str]) -> str:
+        values = [rate[arm, metric]["value"] for arm in chosen]
+        return f"{min(values):.1f} to {max(values):.1f}"
+
+    assert f"after 150 of them (ES {ends('ES', arms)})" in text
+    assert f"than after each edit alone (RS {ends('RS', arms)})." in text
+    alone = main_rates()
+    least = min(alone["shipped facts", "smollm2-135m", arm, "RS"] for arm in ("rome", "memit"))
+    assert min(rate[arm, "RS"]["value"] for arm in arms) > least
+    assert "NS falls from {} to {} (ROME), {} (MEMIT) and {} (AlphaEdit)".format(
+        *told("NS", "unedited", *methods)
+    ) in text  # fmt: skip
+    assert "DNS from {} to {}, {} and {}.".format(*told("DNS", "unedited", *methods)) in text
+    more = {
+        (arm, metric): rate[f"{arm} + sadr", metric]["value"] - rate[arm, metric]["value"]
+        for arm in methods
+        for metric in METRICS
+    }
+    assert (
+        "adds to ROME and MEMIT {:.1f} and {:.1f} points of RS and {:.1f} and {:.1f} of DNS, and "
+        "costs {:.1f} and {:.1f} of ES and {:.1f} and {:.1f} of PS;"
+    ).format(
+        *(sign * more[arm, metric]
+          for metric, sign in (("RS", 1), ("DNS", 1), ("ES", -1), ("PS", -1))
+          for arm in ("rome", "memit"))
+    ) in text  # fmt: skip
+    assert (
+        f"adds {more['alphaedit', 'RS']:.1f} of RS and {more['alphaedit', 'DNS']:.1f} of DNS, and "
+        f"costs {-more['alphaedit', 'NS']:.1f} of NS."
+    ) in text
+    for arm, metric in more:  # as the page says, the two intervals overlap
+        plain, held = rate[arm, metric], rate[f"{arm} + sadr", metric]
+        assert plain["low"] <= held["high"] and held["low"] <= plain["high"]
+    for metric in ("ES", "NS"):
+        best = sorted(arms, key=lambda arm: -rate[arm, metric]["value"])[:2]
+        assert {"alphaedit", "alphaedit + sadr"} == set(best)
+    assert (
+        "NS is {1} with ROME, {2} with MEMIT and {3} with AlphaEdit ({0} before), RS "
+        f"{ends('RS', methods)}; SADR adds {min(more[arm, 'RS'] for arm in methods):.1f} to "
+        f"{max(more[arm, 'RS'] for arm in methods):.1f} points to RS"
+    ).format(*told("NS", "unedited", *methods)) in short
 
 
 def test_the_table_of_editors_is_the_result_file():
@@ -419,18 +709,32 @@ def test_the_table_of_many_facts_is_the_result_file():
     assert result["command"] in " ".join(text.replace("\\\n", " ").split())
 
 
+def run_of(name: str, model: str) -> dict[str, Any]:
+    """The run of an experiment on a model and the shipped facts."""
+    runs = json.loads((REPOSITORY / f"assets/results/{name}.json").read_text())["runs"]
+    (run,) = (r for r in runs if (r["model"]["name"], r["data"]) == (model, "shipped facts"))
+    return dict(run)
+
+
+def less_than(run: dict[str, Any], other: str) -> dict[tuple[str, str], Any]:
+    """What a run's points say of arms less another, by arm and metric: in words, and the value
+    with the ends of its interval."""
+    less: dict[tuple[str, str], Any] = {}
+    for point in run["points"]:
+        arm, _, rest = point.partition(f" less {other}: ")
+        for found in re.finditer(r"(\w+) ([-+.\d]+) \[([-+.\d]+), ([-+.\d]+)\]", rest):
+            less[arm, found[1]] = (found[0], *map(float, found.groups()[1:]))
+    return less
+
+
 def table_cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
 
 
 def test_what_is_said_of_rivals():
-    (run,) = json.loads((REPOSITORY / "assets/results/rivals.json").read_text())["runs"]
+    run = run_of("rivals", "smollm2-135m")
     text = flowing(PAGE)
-    less: dict[tuple[str, str], tuple[str, float, float, float]] = {}
-    for point in run["points"]:
-        arm, _, rest = point.partition(" less SADR: ")
-        for found in re.finditer(r"(\w+) ([-+.\d]+) \[([-+.\d]+), ([-+.\d]+)\]", rest):
-            less[arm, found[1]] = (found[0], *map(float, found.groups()[1:]))
+    less = less_than(run, "SADR")
     for arm, said in (("keys 0.003", "keys at 0.003"), ("hidden state 0.1", "hidden state at 0.1")):
         assert f"{said} less SADR" in text
         assert all(less[arm, metric][0] in text for metric in ("PS", "NS", "RS", "DNS"))

@@ -419,16 +419,21 @@ def test_penalty_keeps_attention_where_it_was() -> None:
     assert drifts[1] > 2 * drifts[2]
 
 
-@pytest.mark.parametrize("layers", [(2,), (0, 1)])
-def test_restricted_layers(layers: tuple[int, ...]) -> None:
+def test_restricted_layers() -> None:
     model = lens()
-    edit = run_edit(model, penalty=dl.SADR(gamma=0.5, layers=layers))
-    if 2 in layers:
-        same = run_edit(model, penalty=dl.SADR(gamma=0.5))
-    else:  # nothing that the edit of layer 1 can reach
-        same = run_edit(model)
-        assert {record["held_heads"] for record in edit.trace} == {0.0}
+    edit = run_edit(model, penalty=dl.SADR(gamma=0.5, layers=(0, 2)))
+    same = run_edit(model, penalty=dl.SADR(gamma=0.5))  # the edit of layer 1 reaches layer 2 only
     assert torch.equal(weight_change(model, edit), weight_change(model, same))
+
+
+@pytest.mark.parametrize("penalty", [dl.SADR, dl.KeyDrift, dl.HiddenDrift])
+def test_a_penalty_that_cannot_act_is_refused(penalty: Any) -> None:
+    with pytest.raises(dl.RequestError, match=r"act in layers 0, 1: .* \(here 2 and above\)"):
+        run_edit(lens(), penalty=penalty(layers=(0, 1)))
+    with pytest.raises(dl.RequestError, match=r"SADR cannot hold L0H1, L1H3: .* \(it reaches 2\)"):
+        run_edit(lens(), penalty=dl.SADR(heads=["L0H1", "L1H3"]))
+    with pytest.raises(dl.RequestError, match=r"act in any layer: .* \(here none\) it holds none"):
+        run_edit(lens(), layer=2, penalty=penalty())
 
 
 def test_penalties_add_up() -> None:
@@ -528,8 +533,9 @@ def test_mask_is_strict_and_of_the_same_layer_and_context() -> None:
 
 def test_row_divergence_is_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
-    p, q = torch.rand(2, 5, 7, generator=generator, dtype=torch.float64).softmax(-1)
-    p[:, 5:] = q[:, 5:] = 0.0
+    scores = torch.rand(2, 5, 7, generator=generator, dtype=torch.float64)
+    scores[..., 5:] = -torch.inf  # masked keys
+    p, q = scores.softmax(-1)
     for row in range(5):
         expected = sum(
             (float(a) + 1e-8) * np.log((float(a) + 1e-8) / (float(b) + 1e-8))

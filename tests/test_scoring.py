@@ -135,6 +135,20 @@ def test_probabilities_of_all_tokens_sum_to_one(architecture: str, bos: bool) ->
     assert sorted(score.rank for score in found) == list(vocabulary)
 
 
+def test_of_equally_likely_tokens_one_is_the_greedy_one() -> None:
+    logprobs = torch.tensor([[-2.0, -1.0, -3.0, -1.0, -1.0]])
+    ranks = [scoring.read_score(logprobs, Question("", (0,), (token,))).rank for token in range(5)]
+    assert ranks[int(logprobs.argmax())] == 0
+    assert ranks == [3, 0, 4, 1, 2]
+
+
+def test_logits_that_are_no_numbers_rank_last() -> None:
+    nothing = torch.full((1, 5), math.nan)
+    assert scoring.read_score(nothing, Question("", (0,), (0,))).rank == 5
+    some = torch.tensor([[math.nan, -1.0, -2.0]])
+    assert scoring.read_score(some, Question("", (0,), (1,))).rank == 1
+
+
 def test_chain_rule() -> None:
     # All continuations of two tokens share what their first token takes.
     model = lens()

@@ -44,6 +44,18 @@ def logits(model: dl.LensModel, ids: torch.Tensor) -> torch.Tensor:
         return model.hf_model(ids).logits
 
 
+def test_where_an_adapter_speaks_nothing_is_heard_beside_it() -> None:
+    model = loaded("llama")
+    adapter = dl.edit(model, REQUEST, "grace", layer=1, steps=2, lr=0.5, progress=False)
+    own, elsewhere = low_rank(model, 1, 1), low_rank(model, 0, 1)
+    with adapter.applied(model):
+        assert not fits_beside_others(model, own)
+        assert fits_beside_others(model, elsewhere)
+        with pytest.raises(EditError, match="cannot be heard"), side_by_side(model, [own], [1]):
+            pass
+    assert fits_beside_others(model, own)
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3", "gpt_neox", "qwen2"])
 def test_each_row_is_heard_as_under_its_own_edit(architecture: str) -> None:
     model = loaded(architecture, dtype=torch.float64)

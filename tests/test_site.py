@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import typer
 from documents import DOCS, REPOSITORY
 
 import driftlens as dl
@@ -19,6 +20,7 @@ import driftlens.bench
 import driftlens.editing.statistics
 import driftlens.generation
 import driftlens.viewer
+from driftlens.cli import app
 from driftlens.editing.family import PENALTIES
 from driftlens.editing.methods import METHODS
 
@@ -105,6 +107,18 @@ def test_configurations_show_all_their_fields(site: Path) -> None:
     for name in ("layers", "clamp_factor", "cov_weight"):  # its own, and its parents'
         assert f"<strong>{name}</strong>" in memit
     assert "by model" in memit and "FieldInfo" not in text
+
+
+def test_every_option_of_the_command_line_is_on_its_page(site: Path) -> None:
+    text = (site / "reference" / "command-line.html").read_text(encoding="utf-8")
+    found = 0
+    for name, command in vars(typer.main.get_command(app))["commands"].items():
+        assert f"driftlens {name}" in text
+        for option in (o for p in command.params for o in p.opts if o.startswith("--")):
+            assert re.search(rf">{option}[<,]", text), option
+            found += 1
+    assert found > 60
+    assert "TOML with method, [config] and [[penalties]]." in text
 
 
 def test_signatures_read_well(site: Path) -> None:

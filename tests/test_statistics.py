@@ -310,6 +310,16 @@ def test_another_copy_of_the_model_uses_the_same_file(cache_folder: Path) -> Non
     assert len(stored(cache_folder)) == 1
 
 
+def interrupted(passes: Passes) -> KeyCovariance:
+    """What the whole text gives, after a run over it that was stopped at its third pass."""
+    whole = computed(lens(), cache=False)
+    passes.count, passes.stop_at = 0, 3
+    with pytest.raises(KeyboardInterrupt):
+        computed(lens())
+    passes.stop_at = 0
+    return whole
+
+
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
 def test_interrupted_run_goes_on_where_it_was(
     stop_at: int, passes: Passes, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -333,6 +343,20 @@ def test_interrupted_run_goes_on_where_it_was(
     assert resumed.count == whole.count
     (name,) = stored(cache_folder)
     assert not name.endswith(".partial.npz")
+
+
+def test_remainder_of_another_way_of_batching_is_not_used(
+    passes: Passes, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "SECONDS_BETWEEN_SAVES", -1.0)
+    whole = interrupted(passes)
+    (left,) = stored(cache_folder)
+    packs = statistics.packing_is_exact(lens())
+    monkeypatch.setattr(statistics, "packing_is_exact", lambda model: not packs)
+    other = computed(lens())
+    assert other.engine != whole.engine
+    assert torch.allclose(other.matrix, whole.matrix, rtol=1e-4, atol=1e-6)
+    assert left in stored(cache_folder)
 
 
 def test_remainder_of_another_run_is_not_used(
@@ -365,13 +389,9 @@ def test_damaged_remainder_only_costs_time(
     damage: str, passes: Passes, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statistics, "SECONDS_BETWEEN_SAVES", -1.0)
-    whole = computed(lens(), cache=False)
-    passes.count, passes.stop_at = 0, 3
-    with pytest.raises(KeyboardInterrupt):
-        computed(lens())
+    whole = interrupted(passes)
     (path,) = cache_folder.iterdir()
     spoil(path, damage, total=np.zeros((3, 3)), done=2)
-    passes.stop_at = 0
     resumed = computed(lens())
     assert torch.equal(resumed.matrix, whole.matrix)
     assert resumed.count == whole.count

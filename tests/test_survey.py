@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import driftlens as dl
 from driftlens.assets import asset, survey_result
 from driftlens.cases import Case
 from driftlens.demo import survey_tables
-from driftlens.errors import DataError
+from driftlens.errors import DataError, RequestError
 from driftlens.experiments import survey
 from driftlens.readers import read_cases
 
@@ -110,6 +111,27 @@ def test_survey_runs_resumes_and_counts_only_what_is_known(
         survey.summarise_again("tiny", tmp_path)
     with pytest.raises(DataError, match="not there"):
         survey.summarise_again("another", tmp_path)
+
+
+def test_a_survey_of_nothing_leaves_what_is_there(
+    facts: Sequence[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    model = dl.load_model(tiny.hf_model("llama"), tokenizer=tiny.tokenizer(), name="tiny")
+    monkeypatch.setattr(dl, "load_model", lambda name: model)
+    monkeypatch.setattr(dl, "edit", functools.partial(dl.edit, covariance="identity", steps=2,
+                                                      layer=1))  # fmt: skip
+    monkeypatch.setattr(survey, "_is_known", lambda model, probe: False)
+    there = tmp_path / "survey-tiny.json"
+    there.write_text("what was measured before")
+    with pytest.raises(RequestError, match="tiny answers no prompt of these 1 facts"):
+        survey.run("tiny", facts[:1], tmp_path, 0.05)
+    for number in ("0", "-3", "many"):
+        monkeypatch.setattr("sys.argv", ["survey", "--facts", number, "--out", str(tmp_path)])
+        with pytest.raises(SystemExit):
+            survey.main()
+        assert f"--facts: '{number}' is not a positive integer" in capsys.readouterr().err
+    assert there.read_text() == "what was measured before"
 
 
 def test_the_survey_of_the_bundled_model_is_shipped():

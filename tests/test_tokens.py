@@ -496,3 +496,15 @@ def test_labels_show_leading_spaces_and_parts_of_characters(kind: str) -> None:
     parts = 4 if kind not in ("llama",) else len(tower) - 1
     assert labels.count("\ufffd") == parts - 1
     assert sum("🗼" in label for label in labels) == 1
+
+
+def test_what_is_no_text_is_refused() -> None:
+    tokens = Tokens(tiny.tokenizer())
+    for wrong, said in (
+        (None, "None is no text"),
+        (b"a", "is no text"),
+        ("a\ud800", "half a char"),
+    ):
+        for read in (tokens.encode, tokens.encode_prompt, tokens.target_ids):
+            with pytest.raises(TokenError, match=said):
+                read(wrong)  # type: ignore[arg-type]

@@ -67,26 +67,45 @@ def test_defaults_are_what_the_search_found(name: str, method: str) -> None:
 @pytest.mark.parametrize("name", TUNED)
 def test_tuned_models_are_known_by_their_shape(name: str) -> None:
     info = json.loads(asset(f"results/known-{name}.json").read_text("utf-8"))["model"]
-    assert TUNED[name][1:] == (info["n_layers"], info["d_model"])
+    assert TUNED[name][1:] == (info["n_layers"], info["d_model"], info["n_kv_heads"])
 
 
-def of_shape(model_type: str, n_layers: int, d_model: int) -> Any:
+def of_shape(model_type: str, n_layers: int, d_model: int, n_kv_heads: int) -> Any:
     return SimpleNamespace(
         hf_model=SimpleNamespace(config=SimpleNamespace(model_type=model_type)),
-        info=SimpleNamespace(n_layers=n_layers, d_model=d_model),
+        info=SimpleNamespace(n_layers=n_layers, d_model=d_model, n_kv_heads=n_kv_heads),
     )
 
 
 @pytest.mark.parametrize("kind", KNOWN)
-def test_another_width_is_another_model(kind: tuple[str, int, int]) -> None:
-    model_type, n_layers, d_model = kind
-    known, other = of_shape(*kind), of_shape(model_type, n_layers, d_model // 2)
+def test_another_width_is_another_model(kind: tuple[str, int, int, int]) -> None:
+    model_type, n_layers, d_model, n_kv_heads = kind
+    known, other = of_shape(*kind), of_shape(model_type, n_layers, d_model // 2, n_kv_heads)
     for method in KNOWN[kind].keys() - {"ft"}:
         assert is_known(known, method)
         assert not is_known(other, method)
         assert defaults(other, method) == by_depth(n_layers, method)
         assert sadr_gamma(known, method) == GAMMAS.get(kind, {}).get(method, SADR_GAMMA)
         assert sadr_gamma(other, method) == SADR_GAMMA
+
+
+def test_llama_2_and_3_have_values_of_their_own() -> None:
+    second, third = (of_shape("llama", 32, 4096, n_kv_heads) for n_kv_heads in (32, 8))
+    found = {
+        name: [METHODS[name].config(**defaults(model, name)) for model in (second, third)]
+        for name in ("rome", "memit", "pmet")
+    }
+    told = {
+        name: [(one.steps, one.clamp_factor, one.weight_decay) for one in both]
+        for name, both in found.items()
+    }
+    assert told == {
+        "rome": [(25, 4.0, 1e-3), (25, 4.0, 1e-3)],
+        "memit": [(25, 4.0, 1e-3), (20, 4.0, 1e-3)],
+        "pmet": [(20, 1.0, 0.5), (20, 4.0, 0.5)],
+    }
+    assert [is_known(model, "emmet") for model in (second, third)] == [True, False]
+    assert [is_known(model, "alphaedit") for model in (second, third)] == [False, True]
 
 
 def trial(**rates: float) -> dict[str, Any]:
@@ -109,3 +128,6 @@ def test_what_trials_are_compared_by() -> None:
     values = [value_of(one) for one in in_order]
     assert values == sorted(values)
     assert value_of(trial(PS=95.0))[-1] == value_of(trial())[-1] == 50.0
+    # Without paraphrases, or with nothing but the edit.
+    assert value_of({"rates": {"ES": 99.0, "RS": 40.0}}) == (True, True, 40)
+    assert value_of({"rates": {"ES": 90.0}}) == (False, False, -9.0)

@@ -622,7 +622,7 @@ def test_hover_in_a_matrix_gives_the_exact_values(browser: Browser, data: PageDa
     browser.all('[data-strip="state-edited"] .tok')[12].click()  # a token pins its row
     browser.hover(browser.find("h1"))
     assert browser.text("#cell-readout").count("pinned") == 1
-    browser.find("#row-details summary").click()
+    browser.unfold("#row-details")
     rows = [row.text.split() for row in browser.all("#row-table tbody tr")]
     assert len(rows) == 13
     assert float(rows[5][3]) == float(shown(data.patterns["L21H4"]["edited"][12, 5]))
@@ -802,7 +802,7 @@ def test_the_sweep_shows_heads_layers_and_windows(browser: Browser, data: PageDa
     assert "layer 25." in browser.text("#chart-readout")
     assert shown(data.sweep.layers[25]) in browser.text("#chart-readout")
     start, end, share = data.sweep.windows[-1]
-    browser.find("#sweep details summary").click()
+    browser.unfold("#sweep details")
     table = browser.text("#sweep-table")
     assert f"layers {start}\u2013{end - 1}{shown(share)}" in table
     browser.hover(browser.cell(25, 0, "#sweep-map"))
@@ -818,8 +818,8 @@ def test_dark_and_light(browser: Browser, data: PageData) -> None:
     assert dark[0] == "rgb(21, 24, 27)"
     assert light[0] == "rgb(253, 253, 252)"
     assert dark[1] != light[1]
-    browser.media("light")
-    browser.media("dark")
+    browser.switch_media("light")
+    browser.switch_media("dark")
     assert browser.colour(browser.find("body")) == light[0], "the button outranks the system"
 
 
@@ -947,7 +947,7 @@ def test_heads_are_chosen_and_their_answers_read(browser: Browser, data: PageDat
     browser.find("#asked-sets button").click()
     assert shown(restored.asked[0].answer) in readout()
     assert len(browser.all("#sweep-map .cell.chosen")) == 2
-    browser.find("#sweep details summary").click()
+    browser.unfold("#sweep details")
     rows = browser.all("#sweep-table button")
     browser.js("arguments[0].click()", rows[-1])
     assert shown(restored.layers[LAYERS - 1][0]) in readout()
@@ -1049,8 +1049,7 @@ def test_pictures_can_be_saved(browser: Browser, data: PageData, tmp_path: Path)
         browser.js("arguments[0].click()", browser.find(f"#{name}-{kind}"))
     stems = ("driftlens-change-edited", "driftlens-L21H4", "driftlens-recovered")
     wanted = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
-    wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(browser.driver, 20)
-    wait.until(lambda _: wanted <= {path.name for path in tmp_path.iterdir()})
+    browser.wait(lambda: wanted <= {path.name for path in tmp_path.iterdir()})
     for stem in stems:
         content = (tmp_path / f"{stem}.png").read_bytes()
         assert content.startswith(b"\x89PNG")
@@ -1093,8 +1092,7 @@ def test_pictures_of_hostile_texts_and_of_one_matrix(browser: Browser, tmp_path:
     browser.choose("one", "#layouts")
     browser.js("arguments[0].click()", browser.find("#pattern-svg"))
     path = tmp_path / "driftlens-L21H4-state-edited.svg"
-    wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(browser.driver, 20)
-    wait.until(lambda _: path.exists())
+    browser.wait(lambda: path.exists())
     drawn = ElementTree.fromstring(path.read_text("utf-8"))
     assert {part.tag.split("}")[1] for part in drawn.iter()} <= VECTORS
     texts = [text.text for text in drawn.iter(f"{SVG}text")]
@@ -1105,3 +1103,53 @@ def test_pictures_of_hostile_texts_and_of_one_matrix(browser: Browser, tmp_path:
     rects = [rect.get("fill") for rect in drawn.iter(f"{SVG}rect")]
     assert rects[0] == "#15181b", "the colours of the dark theme"
     assert len(rects) == 1 + len(HOSTILE) * (len(HOSTILE) + 1) // 2 + 1
+
+
+@pytest.mark.browser
+def test_on_paper_everything_is_there_and_dark_on_white(browser: Browser, data: PageData) -> None:
+    browser.open(data, scheme="dark")
+    assert not browser.find("#view-name").is_displayed()
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    on_paper = {"media": "print", "features": dark}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", on_paper)
+    try:
+        browser.js("window.dispatchEvent(new Event('beforeprint'))")
+        assert browser.colour(browser.find("body")) == "rgb(253, 253, 252)"
+        assert browser.find("#view-name").is_displayed()
+        shown = browser.text("#view-name")
+        assert "Edited" in shown and "Original" in shown  # what is shown is not on a button alone
+        right = browser.js("return document.documentElement.clientWidth")
+        panels = browser.all(".panel")
+        assert len(panels) > 3
+        for panel in panels:
+            assert panel.rect["x"] + panel.rect["width"] <= right
+        browser.js("window.dispatchEvent(new Event('afterprint'))")
+        assert browser.js("return document.documentElement.dataset.theme") == "dark"
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+@pytest.mark.browser
+def test_what_is_not_known_has_no_column_and_what_is_true_is_written(browser: Browser) -> None:
+    told = [("original", 0.9, float("nan")), ("edited", 0.1, float("nan"))]
+    table = Table("T", ["head", "held"], [["L0H0", True], ["L1H1", np.bool_(False)]])
+    browser.open(example(target_new="", probabilities=told, tables=[table]))
+    headings = [cell.text for cell in browser.all("#answers-table thead th")]
+    assert len(headings) == 1 and headings[0].startswith("P(")
+    assert len(browser.all("#answers-table tbody tr:first-child td")) == 1
+    cells = [cell.text for cell in browser.all("#tables-body tbody td")]
+    assert cells[1::2] == ["True", "False"]
+    browser.open(example(probabilities=told))
+    assert len(browser.all("#answers-table thead th")) == 2
+
+
+@pytest.mark.browser
+def test_escape_in_a_field_closes_no_head(browser: Browser, data: PageData) -> None:
+    browser.open(data)
+    assert browser.find("#head-body").is_displayed()
+    browser.find("#overview-scale input").click()
+    browser.press("ESCAPE")
+    assert browser.find("#head-body").is_displayed()
+    browser.find("#theme").click()
+    browser.press("ESCAPE")
+    assert not browser.find("#head-body").is_displayed()

@@ -6,21 +6,27 @@ import errno
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import driftlens as dl
+from driftlens.codebook import Codebook
 from driftlens.edits import RECORD_FILE, WEIGHTS_FILE
 from driftlens.errors import DataError, DriftLensError, EditError
+from driftlens.journal import CHECKSUM, digest
 from driftlens.weights import DenseDelta, LowRankDelta, WeightStack, fingerprint, tensor_digest
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -571,19 +577,104 @@ def test_checkpoint_with_an_unembedding_of_its_own_is_refused() -> None:
         dl.Edit.from_checkpoint(lens("gemma3"), state)
 
 
-def test_edit_from_checkpoint_inside_another_edit() -> None:
-    # The difference is one to the unedited model, whatever is applied to it now.
+def test_no_edit_from_checkpoint_inside_another_edit() -> None:
     model = lens("gemma3")
     other, _ = second_checkpoint("gemma3")
-    expected = logits_of(other)
     ones = torch.ones_like(model.weights.parameters[GEMMA_DOWN])
-    with dl.Edit.from_deltas(model, {GEMMA_DOWN: ones}).applied(model):
-        try:
-            edit = dl.Edit.from_checkpoint(model, other)
-        except EditError:
-            return  # to refuse it would be as good
-    with edit.applied(model):
-        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-3)
+    with (
+        dl.Edit.from_deltas(model, {GEMMA_DOWN: ones}).applied(model),
+        pytest.raises(EditError, match="An edit is applied to the model now"),
+    ):
+        dl.Edit.from_checkpoint(model, other)
+
+
+def test_a_checkpoint_with_more_weights_is_refused(tmp_path: Path) -> None:
+    state = dict(tiny.hf_model("llama").state_dict())
+    down = "model.layers.1.mlp.down_proj"
+    state[f"{down}.weight"] = state[f"{down}.weight"] + 0.1
+    model = lens("llama")
+    wrong: tuple[tuple[str, Any], ...] = (("epoch", 3), ("note", "hello"), ("_extra_state", None))
+    for name, value in wrong:
+        with pytest.raises(EditError, match=f"'{name}' in the second checkpoint is .*, no tensor"):
+            dl.Edit.from_checkpoint(model, {**state, name: value})
+    for more in (f"{down}.bias", f"{down}.lora_A.weight", "lm_head.bias"):
+        found = {**state, more: torch.ones(3)}
+        with pytest.raises(EditError, match=f"has '{re.escape(more)}', which .* does not have"):
+            dl.Edit.from_checkpoint(model, found)
+        tiny.hf_model("llama").save_pretrained(tmp_path / more)
+        file = tmp_path / more / "model.safetensors"
+        save_file({**load_file(file), more: torch.ones(3)}, file, {"format": "pt"})
+        with pytest.raises(EditError, match=f"has '{re.escape(more)}', which"):
+            dl.Edit.from_checkpoint(model, tmp_path / more)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "computed"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("llama", "model.rotary_emb.inv_freq"),
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("gpt2", "transformer.h.1.attn.masked_bias"),
+        ("gptj", "transformer.h.0.attn.bias"),
+        ("gptj", "transformer.h.0.attn.masked_bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.masked_bias"),
+        ("opt", "model.decoder.version"),
+        ("gemma3", "model.embed_tokens.embed_scale"),
+    ],
+)
+def test_what_older_checkpoints_hold_beside_weights(
+    architecture: str, computed: str, tmp_path: Path
+) -> None:
+    model = lens(architecture)
+    name = model.down_projection(0).name
+    other = tiny.hf_model(architecture)
+    state = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    state[name] += 0.25
+    found = dl.Edit.from_checkpoint(model, {**state, computed: torch.ones(3)})
+    assert found.deltas.keys() == {name}
+    other.load_state_dict(state)
+    other.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), computed: torch.ones(3)}, file, {"format": "pt"})
+    assert dl.Edit.from_checkpoint(model, tmp_path).deltas == found.deltas
+
+
+def test_an_adapter_is_in_no_checkpoint() -> None:
+    model, other = lens("llama"), fresh("llama")
+    request = dl.EditRequest("{} is in", "The Eiffel Tower", "Rome")
+    edit = dl.edit(other, request, "grace", layer=1, steps=1, progress=False)
+    with edit.applied(other), pytest.raises(EditError, match="An adapter is applied to the second"):
+        dl.Edit.from_checkpoint(model, other)
+
+
+def test_a_checkpoint_without_a_weight_or_damaged_is_refused(tmp_path: Path) -> None:
+    tiny.hf_model("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(
+        EditError, match="lacks 1 of the model's .* that its config.json describes.$"
+    ):
+        dl.Edit.from_checkpoint(lens("llama"), tmp_path)
+    file.write_bytes(whole[:-100])
+    with pytest.raises(EditError, match="cannot be loaded"):
+        dl.Edit.from_checkpoint(lens("llama"), tmp_path)
+
+
+def test_an_edit_from_a_loaded_model_and_from_numpy() -> None:
+    other = tiny.hf_model("llama")
+    name = "model.layers.1.mlp.down_proj.weight"
+    with torch.no_grad():
+        dict(other.named_parameters())[name].add_(0.5)
+    state = {key: value.numpy() for key, value in other.state_dict().items()}
+    edited = dl.load_model(other, tiny.tokenizer())
+    model = lens("llama")
+    for source in (state, edited):
+        found = dl.Edit.from_checkpoint(model, source)
+        assert found.deltas.keys() == {name}
+        torch.testing.assert_close(found.deltas[name].dense(), torch.full((32, 64), 0.5))
 
 
 def test_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -752,6 +843,26 @@ def test_record_that_is_no_text_is_refused(tmp_path: Path) -> None:
         dl.load_edit(tmp_path)
 
 
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """A record as if it had been saved so."""
+    record.pop(CHECKSUM)
+    path.write_text(json.dumps({**record, CHECKSUM: digest(record)}), encoding="utf-8")
+
+
+def test_a_record_that_was_changed_is_refused(tmp_path: Path) -> None:
+    some_edit(lens()).save(tmp_path)
+    path = tmp_path / RECORD_FILE
+    saved = path.read_text("utf-8")
+    for changed in (saved.replace("external", "externak"), saved.replace(f'"{CHECKSUM}"', '"x"')):
+        assert changed != saved
+        path.write_text(changed, encoding="utf-8")
+        with pytest.raises(DataError, match="is not what was saved"):
+            dl.load_edit(tmp_path)
+    path.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(DataError, match="is damaged"):
+        dl.load_edit(tmp_path)
+
+
 FIELDS = ["method", "model_name", "fingerprint", "base_digests", "deltas", "requests", "config"]
 
 
@@ -761,7 +872,7 @@ def test_record_without_a_field_is_refused(field: str, tmp_path: Path) -> None:
     path = tmp_path / RECORD_FILE
     record = json.loads(path.read_text("utf-8"))
     del record[field]
-    path.write_text(json.dumps(record), encoding="utf-8")
+    write_record(path, record)
     with pytest.raises(DataError, match=field):
         dl.load_edit(tmp_path)
 
@@ -775,7 +886,7 @@ def test_record_with_a_field_of_another_type_is_refused(
     path = tmp_path / RECORD_FILE
     record = json.loads(path.read_text("utf-8"))
     record[field] = value
-    path.write_text(json.dumps(record), encoding="utf-8")
+    write_record(path, record)
     with pytest.raises(DriftLensError), dl.load_edit(tmp_path).applied(lens()):
         pass
 
@@ -786,18 +897,17 @@ def test_flipped_byte_of_the_record_is_an_error_or_harmless(tmp_path: Path) -> N
     edit.save(tmp_path)
     path = tmp_path / RECORD_FILE
     data = path.read_bytes()
-    with edit.applied(model):
-        inside = snapshot(model.weights.parameters)
     generator = random.Random(0)
+    refused = 0
     for position in generator.sample(range(len(data)), k=60):
         damaged = bytearray(data)
         damaged[position] ^= 1 << generator.randrange(8)
         path.write_bytes(damaged)
         try:
-            with dl.load_edit(tmp_path).applied(model):
-                assert_same_bits(model.weights.parameters, inside)
+            assert_same_edit(dl.load_edit(tmp_path, model), edit)  # white space was hit
         except DriftLensError:
-            pass
+            refused += 1
+    assert refused > 30
 
 
 FullDisk = Callable[[int], None]
@@ -866,3 +976,89 @@ def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EditError, match="cannot be written"):
         some_edit(lens()).save(path)
     assert path.read_text() == "kept"
+
+
+# --- what other code bases keep ------------------------------------------------------------------
+
+
+def test_deltas_may_be_numpy_arrays() -> None:
+    model = dl.load_model(tiny.hf_model("llama"), tiny.tokenizer())
+    name = model.down_projection(1).name
+    change = torch.randn(model.weights.parameters[name].shape)
+    found = dl.Edit.from_deltas(model, {name: change.numpy()})
+    assert found.deltas == {name: DenseDelta(change)}
+
+
+def test_deltas_are_copied_and_may_share_memory(tmp_path: Path) -> None:
+    model = lens("llama")
+    names = [model.down_projection(layer).name for layer in (0, 1)]
+    given = np.ones((32, 64), dtype=np.float32)
+    tensor = torch.ones(32, 64)
+    u, v = torch.ones(32, 1), torch.ones(64, 1)
+    for source, change in (
+        (given, given), (tensor, tensor), (DenseDelta(tensor), tensor), (LowRankDelta(u, v), u)
+    ):  # fmt: skip
+        found = dl.Edit.from_deltas(model, dict.fromkeys(names, source))
+        change *= 100
+        assert float(found.deltas[names[0]].dense()[0, 0]) == 1.0
+        change /= 100
+    keys, values = torch.ones(1, 64), torch.ones(1, 32)
+    held = dl.Edit.from_deltas(model, {names[0]: Codebook(keys, values, torch.ones(1), ("a",))})
+    keys *= 100
+    assert float(held.deltas[names[0]].tensors()["keys"][0, 0]) == 1.0
+    name = "model.layers.0.self_attn.o_proj.weight"  # square
+    both = torch.ones(32, 1)
+    made = dl.Edit.from_deltas(model, {name: LowRankDelta(both, both), **found.deltas})
+    replace(made, deltas={**made.deltas, name: LowRankDelta(both, both)}).save(tmp_path)
+    assert dl.load_edit(tmp_path).deltas == made.deltas
+
+
+def test_arrays_of_any_order_are_read_and_others_refused() -> None:
+    model = lens("llama")
+    name = model.down_projection(1).name
+    given = np.arange(32 * 64, dtype=np.float32).reshape(32, 64)
+    for source in (given[::-1][::-1], given.astype(">f4"), np.asfortranarray(given)):
+        found = dl.Edit.from_deltas(model, {name: source}).deltas[name]
+        assert torch.equal(found.dense(), torch.from_numpy(given))
+    ones = torch.ones
+    for wrong, said in (
+        (given.astype(object), "is object, not a tensor"),
+        (given.astype(int), "is int64, not a tensor"),
+        (DenseDelta(ones(32, 64, dtype=torch.int32)), "is torch.int32"),
+        (DenseDelta(given), "is float32, not a tensor"),
+        (unchecked(given[:, :1], given[:1].T), "is float32, not a tensor"),
+        (LowRankDelta(ones(32, 1), ones(64, 1).double()), "mixes dtypes"),
+        (Codebook(ones(2, 64), ones(2, 32), ones(2), ("a",)), "2 values, 2 radii and 1 labels"),
+    ):
+        with pytest.raises(EditError, match=said):
+            dl.Edit.from_deltas(model, {name: wrong})
+    for request in ("The Louvre", ["The Louvre"], 5):
+        with pytest.raises(EditError, match="is no EditRequest"):
+            dl.Edit.from_deltas(model, {name: given}, request=request)  # type: ignore[arg-type]
+
+
+def test_what_is_no_delta_is_refused_with_the_way_to_write_it() -> None:
+    model = dl.load_model(tiny.hf_model("llama"), tiny.tokenizer())
+    name = model.down_projection(1).name
+    u, v = (torch.randn(n) for n in model.weights.parameters[name].shape)
+    columns = LowRankDelta(left=u[:, None], right=v[:, None])
+    assert dl.Edit.from_deltas(model, {name: columns}).deltas[name] == columns
+    several = unchecked(u[:, None], v[:, None].repeat(1, 2))
+    for wrong, said in (
+        ((u, v), "is tuple, not a tensor of real numbers"),
+        (3.0, "is float, not a tensor"),
+        (torch.ones(model.weights.parameters[name].shape, dtype=torch.int64), "is torch.int64"),
+        (several, r"have shapes \(32, 1\) and \(64, 2\), not \[rows, rank\]"),
+    ):
+        with pytest.raises(EditError, match=f"{said}.*LowRankDelta\\(left=u"):
+            dl.Edit.from_deltas(model, {name: wrong})
+    with pytest.raises(EditError, match=r"have shapes \(32,\) and \(64,\)"):
+        dl.Edit.from_deltas(model, {name: unchecked(u, v)})
+
+
+def unchecked(left: torch.Tensor, right: torch.Tensor) -> LowRankDelta:
+    """Made without the type checks of these tests."""
+    delta = LowRankDelta(torch.zeros(1, 1), torch.zeros(1, 1))
+    object.__setattr__(delta, "left", left)
+    object.__setattr__(delta, "right", right)
+    return delta

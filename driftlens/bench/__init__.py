@@ -1,8 +1,10 @@
 """Benchmarks: cases x arms (an editor and its restrictions), each finished unit kept at once.
 
-A unit is one case under one arm. Its identity holds everything that determines its result, so a
-run that was killed goes on where it was, and a changed configuration is another unit. A folder of
-results holds
+A unit is one case under one arm. Its identity holds what was asked for: model and weights, case,
+editor, restrictions, seed. So a run that was killed goes on where it was, and a changed
+configuration is another unit. The last bits of a result also depend on what is not in it: which
+cases share passes (those of the run), and the number of threads. Nor is the code: a unit of other
+versions is kept, with a warning. A folder of results holds
 
     bench.json    what the latest run was asked for, with versions
     cases.jsonl   its cases

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ class RayExecutor:
             worker with other weights, another type of number or another tokenizer is refused. It
             may run on another kind of device.
         workers: How many; by default one for each GPU of the cluster, or, without any, for each
-            ``threads`` CPUs.
+            ``threads`` CPUs. In a cluster with GPUs, nodes without any have no workers.
         threads: Of each worker; by default those of this process.
         attempts: How many workers may die of a job before its cases are asked about one by one,
             and the one that workers die of, even alone, is recorded as failed.
@@ -158,22 +157,30 @@ class RayExecutor:
 
     def _room(self, nodes: Sequence[Mapping[str, float]]) -> tuple[int, dict[str, float]]:
         """How many workers, and what each takes of its node; Ray lets those wait forever for
-        which there is no room."""
-        room = sum(int(node.get("CPU", 0)) // self.threads for node in nodes)
-        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-        if not room:
+        which there is no room. In a cluster with GPUs, nodes without any are left out."""
+        gpus = [int(node.get("GPU", 0)) for node in nodes]
+        rooms = [int(node.get("CPU", 0)) // self.threads for node in nodes]
+        if any(gpus):
+            rooms = [room if of_node else 0 for room, of_node in zip(rooms, gpus, strict=True)]
+        kind = " with a GPU" if any(gpus) else ""
+        if not any(rooms):
             raise RequestError(
-                f"No node has {self.threads} CPUs for a worker.", "Give fewer threads."
+                f"No node{kind} has {self.threads} CPUs for a worker.", "Give fewer threads."
             )
-        if (self._wanted or 0) > room:
+        if (self._wanted or 0) > sum(rooms):
             raise RequestError(
-                f"There is room for {room} workers of {self.threads} threads, not for "
-                f"{self._wanted}.",
-                "Give fewer workers or threads.",
+                f"There is room for {sum(rooms)} workers of {self.threads} threads"
+                f"{f' on nodes{kind}' if kind else ''}, not for {self._wanted}.",
+                "Give fewer workers or threads (OMP_NUM_THREADS, or threads= in Python).",
             )
-        count = self._wanted or min(gpus or room, room)
-        share = 1 / math.ceil(count / gpus) if gpus else 0.0
-        return count, {"num_cpus": self.threads, "num_gpus": share}
+        if not any(gpus):
+            return self._wanted or sum(rooms), {"num_cpus": self.threads, "num_gpus": 0.0}
+        for per_gpu in range(1, max(rooms) + 1):
+            pairs = zip(rooms, gpus, strict=True)
+            fit = sum(min(room, of_node * per_gpu) for room, of_node in pairs)
+            if fit >= (self._wanted or 1):
+                break
+        return self._wanted or fit, {"num_cpus": self.threads, "num_gpus": 1 / per_gpu}
 
     def _connect(self) -> None:
         try:
@@ -252,7 +259,7 @@ class _Worker:
 
 def _parts(jobs: Iterable[Job]) -> Iterator[_Part]:
     """Jobs that follow one another and have the same cases."""
-    for _, own in groupby(jobs, key=lambda job: job.cases):
+    for _, own in itertools.groupby(jobs, key=lambda job: job.cases):
         yield _Part(deque(own))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -28,11 +29,12 @@ from driftlens.evaluation import (
     compare_combined,
     growth,
     rates,
+    with_failures,
 )
 from driftlens.intervals import bootstrap_interval
 from driftlens.journal import Journal, total
 from driftlens.readers import read_cases
-from driftlens.records import write_result
+from driftlens.records import plain, write_result
 
 KEPT: dict[str, tuple[Metric, ...]] = {"edit": ("ES", "PS"), "others": ("NS", "RS", "DNS")}
 """What an edit should do, and what it should leave alone."""
@@ -210,8 +212,7 @@ class BenchResult:
     def differences(self) -> list[dict[str, Any]]:
         """Paired differences in success of all :meth:`pairs`, by metric, JSON-ready."""
         return [
-            {"arm": arm, "less": other, "metric": metric, **asdict(found)}
-            | {"effect": _or_none(found.effect)}
+            plain({"arm": arm, "less": other, "metric": metric, **asdict(found)})
             for arm, other in self.pairs()
             for metric, found in self.compare(arm, other).items()
         ]
@@ -306,12 +307,14 @@ class BenchResult:
         """Each arm with its configuration, the number of its finished cases, and the median
         seconds and steps of its edits, JSON-ready."""
         return [
-            {
-                **arm,
-                "finished": len(self.records[arm["name"]]),
-                "seconds_per_edit": _or_none(self.seconds(arm["name"])),
-                "steps_per_edit": _or_none(self.steps(arm["name"])),
-            }
+            plain(
+                {
+                    **arm,
+                    "finished": len(self.records[arm["name"]]),
+                    "seconds_per_edit": self.seconds(arm["name"]),
+                    "steps_per_edit": self.steps(arm["name"]),
+                }
+            )
             for arm in self.plan["arms"]
         ]
 
@@ -324,33 +327,40 @@ class BenchResult:
             "cases": list(self.cases),
             "arms": self.conditions(),
             "failed": failed,
-            "table": self.table().to_dict("records"),
+            "table": plain(self.table().to_dict("records")),
             "differences": self.differences(),
         }
 
-    def to_markdown(self, metrics: Sequence[Metric] = METRICS) -> str:
+    def main_metrics(self) -> list[Metric]:
+        """Those of the paper's table, if all of them were asked; else whatever was."""
+        asked: list[Metric] = self.plan["setting"]["metrics"]
+        return list(METRICS) if set(METRICS) <= set(asked) else asked
+
+    def to_markdown(self, metrics: Sequence[Metric] | None = None) -> str:
         """The main table: success in per cent with 95 % intervals, what is told of texts, and
-        seconds for each edit."""
+        seconds for each edit.
+
+        Args:
+            metrics: Which; by default :meth:`main_metrics`. Avg. S is shown if all that it is a
+                mean of are among them.
+        """
+        metrics = self.main_metrics() if metrics is None else metrics
         texts: list[TextMetric] = self.plan["setting"].get("texts", [])
-        lines = [
-            f"| arm | Avg. S | {' | '.join([*metrics, *texts])} | seconds |",
-            "|---" * (3 + len(metrics) + len(texts)) + "|",
-        ]
+        has_mean = set(METRICS) <= set(metrics)
+        head = ["arm", *["Avg. S"] * has_mean, *metrics, *texts, "seconds"]
+        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        failed = Counter(arm for arm, _, _ in self.failed)
         for arm in self.arms:
-            found, whole = self.rates(arm), average(self.answers(arm).values())
-            told = self.text_rates(arm)
-            cells = [str(found[m]) if m in found else "-" for m in metrics]
+            found, told = self.rates(arm), self.text_rates(arm)
+            cells = [str(average(self.answers(arm).values()) or "-")] if has_mean else []
+            cells += [str(found[m]) if m in found else "-" for m in metrics]
             cells += [str(told[m]) if m in told else "-" for m in texts]
             seconds = self.seconds(arm)
-            shown = "-" if np.isnan(seconds) else f"{seconds:.1f}"
-            lines.append(f"| {arm} | {whole or '-'} | {' | '.join(cells)} | {shown} |")
+            cells.append("-" if np.isnan(seconds) else f"{seconds:.1f}")
+            lines.append(f"| {' | '.join([with_failures(arm, failed[arm]), *cells])} |")
         return "\n".join(lines)
 
 
 def _median(values: Iterable[float]) -> float:
     found = list(values)
     return float(np.median(found)) if found else float("nan")
-
-
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else value

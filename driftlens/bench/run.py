@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -90,7 +89,7 @@ def run_bench(
         made_by = {**versions(), "transformers": transformers.__version__}
         _write_plan(folder, model, cases, arms, units, setting, command, made_by)
         journal = Journal(folder / UNITS)
-        _compare_versions(journal, units.values(), made_by)
+        journal.warn_of_other_versions(units.values(), made_by, stacklevel=3)
         missing = {
             key for key, unit in units.items() if not journal.is_finished(unit, retry_failed)
         }
@@ -115,26 +114,6 @@ def _check(model: LensModel, cases: Sequence[Case], arms: Sequence[Arm]) -> None
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise RequestError(f"Two {what} are called {twice[0]!r}.", "Give each its own name.")
-
-
-def _compare_versions(
-    journal: Journal, units: Iterable[Mapping[str, Any]], made_by: Mapping[str, str]
-) -> None:
-    """Warn of finished units of other versions: what the code does is in no unit's identity."""
-    others = [
-        journal[unit]["versions"]
-        for unit in units
-        if unit in journal and journal[unit].get("versions", made_by) != made_by
-    ]
-    if others:
-        changed = [
-            f"{name} {value}" for name, value in others[0].items() if value != made_by.get(name)
-        ]
-        warnings.warn(
-            f"{len(others)} of the units in {journal.path} were made by other versions "
-            f"({', '.join(changed)}), and are kept. Choose another folder to make all anew.",
-            stacklevel=3,
-        )
 
 
 def _jobs(

@@ -8,7 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, Protocol
 
-from driftlens.cases import ALL_METRICS, UNRELATED, Case, Metric, TextMetric
+import torch
+
+from driftlens.cases import (
+    ALL_METRICS,
+    TEXT_METRICS,
+    UNRELATED,
+    Case,
+    Metric,
+    TextMetric,
+    check_metrics,
+)
 from driftlens.editing.configs import EditConfig, checked
 from driftlens.editing.contexts import Context
 from driftlens.editing.defaults import sadr_gamma
@@ -33,6 +43,8 @@ UNEDITED = "unedited"
 """The arm that leaves the model as it is."""
 COVARIANCE = f"{DEFAULT_TOKENS} tokens of wikipedia-leads"
 """What keys' second moments are estimated from."""
+FAILURES = (DriftLensError, torch.OutOfMemoryError, MemoryError)
+"""What is wrong with a case, and does not stop a run; anything else is a defect, and does."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,9 @@ class Setting:
         seed: Of the sampled contexts, and of texts that are written.
         texts: What is told of texts; writing them takes longer than all answers.
         text_length: Tokens of a text that is written, with its prompt.
+
+    Raises:
+        RequestError: If there is no such metric.
     """
 
     metrics: tuple[Metric, ...] = tuple(ALL_METRICS)
@@ -133,9 +148,14 @@ class Setting:
     texts: tuple[TextMetric, ...] = ()
     text_length: int = 100
 
+    def __post_init__(self) -> None:
+        check_metrics(self.metrics, ALL_METRICS)
+        check_metrics(self.texts, TEXT_METRICS)
+
 
 def identity(model: Mapping[str, Any], case: Case, arm: Arm, setting: Setting) -> dict[str, Any]:
-    """Everything that determines a unit's result, JSON-ready.
+    """What a unit's result is of, JSON-ready: all that determines it but for its last bits, and
+    the code.
 
     Args:
         model: What :meth:`~driftlens.LensModel.identity` gives.
@@ -204,6 +224,11 @@ def _tokens_from_subject(model: LensModel, case: Case) -> int:
         return 0
 
 
+def reason(error: Exception) -> str:
+    """Why a case failed, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def run_job(
     model: LensModel, job: Job, setting: Setting, store: ValueStore | None = None
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
@@ -218,7 +243,7 @@ def run_job(
         ModelError: If the model's weights are not the same afterwards.
     """
     before, started = model.fingerprint(), time.monotonic()
-    edited_cases: list[tuple[Case, Edit | DriftLensError | None]] = (
+    edited_cases: list[tuple[Case, Edit | Exception | None]] = (
         [(case, None) for case in job.cases]
         if job.arm.method is None
         else [*edits_of(model, job.arm, job.cases, setting.seed, store)]
@@ -228,11 +253,11 @@ def run_job(
         if case.id not in job.missing:
             continue
         try:
-            if isinstance(edited, DriftLensError):
+            if isinstance(edited, Exception):
                 raise edited
             record = _asked(model, case, edited, setting, texts.get(case.id))
-        except DriftLensError as error:
-            record = {"error": f"{type(error).__name__}: {error}"}
+        except FAILURES as error:
+            record = {"error": reason(error)}
         if model.fingerprint() != before:
             raise ModelError("The model's weights are not what they were before the case.")
         yield case, {**record, "spent": time.monotonic() - started}
@@ -240,7 +265,7 @@ def run_job(
 
 
 def _written(
-    model: LensModel, edited: Sequence[tuple[Case, Edit | DriftLensError | None]], setting: Setting
+    model: LensModel, edited: Sequence[tuple[Case, Edit | Exception | None]], setting: Setting
 ) -> dict[str, list[str]]:
     """Texts of each case under its edit, by case, written side by side. Nothing where that cannot
     be: they are then written with each edit applied."""
@@ -248,7 +273,7 @@ def _written(
         (case, made)
         for case, made in edited
         if are_written(case, setting.texts)
-        and not isinstance(made, DriftLensError)
+        and not isinstance(made, Exception)
         and (made is None or fits_beside_others(model, made))
     ]
     if not able:
@@ -258,7 +283,7 @@ def _written(
             model, [case.generation for case, _ in able], [made for _, made in able],
             setting.text_length, seed=setting.seed,
         )  # fmt: skip
-    except DriftLensError:  # of one of them; which one, is found out case by case
+    except FAILURES:  # of one of them; which one, is found out case by case
         return {}
     return {case.id: own for (case, _), own in zip(able, texts, strict=True)}
 
@@ -269,7 +294,7 @@ def edits_of(
     cases: Sequence[Case],
     seed: int = 0,
     store: ValueStore | None = None,
-) -> Iterator[tuple[Case, Edit | DriftLensError]]:
+) -> Iterator[tuple[Case, Edit | Exception]]:
     """Each case with its edit, or with what prevents it; in shared passes where possible.
 
     Args:
@@ -283,14 +308,15 @@ def edits_of(
     requests = [case.request for case in cases]
     try:
         together: list[Edit] | None = list(edit_each(model, requests, store=store, **options))
-    except DriftLensError:  # one of them cannot be edited: find out which
+    except FAILURES:  # one of them cannot be edited: find out which
         together = None
     for i, case in enumerate(cases):
         try:
             made = together[i] if together else edit(model, case.request, **options)
+        except FAILURES as error:
+            yield case, error.with_traceback(None)  # whose frames hold tensors
+        else:
             yield case, made
-        except DriftLensError as error:
-            yield case, error
 
 
 def _asked(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -41,8 +42,11 @@ def alphaedit(
     """
     layers, state = config.edited_layers, resources.state
     for layer in layers:
+        threshold, given = config.nullspace_threshold, resources.covariances.get(layer)
         if layer not in state.projections:
-            project(state, layer, resources.covariances[layer], config.nullspace_threshold)
+            project(state, layer, resources.covariances[layer], threshold, model)
+        else:
+            _check_source(state, layer, given, threshold, model)
 
     def right(layer: int, keys: Float[torch.Tensor, "fact d_mlp"]) -> torch.Tensor:
         earlier = state.key_sums.get(layer)
@@ -66,11 +70,21 @@ def alphaedit(
     return replace(outcome, info=info)
 
 
-def project(state: NullSpaceState, layer: int, covariance: KeyCovariance, threshold: float) -> None:
+def project(
+    state: NullSpaceState,
+    layer: int,
+    covariance: KeyCovariance,
+    threshold: float,
+    model: LensModel | None = None,
+) -> None:
     """Put the projection onto the null space of other keys into the state.
 
+    Args:
+        model: Which is remembered, so that the state is not used for another one.
+
     Raises:
-        EditError: If no direction's second moment is below the threshold.
+        EditError: If no direction's second moment is below the threshold, or the moments are of
+            too little text.
     """
     if covariance.matrix is None:
         raise EditError(
@@ -78,6 +92,7 @@ def project(state: NullSpaceState, layer: int, covariance: KeyCovariance, thresh
             "has none.",
             "Leave covariance out, or give real statistics.",
         )
+    covariance.check_enough_text()
     moments, directions = torch.linalg.eigh(covariance.matrix.double().cpu())
     small = directions[:, moments < threshold]
     if small.shape[1] == 0:
@@ -88,6 +103,35 @@ def project(state: NullSpaceState, layer: int, covariance: KeyCovariance, thresh
         )
     state.projections[layer] = small @ small.T
     state.ranks[layer] = int(small.shape[1])
+    if model is not None:
+        state.sources[layer] = _source(covariance, threshold, model)
+
+
+def _source(covariance: KeyCovariance | None, threshold: float, model: LensModel) -> dict[str, Any]:
+    """What a projection depends on."""
+    found: dict[str, Any] = {"model": model.fingerprint(), "nullspace_threshold": threshold}
+    return found if covariance is None else {**found, "covariance": covariance.to_dict()}
+
+
+def _check_source(
+    state: NullSpaceState,
+    layer: int,
+    covariance: KeyCovariance | None,
+    threshold: float,
+    model: LensModel,
+) -> None:
+    """Refuse a projection that is of something else than what is asked for now.
+
+    Raises:
+        EditError: Naming what differs.
+    """
+    known = state.sources.get(layer, {})
+    for name, value in _source(covariance, threshold, model).items():
+        if name in known and known[name] != value:
+            raise EditError(
+                f"The state's null space in layer {layer} is of another {name}.",
+                "Pass a new NullSpaceState, or the same arguments as before.",
+            )
 
 
 def null_space_right(

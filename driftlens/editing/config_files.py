@@ -10,7 +10,8 @@
     penalty = "sadr"
     gamma = 0.2
 
-Fields that are left out take the model's defaults; ``"none"`` stands for no value.
+Hyperparameters that are left out take the model's defaults, fields of penalties those of their
+classes; ``"none"`` stands for no value.
 """
 
 from __future__ import annotations

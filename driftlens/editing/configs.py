@@ -12,19 +12,32 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Annotated, Any, Literal, TypeVar
 
 import docstring_parser
+import numpy as np
 import pydantic
 
 from driftlens.errors import RequestError
 
+
+def _plain_int(value: Any) -> Any:
+    """Whole numbers of numpy as Python's; anything else as it is."""
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _plain_list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 Positive = Annotated[float, pydantic.Field(strict=True, gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, pydantic.Field(strict=True, ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, pydantic.Field(strict=True, allow_inf_nan=False)]
-Count = Annotated[int, pydantic.Field(strict=True, ge=1)]
+Whole = pydantic.BeforeValidator(_plain_int)
+Count = Annotated[int, Whole, pydantic.Field(strict=True, ge=1)]
 Switch = Annotated[bool, pydantic.Field(strict=True)]
 # Whether layers are in range is checked where the model is known.
-Layer = Annotated[int, pydantic.Field(strict=True)]
-Layers = Annotated[tuple[Layer, ...], pydantic.Field(min_length=1)]
-Lengths = Annotated[tuple[Count, ...], pydantic.Field(min_length=1)]
+Layer = Annotated[int, Whole, pydantic.Field(strict=True)]
+Several = pydantic.BeforeValidator(_plain_list)
+Layers = Annotated[tuple[Layer, ...], Several, pydantic.Field(min_length=1)]
+Lengths = Annotated[tuple[Count, ...], Several, pydantic.Field(min_length=1)]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,10 @@ from driftlens.editing.statistics import KeyCovariance
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
 
+EQUAL = 1e-9
+"""Share of the largest eigenvalue below which keys count as equal: rounding in float32 makes equal
+keys differ by about 1e-6 of their length, and so eigenvalues of the square of that."""
+
 
 def emmet(
     model: LensModel, requests: Sequence[EditRequest], config: EmmetConfig, resources: Resources
@@ -45,9 +49,10 @@ def equality_right(
     """``C'^-1 K (K^T C'^-1 K + lambda_e I)^-1``, in float64.
 
     Facts that share a key make the inner matrix singular if lambda_e is 0; its pseudo-inverse
-    then meets them on average.
+    then meets them on average. Such keys may differ by the rounding of the passes that they are
+    from, which `EQUAL` covers.
     """
     solved = covariance.solve_scaled(keys.T, config.cov_weight, config.identity_weight)
     inner = keys.to(solved.device) @ solved
     inner = inner + config.key_weight * torch.eye(len(keys), dtype=inner.dtype, device=inner.device)
-    return solved @ torch.linalg.pinv(inner, hermitian=True)
+    return solved @ torch.linalg.pinv(inner, hermitian=True, rtol=EQUAL)

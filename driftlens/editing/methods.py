@@ -136,8 +136,9 @@ def edit(
         config: All hyperparameters; by default those for this model.
         penalty: A restriction such as ``SADR(gamma=0.05)``, or several; they add up.
         context_prompts: Templates with one ``{}`` for the prompt, e.g. ``["{}", "Yes. {}"]``;
-            by default the prompt alone and sentences that the model writes itself (20 for
-            ROME, 5 for MEMIT and its relatives; fine-tuning and GRACE use none).
+            by default the prompt alone and sentences that the model writes itself, as many as
+            ``context_lengths`` and ``contexts_per_word`` say (for ROME 20, on the bundled models 5;
+            5 for MEMIT and its relatives; fine-tuning and GRACE use none).
         covariance: Second moments of the edited layers' keys: ``None`` (over 100,000 tokens of
             Wikipedia leads, computed once and cached), ``"identity"``, a path to an
             ``.npz``, a :class:`~driftlens.editing.statistics.KeyCovariance`, texts, or a
@@ -213,7 +214,8 @@ def edit_each(
         RequestError: As :func:`edit`.
         ModelError: As :func:`edit`.
         TokenError: If any subject or target cannot be tokenized.
-        EditError: If an edit cannot be computed.
+        EditError: If an edit cannot be computed, or the edits that are applied to the model
+            change between two of them.
     """
     facts = _requests(requests)
     chosen = resolve_config(model, method, config, overrides)
@@ -221,7 +223,7 @@ def edit_each(
     resources = _resources(
         model, method, chosen, penalty, context_prompts, covariance, seed, progress, engine, state
     )
-    known = ValueStore() if store is None else store
+    known, around = ValueStore() if store is None else store, model.weights.active
     found = _outcomes_of_each(model, facts, method, chosen, resources, known)
     for request, (outcome, seconds) in zip(facts, found, strict=True):
         yield make_edit(
@@ -233,6 +235,11 @@ def edit_each(
             trace=outcome.trace,
             info={**outcome.info, "seconds": seconds},
         )
+        if model.weights.active != around:
+            raise EditError(
+                "Other edits are applied to the model than when the first of these was made.",
+                "Apply them when all are made: edits = list(edit_each(...)).",
+            )
 
 
 def _outcomes_of_each(
@@ -256,8 +263,7 @@ def _outcomes_of_each(
     for request, value in zip(facts, searched, strict=True):
         started = time.monotonic()
         known = {} if value is None else {request: value}
-        fresh = NullSpaceState(resources.state.projections, resources.state.ranks)
-        own = replace(resources, found=known, state=fresh)
+        own = replace(resources, found=known, state=resources.state.fresh())
         outcome = _run(model, (request,), method, config, own)
         before = 0.0 if value is None else value[1].seconds
         yield outcome, before + time.monotonic() - started
@@ -286,7 +292,8 @@ def edit_sequence(
 
     Args:
         requests: The facts, in order.
-        state: For AlphaEdit; by default a fresh one that all edits of the sequence share.
+        state: For AlphaEdit; by default a fresh one that all edits of the sequence share. It is
+            changed only if all of them succeed.
         after_each: Called with the number of edits so far and the model, while these are
             applied; e.g. to score it.
 
@@ -306,6 +313,7 @@ def edit_sequence(
     resources = _resources(
         model, method, chosen, penalty, context_prompts, covariance, seed, progress, engine, state
     )
+    lasting, resources = resources.state, replace(resources, state=resources.state.copy())
     deltas: dict[str, Delta] = {}
     trace: list[dict[str, Any]] = []
     infos: list[dict[str, Any]] = []
@@ -330,6 +338,7 @@ def edit_sequence(
     finally:
         if ticket is not None:
             model.weights.pop(ticket)
+    lasting.update(resources.state)
     return make_edit(
         model,
         deltas,
@@ -400,6 +409,12 @@ def _requests(given: EditRequest | Sequence[EditRequest]) -> tuple[EditRequest, 
     for request in requests:
         if not isinstance(request, EditRequest):
             raise RequestError(f"request must be an EditRequest, not {type(request).__name__}.")
+        if request.target_new == request.target_true:
+            raise RequestError(
+                f"{request.target_new!r} is the true answer to {request.text!r}, too: nothing "
+                "would be edited.",
+                "Give another new target.",
+            )
     if not requests:
         raise RequestError("There is no fact to edit.", "Give at least one EditRequest.")
     return tuple(requests)
@@ -423,6 +438,15 @@ def _resources(
         item.check(model)
     if state is not None and method != "alphaedit":
         raise RequestError(f"{method} carries no state from edit to edit.", "Leave state out.")
+    if covariance is not None and not METHODS[method].needs_covariance:
+        raise RequestError(f"{method} uses no second moments of keys.", "Leave covariance out.")
+    for layer in config.edited_layers:
+        if method != "grace" and model.weights.is_adapted(model.down_projection(layer).name):
+            raise EditError(
+                f"An adapter is applied beside layer {layer}'s down-projection, and replaces what "
+                "a change of that matrix would do.",
+                "Edit another layer, or outside of `with edit.applied(model)`.",
+            )
     contexts = [Context()]
     if isinstance(config, ValueSearch):
         contexts = (
@@ -435,7 +459,11 @@ def _resources(
     elif context_prompts is not None:
         raise RequestError(f"{method} uses no contexts.", "Leave context_prompts out.")
     state = NullSpaceState() if state is None else state
-    layers = [layer for layer in config.edited_layers if layer not in state.projections]
+    layers = [
+        layer
+        for layer in config.edited_layers
+        if layer not in state.projections or covariance is not None
+    ]
     covariances = {}
     if METHODS[method].needs_covariance and layers:
         if model.weights.is_edited and covariance is None:

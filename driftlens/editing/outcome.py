@@ -54,12 +54,32 @@ class NullSpaceState:
         ranks: For each layer, the dimension of that null space.
         key_sums: For each layer, the sum of ``k k^T`` over the keys of all edits so far.
         facts: Number of facts edited so far.
+        sources: For each layer, what its projection is of: model, threshold, second moments.
     """
 
     projections: dict[int, Float[torch.Tensor, "d_mlp d_mlp"]] = field(default_factory=dict)
     ranks: dict[int, int] = field(default_factory=dict)
     key_sums: dict[int, Float[torch.Tensor, "d_mlp d_mlp"]] = field(default_factory=dict)
     facts: int = 0
+    sources: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def fresh(self) -> NullSpaceState:
+        """A state with these projections and no edit so far."""
+        return NullSpaceState(self.projections, self.ranks, sources=self.sources)
+
+    def copy(self) -> NullSpaceState:
+        """A state that goes its own way."""
+        return NullSpaceState(
+            dict(self.projections),
+            dict(self.ranks),
+            dict(self.key_sums),
+            self.facts,
+            dict(self.sources),
+        )
+
+    def update(self, other: NullSpaceState) -> None:
+        """Become another one."""
+        vars(self).update(vars(other.copy()))
 
 
 @dataclass(frozen=True)
@@ -263,7 +283,7 @@ class ValueStore:
         if model.weights.is_edited:
             return find_values(model, requests, query, resources)
         asked = (
-            model.fingerprint(), model.info, tuple(requests), query, tuple(resources.contexts),
+            model.identity(), tuple(requests), query, tuple(resources.contexts),
             tuple(resources.penalties), choose_engine(model, resources.engine),
         )  # fmt: skip
         for known, found in self.searches:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +41,7 @@ class Sites:
         subject: For each context, the key position of the subject's last token, counted from
             the end (negative).
         real: For each context, which query positions are no padding.
-        layers: Layers whose attention the edit can influence.
+        layers: Layers whose attention the edit can influence: those above the edited one.
         key_hooks: For each of these layers, the hook that delivers the keys as attention uses
             them, ``[batch, pos, kv_head, d_head]``.
     """
@@ -62,8 +63,21 @@ class Sites:
         return torch.arange(len(self.predicting), device=self.predicting.device)
 
     def chosen(self, layers: tuple[int, ...] | None) -> list[int]:
-        """Those of the given layers that the edit can influence; ``None`` for all of them."""
-        return [layer for layer in self.layers if layers is None or layer in layers]
+        """Those of the given layers that the edit can influence; ``None`` for all of them.
+
+        Raises:
+            RequestError: If there is none, so that nothing would be held.
+        """
+        found = [layer for layer in self.layers if layers is None or layer in layers]
+        if not found:
+            named = "any layer" if layers is None else f"layers {', '.join(map(str, layers))}"
+            reached = f"{self.layers[0]} and above" if self.layers else "none"
+            raise RequestError(
+                f"A penalty cannot act in {named}: of the layers above the edited one (here "
+                f"{reached}) it holds none.",
+                "Restrict other layers, edit a lower one, or leave the penalty out.",
+            )
+        return found
 
     def at_last_prompt(
         self, activation: Float[torch.Tensor, "batch pos ..."]
@@ -138,8 +152,8 @@ def check_layers(what: str, layers: Any) -> tuple[int, ...] | None:
         found = tuple(layers)
     except TypeError:
         found = ()
-    if not found or not all(isinstance(y, int) and not isinstance(y, bool) for y in found):
+    if not found or not all(isinstance(y, Integral) and not isinstance(y, bool) for y in found):
         raise RequestError(
             f"{what}'s layers are {layers!r}.", "Give a list of layers, or none for all."
         )
-    return found
+    return tuple(map(int, found))

@@ -20,6 +20,7 @@ from driftlens.editing.penalties import (
     check_layers,
     check_weight,
 )
+from driftlens.errors import RequestError
 from driftlens.interventions import block_out_name
 from driftlens.precision import in_float32
 
@@ -76,7 +77,7 @@ class HiddenDrift(Penalty):
 
     Args:
         weight: Weight of the norm, in nats per unit of the residual stream; if relative, in nats.
-        layers: Layers after which it is restricted; ``None`` for all.
+        layers: Layers after which it is restricted; ``None`` for all above the edited one.
         relative: Whether changes are shares of what was there.
     """
 
@@ -89,9 +90,11 @@ class HiddenDrift(Penalty):
     def __post_init__(self) -> None:
         check_weight("HiddenDrift's weight", self.weight)
         object.__setattr__(self, "layers", check_layers("HiddenDrift", self.layers))
+        if not isinstance(self.relative, bool):
+            raise RequestError(f"relative is {self.relative!r}.", "Give True or False.")
 
     def activations(self, sites: Sites) -> list[str]:
-        """Outputs of the restricted layers that the edit can influence."""
+        """Outputs of the restricted layers above the edited one."""
         return [block_out_name(layer) for layer in sites.chosen(self.layers)]
 
     def __call__(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
@@ -24,7 +25,7 @@ from driftlens.editing.penalties import (
     check_layers,
     check_weight,
 )
-from driftlens.errors import RequestError
+from driftlens.errors import RequestError, check_choice
 from driftlens.interventions import pattern_name
 from driftlens.models import LensModel
 from driftlens.precision import in_float32
@@ -70,11 +71,11 @@ class SADR(Penalty):
     def __post_init__(self) -> None:
         check_weight("SADR's gamma", self.gamma)
         if isinstance(self.heads, str):
-            _check_choice("head-selection rule", self.heads, HeadRule)
+            check_choice("SADR's heads", self.heads, get_args(HeadRule))
         else:
             object.__setattr__(self, "heads", _parse_heads(self.heads))
-        _check_choice("divergence", self.divergence, Divergence)
-        _check_choice("query positions", self.queries, Queries)
+        check_choice("SADR's divergence", self.divergence, get_args(Divergence))
+        check_choice("SADR's queries", self.queries, get_args(Queries))
         _check_threshold(self.heads, self.threshold)
         object.__setattr__(self, "layers", check_layers("SADR", self.layers))
 
@@ -82,16 +83,23 @@ class SADR(Penalty):
         """See :meth:`Penalty.check`."""
         super().check(model)
         for layer, head in () if isinstance(self.heads, str) else self._pairs():
-            model.check_layer(layer)
-            if head >= model.info.n_heads:
-                raise RequestError(
-                    f"{model.info.name} has no head {head_name(layer, head)}.",
-                    f"Heads are 0 to {model.info.n_heads - 1}.",
-                )
+            model.check_head(layer, head)
 
     def activations(self, sites: Sites) -> list[str]:
-        """Attention patterns of the restricted layers that the edit can influence."""
-        return [pattern_name(layer) for layer in sites.chosen(self.layers)]
+        """Attention patterns of the restricted layers that the edit can influence.
+
+        Raises:
+            RequestError: If there are none, or none with a head that is to be held.
+        """
+        chosen = sites.chosen(self.layers)
+        if not isinstance(self.heads, str) and not {y for y, _ in self._pairs()} & set(chosen):
+            names = ", ".join(head_name(*pair) for pair in self._pairs())
+            raise RequestError(
+                f"SADR cannot hold {names}: the edit reaches none of the restricted layers that "
+                f"they are in (it reaches {', '.join(map(str, sites.layers))}).",
+                "Name other heads, or edit a lower layer.",
+            )
+        return [pattern_name(layer) for layer in chosen]
 
     def __call__(
         self, now: Mapping[str, torch.Tensor], original: Mapping[str, torch.Tensor], sites: Sites
@@ -164,10 +172,12 @@ def _at_subject(
 def _parse_heads(heads: Any) -> tuple[tuple[int, int], ...]:
     """Heads as (layer, head) pairs."""
     found: list[tuple[int, int]] = []
+    if not isinstance(heads, Iterable):
+        raise RequestError(f"SADR's heads are {heads!r}.", "Name a rule, or give a list of heads.")
     for head in heads:
         if isinstance(head, str):
             found.append(parse_head(head))
-        elif isinstance(head, (list, tuple)) and len(head) == 2 and min(head) >= 0:
+        elif isinstance(head, (list, tuple)) and len(head) == 2 and all(map(_is_place, head)):
             found.append((int(head[0]), int(head[1])))
         else:
             raise RequestError(f"{head!r} is no head.", 'Write it like "L9H6" or (9, 6).')
@@ -176,11 +186,8 @@ def _parse_heads(heads: Any) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(set(found)))
 
 
-def _check_choice(what: str, value: Any, allowed: Any) -> None:
-    if value not in get_args(allowed):
-        raise RequestError(
-            f"SADR knows no {what} {value!r}.", f"Choose one of {', '.join(get_args(allowed))}."
-        )
+def _is_place(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _check_threshold(heads: Any, threshold: float | None) -> None:

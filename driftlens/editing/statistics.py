@@ -106,12 +106,8 @@ class KeyCovariance:
                 f"{columns.shape[0]}.",
                 "It was made for another model.",
             )
-        if self.count < size and not identity:
-            raise EditError(
-                f"The covariance ({self.source}) was averaged over {self.count} tokens, fewer than "
-                f"its {size} dimensions, so it cannot be inverted.",
-                'Use more text (ten times as many tokens is a start), or covariance="identity".',
-            )
+        if not identity:
+            self.check_enough_text()
         ratio = identity / weight
         try:
             if ratio not in self._factors:
@@ -129,6 +125,20 @@ class KeyCovariance:
                 'Use more varied text, or covariance="identity".',
             )
         return solved.to(columns.device)
+
+    def check_enough_text(self) -> None:
+        """Refuse statistics of so little text that some directions cannot have been seen.
+
+        Raises:
+            EditError: If there were fewer tokens than dimensions.
+        """
+        if self.matrix is not None and self.count < len(self.matrix):
+            raise EditError(
+                f"The covariance ({self.source}) was averaged over {self.count} tokens, fewer than "
+                f"its {len(self.matrix)} dimensions, so it cannot be inverted, and tells of no "
+                "null space.",
+                'Use more text (ten times as many tokens is a start), or covariance="identity".',
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into an edit's record."""
@@ -326,13 +336,15 @@ def key_covariances(
                 found[layer] = replace(load_covariance(finished, layer), source=source)
             except DataError:  # damaged: compute it again
                 finished.unlink(missing_ok=True)
+    missing = [layer for layer in sorted(widths) if layer not in found]
+    engine: Engine = "suffix" if missing and packing_is_exact(model) else "plain"
+    unfinished = f".{engine}.partial.npz"  # batches of the two ways hold different tokens
     sums = [
-        _Sum(layer, widths[layer], files[layer].with_suffix(".partial.npz") if cache else None)
-        for layer in sorted(widths)
-        if layer not in found
+        _Sum(layer, widths[layer], files[layer].with_suffix(unfinished) if cache else None)
+        for layer in missing
     ]
     if sums:
-        engine = _accumulate(model, documents, sums, progress)
+        _accumulate(model, documents, sums, engine, progress)
     count = sum(len(document) for document in documents)
     for part in sums:
         matrix = part.symmetric() / count
@@ -365,7 +377,8 @@ def _documents(model: LensModel, texts: Iterable[str], max_tokens: int) -> list[
 
 def _cache_digest(model: LensModel, documents: Sequence[Sequence[int]]) -> Any:
     """Everything that the results depend on; token ids cover texts, tokenizer, BOS and cuts."""
-    head = f"{model.fingerprint()}:{model.info.dtype}:{TOKENS_PER_BATCH}:{ROW}:"
+    configuration = model.identity()["configuration"]
+    head = f"{model.fingerprint()}:{configuration}:{model.info.dtype}:{TOKENS_PER_BATCH}:{ROW}:"
     digest = hashlib.sha256(head.encode())
     for document in documents:
         digest.update(np.asarray([*document, -1], dtype=np.int64).tobytes())
@@ -445,11 +458,15 @@ class _Sum:
 
 
 def _accumulate(
-    model: LensModel, documents: Sequence[list[int]], sums: Sequence[_Sum], progress: bool
-) -> Engine:
-    """Bring the sums to the end of the text; says how the text was run."""
-    packs = packing_is_exact(model)
-    batches = _packed_batches(model, documents) if packs else _padded_batches(model, documents)
+    model: LensModel,
+    documents: Sequence[list[int]],
+    sums: Sequence[_Sum],
+    engine: Engine,
+    progress: bool,
+) -> None:
+    """Bring the sums to the end of the text."""
+    make = _packed_batches if engine == "suffix" else _padded_batches
+    batches = make(model, documents)
     tokens = [int(batch.real.sum()) for batch in batches]
     first = min(part.done for part in sums)
     layers = ", ".join(str(part.layer) for part in sums)
@@ -473,7 +490,6 @@ def _accumulate(
                 for part in sums:
                     part.save()
                 saved = time.monotonic()
-    return "suffix" if packs else "plain"
 
 
 def add_products(

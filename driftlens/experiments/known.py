@@ -9,7 +9,6 @@ decoding gives it, and of how many of its other prompts greedy decoding gives th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from driftlens.assets import asset
 from driftlens.cases import Case
 from driftlens.errors import DataError, DriftLensError
 from driftlens.readers import read_cases
-from driftlens.records import write_result
+from driftlens.records import result_json, write_result
 from driftlens.scoring import ask, score_questions
 
 KINDS = ("neighbours", "relations", "distractors")
@@ -82,7 +81,7 @@ def main() -> None:
             "facts": rows,
         }
         target = options.out / f"known-{options.model}.json"
-        write_result(target, json.dumps(result, indent=1) + "\n")
+        write_result(target, result_json(result))
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
     for kind, counts in summary.items():

@@ -5,7 +5,7 @@
 For each editor: a batch (where the method takes several facts) and a sequence of the same facts,
 and how many of them the model then answers, with paraphrases, neighbours and relations. The
 first row is the unedited model's. Each (editor, restriction, way) is written as soon as it is
-finished.
+finished. Prompts that ask for what another of the edits changes are left out.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from tqdm.auto import tqdm
 
 import driftlens as dl
 from driftlens.bench import UNEDITED, Arm, make_arms
-from driftlens.bench.units import COVARIANCE, content_digest
-from driftlens.cases import METRICS, Case, balanced, tuning_split
+from driftlens.bench.units import COVARIANCE, FAILURES, content_digest, reason
+from driftlens.cases import METRICS, Case, balanced, tuning_split, without_edited_facts
 from driftlens.editing.methods import METHODS
 from driftlens.errors import DriftLensError
 from driftlens.evaluation import Answer, answers, rate_cells, rates
 from driftlens.experiments.options import arguments
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
-from driftlens.records import data_file, versions, write_result
+from driftlens.records import data_file, plain, result_json, versions, write_result
 
 CHECKPOINTS = (1, 10, 25, 50, 100, 200, 500, 1000)
 
@@ -50,7 +50,7 @@ def asked(
 
 def rated(found: Sequence[list[Answer]]) -> dict[str, Any]:
     """Rates of metrics, JSON-ready."""
-    return {metric: asdict(rate) for metric, rate in rates(found).items()}
+    return {metric: plain(asdict(rate)) for metric, rate in rates(found).items()}
 
 
 def _counts(cases: Sequence[Case]) -> list[int]:
@@ -98,8 +98,8 @@ def sequence(
             edit = dl.edit_sequence(
                 model, requests(cases), after_each=look, **arm.edit_options(seed)
             )
-        except DriftLensError as error:
-            return {"error": str(error), "checkpoints": checkpoints}
+        except FAILURES as error:
+            return {"error": reason(error), "checkpoints": checkpoints}
     return {
         "rates": checkpoints[str(len(cases))],
         "checkpoints": checkpoints,
@@ -126,7 +126,8 @@ def measure(
 
     Args:
         model: The unedited model.
-        cases: The facts, in order.
+        cases: The facts, in order. What asks for another of them is left out
+            (:func:`~driftlens.cases.without_edited_facts`).
         arm: The editor and its restrictions.
         way: ``"batch"``, ``"sequence"`` or ``"unedited"``.
         journal: Where the result is kept, and found if it is there already.
@@ -140,18 +141,21 @@ def measure(
         model the rates over the same facts. Or ``error``, with the checkpoints before it. And
         ``spent``: the seconds that all of it took, asking included.
     """
+    cases = without_edited_facts(cases)
     unit = {
         **model.identity(), **arm.to_dict(), "way": way, "seed": seed, "covariance": COVARIANCE,
         "cases": [case.id for case in cases], "content": content_digest(cases), "metrics": METRICS,
     }  # fmt: skip
+    made_by = versions()
+    journal.warn_of_other_versions([unit], made_by)
     if not journal.is_finished(unit, retry_failed):
         started = time.monotonic()
         try:
             record = WAYS[way](model, cases, arm, seed, progress)
-        except DriftLensError as error:
-            record = {"error": str(error)}
-        journal.add(unit, **record, spent=time.monotonic() - started)
-    return {key: value for key, value in journal[unit].items() if key != "unit"}
+        except FAILURES as error:
+            record = {"error": reason(error)}
+        journal.add(unit, **record, spent=time.monotonic() - started, versions=made_by)
+    return {k: v for k, v in journal[unit].items() if k not in ("unit", "versions")}
 
 
 def run(
@@ -187,7 +191,7 @@ def run(
         "rows": rows,
     }
     target = out / f"many-{name}.json"
-    write_result(target, json.dumps(result, indent=1) + "\n")
+    write_result(target, result_json(result))
     return target
 
 

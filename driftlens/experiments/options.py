@@ -8,6 +8,17 @@ from pathlib import Path
 from driftlens.editing.methods import METHODS
 
 
+def positive(text: str) -> int:
+    """A number of cases or facts.
+
+    Raises:
+        ArgumentTypeError: If it is not a positive integer.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
 def arguments(
     description: str, cases: int, out: Path, counted: str = "cases"
 ) -> argparse.ArgumentParser:
@@ -21,7 +32,7 @@ def arguments(
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", type=Path, required=True, help="the paper's merged file")
-    parser.add_argument(f"--{counted}", type=int, default=cases)
+    parser.add_argument(f"--{counted}", type=positive, default=cases)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--out", type=Path, default=out)
     return parser

@@ -18,13 +18,14 @@ call goes on.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import pandas as pd
 
 import driftlens as dl
 from driftlens.bench import UNEDITED, Arm, BenchResult, Setting, run_bench
@@ -33,16 +34,20 @@ from driftlens.cases import METRICS, Case, Metric, balanced, tuning_split
 from driftlens.editing.configs import ValueSearch
 from driftlens.editing.methods import METHODS, resolve_config
 from driftlens.errors import DriftLensError, RequestError
-from driftlens.evaluation import rate_cells
-from driftlens.experiments.options import arguments
+from driftlens.evaluation import Measure, rate_cells
+from driftlens.experiments.options import arguments, positive
 from driftlens.readers import read_cases
-from driftlens.records import data_file, versions, write_result
+from driftlens.records import data_file, plain, result_json, versions, write_result
 
 FIRST = dl.SADR(gamma=0.8)
 GAINS: tuple[Metric, ...] = ("RS", "DNS")
 MAY_COST: dict[Metric, float] = {**ALLOWED, **dict.fromkeys(GAINS, 0.0)}
 """Points that a setting may cost the edit, and nothing of what it is meant to save (but one prompt
 in any case): else a stronger edit could pay for DNS with RS."""
+
+MAGNITUDES: tuple[Measure, ...] = ("exact", "prob")
+"""What is told beside success, which the search decides by: success hides what it costs to be sure
+of the new fact."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,10 @@ def stages(best: Choice, n_layers: int) -> Generator[list[Choice], Choice, None]
     best = yield changed({"heads": "all"}, {"heads": "drift"})
     best = yield changed({"divergence": "reverse_kl"})
     best = yield scaled(0.25, 0.5, 2.0)  # what is held may have changed
-    middle = (max(config.edited_layers) + 1 + n_layers) // 2
-    yield changed({"layers": tuple(range(middle))}, {"layers": tuple(range(middle, n_layers))})
+    above = max(config.edited_layers) + 1
+    middle = (above + n_layers) // 2
+    if middle > above:  # else one half would hold nothing that the edit reaches
+        yield changed({"layers": tuple(range(middle))}, {"layers": tuple(range(middle, n_layers))})
 
 
 def search(
@@ -128,10 +135,10 @@ def check(
     command: str = "",
 ) -> dict[str, Any]:
     """What a setting is worth on other cases, beside the unedited model and the editor's own
-    hyperparameters, JSON-ready."""
+    hyperparameters, JSON-ready; in `MAGNITUDES`, too."""
     reference = Choice(_searched(model, method), FIRST).arms(method)[0]
     result = _run(model, method, [choice], cases, out, command, reference)
-    return _told(result, method, [choice], reference)
+    return _told(result, method, [choice], reference, MAGNITUDES)
 
 
 def merit(result: BenchResult, reference: Arm, held: Arm) -> tuple[float, float]:
@@ -205,37 +212,51 @@ def _run(
 
 
 def _told(
-    result: BenchResult, method: str, choices: Sequence[Choice], reference: Arm
+    result: BenchResult,
+    method: str,
+    choices: Sequence[Choice],
+    reference: Arm,
+    magnitudes: Sequence[Measure] = (),
 ) -> dict[str, Any]:
     """Rates of all arms, and what each setting changes: less the reference, and less the same
-    search without SADR."""
+    search without SADR; of success, and of some other measures."""
     settings: dict[str, Any] = {}
     for choice in choices:
-        plain, held = choice.arms(method)
+        free, held = choice.arms(method)
         beyond, gained = merit(result, reference, held)
         settings[held.name] = {
             "less": {
-                name: _changes(result, held.name, name)
-                for name in dict.fromkeys((reference.name, plain.name))
+                name: _changes(result, held.name, name, magnitudes)
+                for name in dict.fromkeys((reference.name, free.name))
             },
-            "beyond what is allowed": None if math.isinf(beyond) else -beyond,
-            "gained": None if math.isinf(gained) else gained,
+            "beyond what is allowed": -beyond,
+            "gained": gained,
         }
-    return {
+    rows = [result.table(measure).assign(measure=measure) for measure in magnitudes]
+    told = {
         "cases": list(result.cases),
         "arms": result.conditions(),
         "failed": [{"arm": a, "case": c, "reason": r} for a, c, r in result.failed],
-        "rows": json.loads(result.table().to_json(orient="records")),
+        "rows": result.table().to_dict("records"),
+        **({"magnitudes": pd.concat(rows).to_dict("records")} if rows else {}),
         "settings": settings,
     }
+    return cast("dict[str, Any]", plain(told))
 
 
-def _changes(result: BenchResult, held: str, plain: str) -> dict[str, dict[str, Any]]:
-    """By metric: points with their interval; of what should grow, per cent of what there was."""
+def _changes(
+    result: BenchResult, held: str, plain: str, magnitudes: Sequence[Measure]
+) -> dict[str, dict[str, Any]]:
+    """By metric: points with their interval, of success, and what other measures change by; of
+    what should grow, per cent of what there was."""
     found: dict[str, dict[str, Any]] = {}
     for metric, change in result.compare(held, plain).items():
         found[metric] = {"points": str(change), **asdict(change)}
-        found[metric]["effect"] = None if math.isnan(change.effect) else change.effect
+        for measure in magnitudes:
+            magnitude = result.compare(held, plain, measure)[metric]
+            found[metric][measure] = {
+                name: getattr(magnitude, name) for name in ("value", "low", "high")
+            }
         growth = result.growth(held, plain, metric) if metric in GAINS else None
         if growth is not None:
             found[metric] |= {"relative": str(growth), "relative_value": growth.value}
@@ -251,7 +272,7 @@ def main() -> None:
     """Command line."""
     parser = arguments(__doc__ or "", 32, Path("assets/results/tuning"))
     parser.set_defaults(methods=["rome"])
-    parser.add_argument("--check", type=int, default=150, help="held-back cases of the check")
+    parser.add_argument("--check", type=positive, default=150, help="held-back cases of the check")
     options = parser.parse_args()
     try:
         model = dl.load_model(options.model)
@@ -282,8 +303,7 @@ def main() -> None:
                 "search": found,
                 "check": checked,
             }
-            text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-            write_result(options.out / f"{name}.json", text)
+            write_result(options.out / f"{name}.json", result_json(record))
             _say(markdown(record))
     except DriftLensError as error:
         sys.exit(f"Error: {error}")

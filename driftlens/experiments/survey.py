@@ -1,6 +1,6 @@
 """What an edit does to other knowledge, and what brings it back, over many facts.
 
-For each fact: edit it with ROME, and with ROME + SADR at equal steps. Then ask
+For each fact: edit it with ROME, and with ROME + SADR with as many steps at most. Then ask
 
 - *relation* prompts: other facts about the edited subject,
 - *distractor* prompts: the subject is mentioned, then another subject is asked about,
@@ -33,12 +33,13 @@ from driftlens.bench.units import COVARIANCE, content_digest
 from driftlens.cases import Case
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import resolve_config
-from driftlens.errors import DataError, DriftLensError
+from driftlens.errors import DataError, DriftLensError, RequestError
 from driftlens.evaluation import difference
+from driftlens.experiments.options import positive
 from driftlens.intervals import bootstrap_interval, with_interval
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
-from driftlens.records import versions, write_result
+from driftlens.records import result_json, versions, write_result
 from driftlens.scoring import score_details
 
 RESTORATIONS: dict[str, dict[str, Any]] = {
@@ -216,7 +217,11 @@ def _mean_and_interval(
 
 
 def run(model_name: str, cases: Sequence[Case], out: Path, gamma: float | None) -> None:
-    """Survey the cases; each one is written at once, so a stopped run goes on where it was."""
+    """Survey the cases; each one is written at once, so a stopped run goes on where it was.
+
+    Raises:
+        RequestError: If the model answers none of their prompts.
+    """
     model = dl.load_model(model_name)
     gamma = sadr_gamma(model, "rome") if gamma is None else gamma
     key = {
@@ -234,6 +239,12 @@ def run(model_name: str, cases: Sequence[Case], out: Path, gamma: float | None) 
     for unit, case in zip(units, tqdm(cases, desc="facts"), strict=True):
         if unit not in journal:
             journal.add(unit, **survey_case(model, case, gamma))
+    found = summarise([journal[unit] for unit in units])
+    if not found["kinds"]:
+        raise RequestError(
+            f"{model_name} answers no prompt of these {len(cases)} facts by greedy decoding.",
+            "Give more facts, or another model.",
+        )
     result = {
         **key,
         "weights": model.info.weights,
@@ -242,10 +253,10 @@ def run(model_name: str, cases: Sequence[Case], out: Path, gamma: float | None) 
         f"--facts {len(cases)} --gamma {gamma}",
         "seconds_of_last_run": round(time.monotonic() - started),
         "versions": versions(),
-        **summarise([journal[unit] for unit in units]),
+        **found,
     }
     target = out / f"survey-{model_name}.json"
-    write_result(target, json.dumps(result, indent=1))
+    write_result(target, result_json(result))
 
 
 def summarise_again(model_name: str, out: Path) -> None:
@@ -266,14 +277,14 @@ def summarise_again(model_name: str, out: Path) -> None:
     own = own[: result["facts"]]  # units are written in the order of the facts
     if len(own) < result["facts"]:
         raise DataError(f"{journal} has {len(own)} of {result['facts']} facts.", remedy)
-    write_result(target, json.dumps({**result, **summarise(own)}, indent=1))
+    write_result(target, result_json({**result, **summarise(own)}))
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--facts", type=int, default=90, help="how many of the shipped facts")
+    parser.add_argument("--facts", type=positive, default=90, help="how many of the shipped facts")
     parser.add_argument("--gamma", type=float, help="of SADR; by default as tuned")
     parser.add_argument("--out", type=Path, default=Path("assets/results"))
     parser.add_argument(

@@ -6,11 +6,12 @@ it in TABLES.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from driftlens.cases import METRICS
-from driftlens.evaluation import rate_cells
+from driftlens.evaluation import rate_cells, with_failures
 from driftlens.intervals import with_interval
 
 
@@ -28,14 +29,22 @@ def told_markdown(record: Mapping[str, Any]) -> str:
 def markdown(record: Mapping[str, Any], shown: Sequence[str] = ("Avg. S", *METRICS)) -> str:
     """Success by data, model and arm, in per cent with 95 % intervals, of a file that was
     written."""
-    lines = [(*place, *cells) for place, cells in _successes(record, shown)]
+    lines = [cells for _, cells in _successes(record, shown)]
     return _table(["data", "model", "arm", *shown], lines)
 
 
 def fluent_markdown(record: Mapping[str, Any]) -> str:
-    """Table 3: success, and fluency (bits, times 100) where it was measured."""
+    """Table 3: success; and, where it was measured, fluency (bits, times 100), the median of the
+    steps that searches take, and the mean probability of the new target on the edited prompt."""
     measured = any(row["metric"] == "FL" for row in record["rows"])
-    return markdown(record, ("Avg. S", *METRICS, *(["FL"] if measured else [])))
+    shown = ("Avg. S", *METRICS, *(["FL"] if measured else []))
+    more = {"steps": _steps(record), "P(new target)": _target_probs(record)}
+    more = {name: found for name, found in more.items() if found}
+    lines = [
+        [*cells, *(found.get(place, "-") for found in more.values())]
+        for place, cells in _successes(record, shown)
+    ]
+    return _table(["data", "model", "arm", *shown, *more], lines)
 
 
 def substituted_markdown(record: Mapping[str, Any]) -> str:
@@ -50,13 +59,15 @@ def substituted_markdown(record: Mapping[str, Any]) -> str:
 
 
 def correlated_markdown(record: Mapping[str, Any]) -> str:
-    """Figure 4: Pearson's correlation of measures of drift with damage."""
+    """Figure 4: Pearson's correlation of measures of drift with damage, and how much there is of
+    the first of them."""
     lines = [
-        (*place, str(rows[0]["prompts"]), *(_pearson(row) for row in rows))
+        (*place, str(rows[0]["prompts"]), _mean(rows[0]), *(_pearson(row) for row in rows))
         for place, rows in _by(record, "data", "model", "kind", "damage")
     ]
     drifts = list(dict.fromkeys(row["drift"] for row in record["rows"]))
-    return _table(["data", "model", "prompts", "damage", "number", *drifts], lines)
+    head = ["data", "model", "prompts", "damage", "number", f"mean drift ({drifts[0]})"]
+    return _table([*head, *drifts], lines)
 
 
 def restored_markdown(record: Mapping[str, Any]) -> str:
@@ -103,17 +114,33 @@ def controlled_markdown(record: Mapping[str, Any]) -> str:
 
 def restricted_markdown(record: Mapping[str, Any]) -> str:
     """Success under restrictions, and the median of the steps that searches take."""
-    shown = (*METRICS, "Avg. S")
-    steps: dict[tuple[str, ...], float | None] = {
-        (run["data"], run["model"]["name"], arm["name"]): arm["steps_per_edit"]
-        for run in record["runs"]
-        for arm in run["arms"]
-    }
-    lines = [
-        (*place, *cells, "-" if (found := steps[place]) is None else f"{found:g}")
-        for place, cells in _successes(record, shown)
-    ]
+    shown, steps = (*METRICS, "Avg. S"), _steps(record)
+    lines = [[*cells, steps[place]] for place, cells in _successes(record, shown)]
     return _table(["data", "model", "arm", *shown, "steps"], lines)
+
+
+def cured_markdown(record: Mapping[str, Any]) -> str:
+    """What SADR takes off drift and damage, in per cent of both."""
+    lines = [
+        (*place, str(rows[0]["prompts"]), *(_taken_off(row) for row in rows))
+        for place, rows in _by(record, "data", "model", "kind", "method")
+    ]
+    measures = list(dict.fromkeys(row["measure"] for row in record["rows"]))
+    return _table(["data", "model", "prompts", "editor", "number", *measures], lines)
+
+
+def sequence_markdown(record: Mapping[str, Any]) -> str:
+    """Success after some of the edits of a sequence: few, half of the looks, and all."""
+    lines = []
+    for place, rows in _by(record, "data", "model"):
+        looks = list(dict.fromkeys(row["facts"] for row in rows))
+        shown = dict.fromkeys((looks[min(1, len(looks) - 1)], looks[len(looks) // 2], looks[-1]))
+        for count in shown:
+            own = [row for row in rows if row["facts"] == count]
+            for (arm,), of_arm in _by({"rows": own}, "arm"):
+                cells = rate_cells({row["metric"]: row for row in of_arm})
+                lines.append((*place, str(count), arm, *cells))
+    return _table(["data", "model", "facts", "arm", *METRICS], lines)
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -124,18 +151,54 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "fig5": restored_markdown,
     "fig6": restricted_markdown,
     "fig7": restricted_markdown,
+    "steps": restricted_markdown,
+    "cure": cured_markdown,
     "rules": restricted_markdown,
     "rivals": restricted_markdown,
+    "sequential": sequence_markdown,
 }
 """Results as a table for a text."""
+
+
+def _steps(record: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
+    """By data, model and arm, the median of the steps that searches take."""
+    return {
+        (run["data"], run["model"]["name"], arm["name"]): (
+            "-" if arm["steps_per_edit"] is None else f"{arm['steps_per_edit']:g}"
+        )
+        for run in record["runs"]
+        for arm in run["arms"]
+        if "steps_per_edit" in arm
+    }
+
+
+def _target_probs(record: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
+    """By data, model and arm, the mean probability of the new target on the edited prompt."""
+    return {
+        (run["data"], run["model"]["name"], row["arm"]): with_interval(
+            row["value"], row["low"], row["high"], digits=3
+        )
+        for run in record["runs"]
+        for row in run["probabilities"]
+        if row["metric"] == "ES"
+    }
 
 
 def _successes(
     record: Mapping[str, Any], shown: Sequence[str]
 ) -> Iterator[tuple[tuple[str, ...], list[str]]]:
-    """By data, model and arm: some metrics in per cent, each with its interval."""
+    """By data, model and arm, a line: these, with how many cases failed, and some metrics in per
+    cent, each with its interval."""
+    failed = {
+        (run["data"], run["model"]["name"], one["arm"], one["case"])
+        for run in record["runs"]
+        for one in run["failed"]
+    }
+    of_arm: Counter[tuple[str, ...]] = Counter(one[:3] for one in failed)
     for place, rows in _by(record, "data", "model", "arm"):
-        yield place, rate_cells({row["metric"]: row for row in rows}, shown)
+        data, model, arm = place
+        cells = rate_cells({row["metric"]: row for row in rows}, shown)
+        yield place, [data, model, with_failures(arm, of_arm[place]), *cells]
 
 
 def _by(
@@ -153,13 +216,25 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([rows[0], "|---" * len(head) + "|", *rows[1:]])
 
 
+def _mean(row: Mapping[str, Any]) -> str:
+    return with_interval(row["mean"], row["mean_low"], row["mean_high"], digits=3, sign="+")
+
+
 def _pearson(row: Mapping[str, Any]) -> str:
     return with_interval(row["pearson"], row["pearson_low"], row["pearson_high"], digits=2)
 
 
 def _points(row: Mapping[str, Any], of: str = "P(answer)") -> str:
     ends = ("low", "high") if of == "P(answer)" else ("new low", "new high")
-    return with_interval(*(100 * row[name] for name in (f"change of {of}", *ends)), sign="+")
+    found = (row[name] for name in (f"change of {of}", *ends))
+    return with_interval(*(None if end is None else 100 * end for end in found), sign="+")
+
+
+def _taken_off(row: Mapping[str, Any]) -> str:
+    """In per cent, or without and with SADR where the edit does nothing for sure."""
+    if row["taken off, %"] is None:
+        return f"{row['without']:.3g}, {row['with']:.3g}"
+    return with_interval(row["taken off, %"], row["low"], row["high"], digits=0, unit=" %")
 
 
 def _share(row: Mapping[str, Any]) -> str:

@@ -650,6 +650,8 @@ def _cell(value: Cell) -> Cell:
     """Return a table cell as a plain Python value."""
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, bool):
+        return str(value)
     if not isinstance(value, str | int | float | None):
         raise DataError(
             f"Table.rows holds {value!r}, a {type(value).__name__}.",

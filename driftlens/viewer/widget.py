@@ -32,7 +32,8 @@ def widget(model: LensModel, comparison: Comparison, **options: Any) -> Any:
     Returns:
         An ``anywidget.AnyWidget`` with the traits ``opened`` (name of the head that is open, empty
         if none is) and ``selected`` (names of the chosen heads), both as the reader last left them,
-        and the method ``restore(heads)``, which patches and tells the page.
+        ``answers`` (what was restored since, with the answers), and the method ``restore(heads)``,
+        which patches and lets the page show it.
 
     Raises:
         RequestError: If anywidget is not installed, or the model is another one.
@@ -63,47 +64,76 @@ def _widget_class() -> Any:
         document = traitlets.Unicode().tag(sync=True)
         opened = traitlets.Unicode().tag(sync=True)
         selected = traitlets.List(traitlets.Unicode()).tag(sync=True)
+        answers = traitlets.List(traitlets.Dict()).tag(sync=True)
 
         def __init__(self, model: LensModel, comparison: Comparison, **options: Any) -> None:
             super().__init__(document=comparison.html(**options))
             self._model = model
             self._comparison = comparison
             self._experiment: PatchExperiment | None = None
+            self._around: Any = None
             self.on_msg(self._asked)
 
         def restore(self, heads: Iterable[str | tuple[int, int]]) -> PatchResult:
-            """Restore the original attention of these heads, and tell the page the answers.
+            """Restore the original attention of these heads, and let the page show the answers.
 
             Args:
                 heads: Such as ``["L9H6", "L10H2"]``.
 
             Raises:
-                RequestError: If there is no head, or one does not exist.
+                RequestError: If there is no head, one does not exist, or the model is not as it was
+                    when it was compared.
             """
-            found, places = self._comparison, resolve_heads(self._model, None, heads)
-            if self._experiment is None:
-                self._experiment = PatchExperiment(
-                    self._model, found.edit, found.prompt, answer=found.answer
-                )
-            result = self._experiment.attention(heads=places)
-            target = found.target_prob(result.patched)
-            self.send(
-                {
-                    "kind": "restored",
-                    "heads": [head_name(*place) for place in places],
-                    "answer": result.patched.prob,
-                    "target": None if math.isnan(target) else target,
-                }
-            )
+            result = self._restored(heads)
+            self.selected = self.answers[-1]["heads"]  # for a page that is shown later
+            self.send({"kind": "choose", "heads": self.selected})
             return result
+
+        def _restored(self, heads: Iterable[str | tuple[int, int]]) -> PatchResult:
+            """The same, for a page that has chosen the heads itself."""
+            found, places = self._comparison, resolve_heads(self._model, None, heads)
+            result = self._experiment_now().attention(heads=places)
+            target = found.target_prob(result.patched)
+            answer = {
+                "heads": [head_name(*place) for place in places],
+                "answer": result.patched.prob,
+                "target": None if math.isnan(target) else target,
+            }
+            others = [one for one in self.answers if one["heads"] != answer["heads"]]
+            self.answers = [*others, answer]
+            return result
+
+        def _experiment_now(self) -> PatchExperiment:
+            """The experiment whose numbers the page shows, on the model as it is now."""
+            found, around = self._comparison, self._model.weights.active
+            if self._experiment is None or around != self._around:
+                made = PatchExperiment(
+                    self._model, found.edit, found.prompt, found.subject, found.answer
+                )
+                readouts = found.readouts()
+                for before, now in (
+                    (readouts["original model"], made.original),
+                    (readouts["edited"], made.edited),
+                ):
+                    if not math.isclose(before.prob, now.prob, rel_tol=1e-3, abs_tol=1e-9):
+                        raise RequestError(
+                            "The model is not as it was when it was compared: the answer has "
+                            f"{now.prob:.4g} instead of {before.prob:.4g}.",
+                            "Have the same edits applied to it as then (mostly none).",
+                        )
+                self._experiment, self._around = made, around
+            return self._experiment
 
         def _asked(self, _: Any, message: dict[str, Any], buffers: Sequence[Any]) -> None:
             """The page asks for the answers with some heads restored."""
             if message.get("kind") != "restore":
                 return
             try:
-                self.restore(message["heads"])
-            except DriftLensError as error:
-                self.send({"kind": "failed", "heads": message["heads"], "problem": str(error)})
+                self._restored(message["heads"])
+            except Exception as error:  # the page waits for an answer, whatever happened
+                problem = str(error) or type(error).__name__
+                self.send({"kind": "failed", "heads": message["heads"], "problem": problem})
+                if not isinstance(error, DriftLensError):
+                    raise
 
     return LivePage

@@ -2,8 +2,9 @@
 
 Each experiment is one function from a :class:`Study` to a :class:`Finding`: numbers, a figure, and
 what these say, computed from them, beside what the paper reports. ``editors.py`` holds
-those that ask edited models, ``inside.py`` those that look into them, ``sequential.py`` those on
-edits that pile up. To add one, write such a function and name it in EXPERIMENTS.
+those that ask edited models, ``inside.py`` those that look into them, ``cure.py`` what SADR takes
+off the drift, ``sequential.py`` edits that pile up. To add one, write such a function and name it
+in EXPERIMENTS.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ import time
 from collections.abc import Callable, Sequence
 
 from driftlens.errors import RequestError
-from driftlens.experiments.reproduce.editors import fig6, fig7, rivals, rules, table1, table3
+from driftlens.experiments.reproduce.cure import cure
+from driftlens.experiments.reproduce.editors import (
+    fig6,
+    fig7,
+    rivals,
+    rules,
+    steps,
+    table1,
+    table3,
+)
 from driftlens.experiments.reproduce.finding import Finding, Study, recorded
 from driftlens.experiments.reproduce.inside import fig3, fig4, fig5
 from driftlens.experiments.reproduce.page import page
@@ -27,6 +37,8 @@ EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
     "fig5": fig5,
     "fig6": fig6,
     "fig7": fig7,
+    "steps": steps,
+    "cure": cure,
     "rules": rules,
     "rivals": rivals,
     "sequential": sequential,

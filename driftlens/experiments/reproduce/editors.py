@@ -20,10 +20,13 @@ from driftlens.editing.rivals import EssenceKL, HiddenDrift, KeyDrift
 from driftlens.editing.sadr import SADR
 from driftlens.evaluation import Answer, Difference, compare
 from driftlens.experiments.paper import TABLE_3
-from driftlens.experiments.reproduce.finding import Finding, Study
+from driftlens.experiments.reproduce.finding import Finding, Study, in_all
 
 PAPERS = ("rome", "memit", "pmet")
 """The editors of the paper."""
+
+STOPS = ("early_stop_loss", "greedy_stop_kl")
+"""Hyperparameters at which a search stops early; negative ones never do."""
 
 PAIRED = "Differences in points, paired by case."
 
@@ -81,8 +84,7 @@ def table3(study: Study) -> Finding:
     figure = figures.rate_bars(rows, [*METRICS, "Avg. S"], title="Editors without and with SADR")
     title = "Editors without and with SADR"
     found = _finding("table3", title, result, rows, figure, text, points, _paper_gains())
-    spent = (found.seconds, texts.seconds_in_all())
-    seconds = None if None in spent else sum(part for part in spent if part is not None)
+    seconds = in_all([found.seconds, texts.seconds_in_all()])
     return replace(found, failed=[*found.failed, *texts.failed], seconds=seconds)
 
 
@@ -119,7 +121,8 @@ def fig6(study: Study) -> Finding:
 
 
 def fig7(study: Study) -> Finding:
-    """Trade-offs at equal steps: gamma against learning rate and KL weight, and fewer steps."""
+    """Trade-offs: gamma against learning rate and KL weight, with the same number of steps at most,
+    and against fewer steps."""
     methods = ("rome",) if study.quick else ("rome", "memit")
     arms = [Arm(UNEDITED)]
     for method in methods:
@@ -171,7 +174,7 @@ def rules(study: Study) -> Finding:
 
 
 def rivals(study: Study) -> Finding:
-    """Open question: what else could be restricted, at equal steps."""
+    """Open question: what else could be restricted, with the same number of steps at most."""
     gamma = sadr_gamma(study.model, study.method)
     arms: dict[str, tuple[Any, ...]] = {"SADR": (SADR(gamma=gamma),)}
     for weight in (0.01,) if study.quick else (0.003, 0.01, 0.03):
@@ -181,6 +184,35 @@ def rivals(study: Study) -> Finding:
     for weight in () if study.quick else (0.25, 1.0):
         arms[f"essence KL {weight:g}"] = (EssenceKL(weight=weight),)
     return _comparison(study, "rivals", "What else could be restricted", arms)
+
+
+def steps(study: Study) -> Finding:
+    """Open question: whether SADR keeps more because its searches stop later. Its term counts
+    towards the loss at which a search stops; here none stops early, so that all are as long."""
+    methods = PAPERS[:1] if study.quick else PAPERS
+    arms = [Arm(UNEDITED)]
+    for method in methods:
+        config = resolve_config(study.model, method)
+        whole = replace(config, **{name: -1.0 for name in STOPS if hasattr(config, name)})
+        held = (SADR(gamma=sadr_gamma(study.model, method)),)
+        arms.append(Arm(method, method, config))
+        arms.append(Arm(f"{method}, all steps", method, whole))
+        arms.append(Arm(f"{method} + sadr, all steps", method, whole, held))
+    result = study.bench(arms)
+    points = []
+    for method in methods:
+        plain, held_back = f"{method}, all steps", f"{method} + sadr, all steps"
+        points.append(_gain(result, plain, held_back))
+        points.append(
+            f"{plain} less {method}: {_changes(result.compare(plain, method))}."
+            f"{_steps(result, plain, method)}"
+        )
+    text = f"Searches without early stop. {PAIRED}{_untuned(study, methods)}"
+    title = "Without and with SADR, at exactly equal steps"
+    rows = result.table()
+    figure = figures.rate_bars(rows, [*METRICS, "Avg. S"], title=title)
+    paper = "The paper's scripts give SADR more steps than the editor without it has."
+    return _finding("steps", title, result, rows, figure, text, points, paper)
 
 
 # --- parts ---
@@ -208,6 +240,7 @@ def _comparison(
     tuned = f" Only the strength of {first} was tuned."
     best = _best_at_no_higher_price(result, first, others)
     cheap = f"{best} keeps most (chosen on the same cases)" if best else "there is none"
+    cheap += _left_out(result, others)
     text = (
         f"{PAIRED}{_untuned(study, [study.method]) or tuned} Of the others that cost no more of ES "
         f"and PS than {first} (one prompt in any case), {cheap}."
@@ -285,28 +318,43 @@ def _at_no_higher_price(result: BenchResult, arm: str, others: Sequence[str]) ->
     more."""
     best = _best_at_no_higher_price(result, arm, others)
     if best is None:
-        return f"None of the others costs as little as {arm}."
+        return f"None of the others costs as little as {arm}{_left_out(result, others)}."
     return f"{best} less {arm}: {_changes(result.compare(best, arm))}."
 
 
+def _with_failures(result: BenchResult) -> set[str]:
+    """Arms under which a case failed."""
+    return {arm for arm, _, _ in result.failed}
+
+
+def _left_out(result: BenchResult, others: Sequence[str]) -> str:
+    """Those of which a case failed, in brackets."""
+    failed = _with_failures(result)
+    names = [name for name in others if name in failed]
+    return f" (left out, as cases failed: {', '.join(names)})" if names else ""
+
+
 def _best_at_no_higher_price(result: BenchResult, arm: str, others: Sequence[str]) -> str | None:
-    """Of other arms that cost the edit no more than one does, the one that keeps most."""
+    """Of other arms that cost the edit no more than one does, the one that keeps most. Arms with
+    failures are not to be chosen for the cases that are left."""
+    failed = _with_failures(result)
     kept = {
         other: found
         for other in others
-        if (found := result.compare_kept(other, arm)) is not None
+        if other not in failed
+        and (found := result.compare_kept(other, arm)) is not None
         and not result.excess(other, arm, dict.fromkeys(ALLOWED, 0.0))
     }
     return max(kept, key=lambda other: kept[other].value, default=None)
 
 
 def _steps(result: BenchResult, arm: str, plain: str) -> str:
-    """How long the search of a restricted edit is. (Not in seconds: units may come from an earlier
-    run, on a machine that was busier then.)"""
+    """How long the search of an edit is, and that of another one. (Not in seconds: units may come
+    from an earlier run, on a machine that was busier then.)"""
     steps, before = result.steps(arm), result.steps(plain)
     if not math.isfinite(steps + before):
         return ""
-    return f" Its searches take {steps:g} steps in the median ({before:g} without)."
+    return f" Its searches take {steps:g} steps in the median ({before:g} for {plain})."
 
 
 def _list(parts: Iterable[str]) -> str:
@@ -350,7 +398,7 @@ def _best_of_each_kind(result: BenchResult, method: str) -> str:
     asked = [metric for metric in KEPT["others"] if metric in result.rates(method)]
     if not asked:
         return f"{method}: nothing to compare."
-    failed = {arm for arm, _, _ in result.failed}  # not to be chosen for the cases that are left
+    failed = _with_failures(result)  # not to be chosen for the cases that are left
     kinds: dict[str, list[str]] = {}
     for arm in result.arms:
         if arm.startswith(f"{method},"):

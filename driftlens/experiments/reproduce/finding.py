@@ -24,9 +24,9 @@ from driftlens.bench import (
 from driftlens.bench.units import content_digest
 from driftlens.cases import Case, with_beginnings
 from driftlens.edits import Edit
-from driftlens.errors import DriftLensError, RequestError
+from driftlens.errors import RequestError
 from driftlens.models import LensModel
-from driftlens.records import versions, write_result
+from driftlens.records import plain, result_json, versions, write_result
 
 Failure = tuple[str, str, str]
 """Arm, case and reason."""
@@ -62,7 +62,7 @@ class Study:
     progress: bool = True
     command: str = ""
     method: str = "rome"
-    _edits: dict[str, Edit | DriftLensError] = field(
+    _edits: dict[tuple[str, str], Edit | Exception] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -78,20 +78,30 @@ class Study:
         """What tables call the cases; with the editor, unless it is the paper's own choice."""
         return self.data if self.method == "rome" else f"{self.data}, edits of {self.method}"
 
-    def edit(self, case: Case) -> Edit:
-        """The edit of one of the cases, with the model's defaults, as :meth:`bench` makes it:
-        together with some of the other cases; made once for all experiments.
+    @property
+    def editor(self) -> Arm:
+        """The study's editor with the model's defaults."""
+        return self.arms((self.method,))[1]
+
+    def edit(self, case: Case, arm: Arm | None = None) -> Edit:
+        """The edit of one of the cases as :meth:`bench` makes it: together with some of the other
+        cases; made once for all experiments.
+
+        Args:
+            case: One of the study's.
+            arm: Which edit; by default that of the study's editor.
 
         Raises:
             DriftLensError: If it cannot be made.
+            torch.OutOfMemoryError: If memory does not do for it.
         """
-        if case.id not in self._edits:
+        arm = self.editor if arm is None else arm
+        if (arm.name, case.id) not in self._edits:
             together = next(part for part in parts(self.model, self.cases) if case in part)
-            arm = self.arms((self.method,))[1]
             for one, made in edits_of(self.model, arm, together, self.seed):
-                self._edits[one.id] = made
-        found = self._edits[case.id]
-        if isinstance(found, DriftLensError):
+                self._edits[arm.name, one.id] = made
+        found = self._edits[arm.name, case.id]
+        if isinstance(found, Exception):
             raise found
         return found
 
@@ -119,6 +129,12 @@ class Study:
     def arms(self, methods: Sequence[str], penalties: Sequence[str] = ("none",)) -> list[Arm]:
         """The unedited model, and editors with the model's defaults."""
         return make_arms(self.model, methods, penalties)
+
+
+def in_all(spent: Sequence[float | None]) -> float | None:
+    """The sum of seconds; ``None`` if some are not known."""
+    known = [seconds for seconds in spent if seconds is not None]
+    return sum(known) if len(known) == len(spent) else None
 
 
 @dataclass(frozen=True)
@@ -183,9 +199,9 @@ class Finding:
             "versions": versions(),
             "arms": list(self.arms),
             "failed": [{"arm": a, "case": c, "reason": r} for a, c, r in self.failed],
-            "rows": _records(self.rows),
+            "rows": plain(self.rows.to_dict("records")),
             "differences": list(self.differences),
-            "probabilities": _records(self.probabilities),
+            "probabilities": plain(self.probabilities.to_dict("records")),
         }
 
     def save(self, study: Study, seconds: float) -> Path:
@@ -196,15 +212,8 @@ class Finding:
         """
         write_result(study.out / f"{self.name}.figure.json", str(self.figure.to_json()))
         target = study.out / f"{self.name}.json"
-        text = json.dumps(self.to_dict(study, seconds), indent=1, ensure_ascii=False) + "\n"
-        write_result(target, text)
+        write_result(target, result_json(self.to_dict(study, seconds)))
         return target
-
-
-def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """JSON-ready: what is no number is null."""
-    found: list[dict[str, Any]] = json.loads(rows.to_json(orient="records"))
-    return found
 
 
 @dataclass(frozen=True)

@@ -7,45 +7,36 @@ neighbours behind the edited sentence.
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from tqdm.auto import tqdm
 
 from driftlens import figures
 from driftlens.attention import head_name
-from driftlens.bench.units import COVARIANCE
-from driftlens.cases import Case, Metric, Probe
-from driftlens.drift import measure_drift
-from driftlens.editing.methods import resolve_config
+from driftlens.cases import Probe
 from driftlens.edits import Edit
-from driftlens.errors import DriftLensError, RequestError
-from driftlens.experiments.reproduce.finding import Failure, Finding, Study
-from driftlens.intervals import bootstrap_interval, with_interval
-from driftlens.journal import Journal, total
+from driftlens.experiments.reproduce.finding import Finding, Study
+from driftlens.experiments.reproduce.measuring import (
+    DRIFTS,
+    Pair,
+    baselines,
+    drifts,
+    interval_of,
+    is_ahead,
+    measured,
+    pair,
+    share_of,
+    with_lengths,
+)
+from driftlens.intervals import ends, with_interval
 from driftlens.models import LensModel
-from driftlens.patching import Component, Exchange, PatchExperiment, PatchResult, Readout
+from driftlens.patching import Component, Exchange, PatchExperiment, PatchResult
 
-KINDS: dict[Metric, str] = {"RS": "relation", "DNS": "distract neighbourhood"}
 COMPONENTS: tuple[Component, ...] = ("attn_out", "mlp_out", "resid")
 EXCHANGES: tuple[Exchange, ...] = ("pattern", "values", "both")
-DRIFTS = {
-    "max head": "change of the largest head's attention to the subject",
-    "mean head": "change of the mean head's attention to the subject",
-    "row KL": "KL between the rows, mean over heads",
-}
-PER_KIND = 3
-"""Prompts of each kind that are taken of a case."""
-
-Pair = dict[str, float]
-Measure = Callable[[LensModel, Edit, Probe, bool], dict[str, Any]]
-"""What is measured on a prompt; the last argument tells the first one of its kind and case."""
 
 
 def fig3(study: Study) -> Finding:
@@ -57,15 +48,15 @@ def fig3(study: Study) -> Finding:
         experiment = PatchExperiment(
             model, made, probe.prompt, answer=probe.right, direction="contaminate"
         )
-        return _baselines(experiment, made) | {
+        return baselines(experiment, made) | {
             "patched": {
                 component: _by_span(windows, experiment.activation_each(component, windows), made)
                 for component in COMPONENTS
             }
         }
 
-    prompts, failed, seconds = _measured(study, "fig3", measure)
-    rows = _window_rows(_with_lengths(study, prompts), COMPONENTS, from_state="original")
+    prompts, failed, seconds = measured(study, "fig3", measure)
+    rows = _window_rows(with_lengths(study, prompts), COMPONENTS, from_state="original")
     worst = rows.loc[rows.groupby(["kind", "patched"], sort=False)["change of P(answer)"].idxmin()]
     points = [
         f"{row['kind']}, {row['patched']}: P(answer) {_points(row)}, P(new target) "
@@ -89,27 +80,19 @@ def fig3(study: Study) -> Finding:
 
 def fig4(study: Study) -> Finding:
     """Correlation of drift with damage, prompt by prompt (table 2 and figure 4)."""
-
-    def measure(model: LensModel, made: Edit, probe: Probe, is_first: bool) -> dict[str, Any]:
-        experiment = PatchExperiment(model, made, probe.prompt, answer=probe.right)
-        drift = measure_drift(model, made, probe.prompt)
-        return _baselines(experiment, made) | {
-            "drift": {
-                "max head": float(drift.max_head.mean()),
-                "mean head": float(drift.mean_head.mean()),
-                "row KL": float(drift.kl.mean()),
-            }
-        }
-
-    prompts, failed, seconds = _measured(study, "fig4", measure)
+    prompts, failed, seconds = drifts(study)
     rows = pd.DataFrame(_correlations(prompts, study.seed))
     points = [
+        f"{kind}: the largest head's attention to the subject changes by {_drift_level(own)}."
+        for kind, own in rows.groupby("kind", sort=False)
+    ]
+    points += [
         f"{kind}, {damage}: {_told_correlations(own)}."
         for (kind, damage), own in rows.groupby(["kind", "damage"], sort=False)
     ]
     text = (
         "Drift of the last token, averaged over layers, against damage, Pearson's correlation, "
-        "prompt by prompt."
+        "prompt by prompt. Where there is little drift, there is little to correlate."
     )
     paper = (
         "The largest head correlates best: Pearson 0.49 on distract neighbourhood, 0.62 on "
@@ -137,16 +120,16 @@ def fig5(study: Study) -> Finding:
         for exchange in EXCHANGES:
             *windowed, everything = experiment.attention_each(sets, exchange=exchange)
             patched[exchange] = _by_span(windows, windowed, made)
-            patched[exchange]["all"] = _pair(everything.patched, made)
-        found: dict[str, Any] = {**_baselines(experiment, made), "patched": patched}
+            patched[exchange]["all"] = pair(everything.patched, made)
+        found: dict[str, Any] = {**baselines(experiment, made), "patched": patched}
         if is_first and not study.quick:
             alone = experiment.attention_each([[(y, x)] for y in layers for x in heads])
             probs = np.array([one.patched.prob for one in alone])
             found["heads"] = probs.reshape(info.n_layers, info.n_heads).tolist()
         return found
 
-    prompts, failed, seconds = _measured(study, "fig5", measure)
-    rows = _window_rows(_with_lengths(study, prompts), EXCHANGES, from_state="edited")
+    prompts, failed, seconds = measured(study, "fig5", measure)
+    rows = _window_rows(with_lengths(study, prompts), EXCHANGES, from_state="edited")
     points = [_told_of_restoring(own) for _, own in rows.groupby("kind", sort=False)]
     points += _best_heads(prompts)
     title = "Original attention restored in the edited model"
@@ -164,86 +147,12 @@ def fig5(study: Study) -> Finding:
     )
 
 
-# --- measuring ---
-
-
-def _measured(
-    study: Study, name: str, measure: Measure
-) -> tuple[list[dict[str, Any]], list[Failure], float | None]:
-    """A record for each prompt, the cases that failed, and the seconds that all took, if that was
-    kept; each finished case is kept at once.
-
-    Raises:
-        RequestError: If no case has a prompt of these kinds, or each one failed.
-    """
-    journal = Journal(study.out / f"{name}.prompts.jsonl")
-    units = _units(study)
-    bar = tqdm(study.cases, desc=name, unit="case", disable=not study.progress)
-    for unit, case in zip(units, bar, strict=True):
-        if not journal.is_finished(unit, study.retry_failed):
-            started = time.monotonic()
-            try:
-                found: dict[str, Any] = {"prompts": list(_of_case(study, case, measure))}
-            except DriftLensError as error:
-                found = {"error": f"{type(error).__name__}: {error}"}
-            journal.add(unit, **found, seconds=time.monotonic() - started)
-    records = [journal[unit] for unit in units]
-    prompts = [prompt for record in records for prompt in record.get("prompts", ())]
-    failed = [
-        (study.method, case.id, record["error"])
-        for case, record in zip(study.cases, records, strict=True)
-        if "error" in record
-    ]
-    if not prompts:
-        if failed:
-            raise RequestError(
-                f"{len(failed)} of {len(records)} cases failed, the first, {failed[0][1]}: "
-                f"{failed[0][2]}",
-                "Give other cases; the others have no relation and no neighbour.",
-            )
-        raise RequestError(
-            f"None of the {len(study.cases)} cases has a relation, or a neighbour.",
-            "Give other cases, or more of them.",
-        )
-    return prompts, failed, total(records, "seconds")
+# --- parts ---
 
 
 def _editor(study: Study) -> list[dict[str, Any]]:
     """The editor, for the record."""
-    return [{"name": arm.name, **arm.to_dict()} for arm in study.arms((study.method,))[1:]]
-
-
-def _units(study: Study) -> list[dict[str, Any]]:
-    """What determines the record of each case."""
-    common = {
-        **study.model.identity(),
-        "covariance": COVARIANCE,
-        "method": study.method,
-        "config": asdict(resolve_config(study.model, study.method)),
-        "seed": study.seed,
-        "quick": study.quick,
-        "per_kind": PER_KIND,
-    }
-    return [{**common, "case": case.to_record()} for case in study.cases]
-
-
-def _of_case(study: Study, case: Case, measure: Measure) -> Iterator[dict[str, Any]]:
-    for metric, kind in KINDS.items():
-        about = [p for p in case.probes((metric,)) if case.request.subject in p.prompt]
-        for probe in about[:PER_KIND]:
-            measured = measure(study.model, study.edit(case), probe, probe is about[0])
-            yield {"case": case.id, "kind": kind, "prompt": probe.prompt, **measured}
-
-
-def _baselines(experiment: PatchExperiment, made: Edit) -> dict[str, Pair]:
-    return {
-        "original": _pair(experiment.original, made),
-        "edited": _pair(experiment.edited, made),
-    }
-
-
-def _pair(readout: Readout, made: Edit) -> Pair:
-    return {"answer": readout.prob, "new": readout[made.requests[0].target_new].prob}
+    return [{"name": study.editor.name, **study.editor.to_dict()}]
 
 
 def _windows(n_layers: int, quick: bool) -> list[list[int]]:
@@ -257,7 +166,7 @@ def _windows(n_layers: int, quick: bool) -> list[list[int]]:
 def _by_span(
     windows: Sequence[Sequence[int]], found: Sequence[PatchResult], made: Edit
 ) -> dict[str, Pair]:
-    return {_span(w): _pair(one.patched, made) for w, one in zip(windows, found, strict=True)}
+    return {_span(w): pair(one.patched, made) for w, one in zip(windows, found, strict=True)}
 
 
 def _span(window: Sequence[int]) -> str:
@@ -278,10 +187,10 @@ def _window_rows(
         own = [p for p in prompts if p["kind"] == kind]
         cases = [p["case"] for p in own]
         lost = np.array([p["original"]["answer"] - p["edited"]["answer"] for p in own])
-        lost_low, lost_high = _interval(cases, lost)
+        lost_low, lost_high = interval_of(cases, lost)
         before = {name: np.array([p[from_state][name] for p in own]) for name in ("answer", "new")}
         ahead = {
-            state: [_is_ahead(p[state], p["tokens"]) for p in own]
+            state: [is_ahead(p[state], p["tokens"]) for p in own]
             for state in ("original", "edited")
         }
         for what in kinds:
@@ -289,12 +198,12 @@ def _window_rows(
                 found = [p["patched"][what][span] for p in own]
                 answer = np.array([one["answer"] for one in found]) - before["answer"]
                 new = np.array([one["new"] for one in found]) - before["new"]
-                is_ahead = np.array(
-                    [_is_ahead(one, p["tokens"]) for one, p in zip(found, own, strict=True)]
+                likelier = np.array(
+                    [is_ahead(one, p["tokens"]) for one, p in zip(found, own, strict=True)]
                 )
-                low, high = _interval(cases, answer)
-                new_low, new_high = _interval(cases, new)
-                ahead_low, ahead_high = _interval(cases, is_ahead)
+                low, high = interval_of(cases, answer)
+                new_low, new_high = interval_of(cases, new)
+                ahead_low, ahead_high = interval_of(cases, likelier)
                 row = {
                     "kind": kind,
                     "patched": what,
@@ -307,7 +216,7 @@ def _window_rows(
                     "change of P(new target)": float(new.mean()),
                     "new low": new_low,
                     "new high": new_high,
-                    "answer likelier, %": float(is_ahead.mean()),
+                    "answer likelier, %": float(likelier.mean()),
                     "likelier low": ahead_low,
                     "likelier high": ahead_high,
                     "likelier original, %": float(np.mean(ahead["original"])),
@@ -317,80 +226,35 @@ def _window_rows(
                     "lost high": lost_high,
                 }
                 if from_state == "edited":
-                    row |= _share(cases, answer, lost)
+                    row |= share_of(cases, answer, lost)
                 rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _with_lengths(study: Study, prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The prompts with the numbers of tokens of the answer and of the new target."""
-
-    def count(text: str) -> int:
-        return len(study.model.tokens.target_ids(text))
-
-    found = {
-        (case.id, probe.prompt): {
-            "answer": count(probe.right), "new": count(case.request.target_new)
-        }
-        for case in study.cases
-        for probe in case.probes(tuple(KINDS))
-    }  # fmt: skip
-    return [{**p, "tokens": found[p["case"], p["prompt"]]} for p in prompts]
-
-
-def _is_ahead(pair: Pair, tokens: Mapping[str, int]) -> float:
-    """100 if the answer is likelier than the new target per token, as RS and DNS ask, else 0."""
-    least = np.finfo(float).tiny
-    answer, new = (math.log(max(pair[of], least)) / tokens[of] for of in ("answer", "new"))
-    return 100.0 * (answer > new)
-
-
-def _interval(cases: Sequence[str], values: np.ndarray) -> tuple[float, float]:
-    sums, counts = _by_case(cases, values)
-    return bootstrap_interval(sums, counts)
-
-
-def _by_case(cases: Sequence[str], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each case, the sum over its prompts and their number."""
-    frame = pd.DataFrame({"case": list(cases), "value": values})
-    grouped = frame.groupby("case", sort=False)["value"]
-    return grouped.sum().to_numpy(), grouped.count().to_numpy(dtype=float)
-
-
-def _share(cases: Sequence[str], gains: np.ndarray, lost: np.ndarray) -> dict[str, float]:
-    """What is brought back, in per cent of what was lost, with a 95 % interval by bootstrap over
-    cases; not a number unless something was surely lost."""
-    if not _interval(cases, lost)[0] > 0:
-        return dict.fromkeys(("share, %", "share low", "share high"), float("nan"))
-    # A mean over prompts of which each counts as much as it lost.
-    low, high = bootstrap_interval(_by_case(cases, gains)[0], _by_case(cases, lost)[0])
-    return {
-        "share, %": 100 * float(gains.sum() / lost.sum()),
-        "share low": 100 * low,
-        "share high": 100 * high,
-    }
 
 
 def _correlations(prompts: Sequence[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
     """Of each measure of drift with each damage, and how much less than the largest head's."""
     for kind in dict.fromkeys(p["kind"] for p in prompts):
         own = [p for p in prompts if p["kind"] == kind]
-        weights = _draws([p["case"] for p in own], seed, 2000)
+        cases = [p["case"] for p in own]
+        weights, n_cases = _draws(cases, seed, 2000), len(set(cases))
+        sizes = {drift: np.array([p["drift"][drift] for p in own]) for drift in DRIFTS}
+        means = {drift: (size.mean(), *interval_of(cases, size)) for drift, size in sizes.items()}
         for damage, y in _damages(own).items():
-            drawn = {
-                drift: _correlation(np.array([p["drift"][drift] for p in own]), y, weights)
-                for drift in DRIFTS
-            }
+            drawn = {drift: _correlation(size, y, weights) for drift, size in sizes.items()}
             for drift, found in drawn.items():
+                mean, low, high = means[drift]
                 less = found["pearson"] - drawn["max head"]["pearson"]
                 yield {
                     "kind": kind,
                     "damage": damage,
                     "drift": drift,
                     "prompts": len(own),
-                    **_with_interval("pearson", found["pearson"]),
-                    **_with_interval("spearman", found["spearman"]),
-                    **_with_interval("less_max_head", less),
+                    "mean": float(mean),
+                    "mean_low": low,
+                    "mean_high": high,
+                    **_with_interval("pearson", found["pearson"], n_cases),
+                    **_with_interval("spearman", found["spearman"], n_cases),
+                    **_with_interval("less_max_head", less, n_cases),
                 }
 
 
@@ -406,13 +270,13 @@ def _correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> dict[str,
     return {"pearson": _pearson(x, y, weights), "spearman": _pearson(*ranks, weights)}
 
 
-def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
+def _with_interval(name: str, values: np.ndarray, cases: int) -> dict[str, float]:
     """The first value, and a 95 % interval of the others; without a number where one of the two
     that are correlated does not vary, or there is one case only."""
     drawn = values[1:][np.isfinite(values[1:])]
     varies = len(drawn) > 0 and (np.ptp(drawn) > 1e-9 or name == "less_max_head")
-    low, high = np.quantile(drawn, [0.025, 0.975]) if varies else (float("nan"),) * 2
-    return {name: float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
+    low, high = ends(drawn, cases) if varies else (float("nan"),) * 2
+    return {name: float(values[0]), f"{name}_low": low, f"{name}_high": high}
 
 
 def _told_correlations(rows: pd.DataFrame) -> str:
@@ -426,6 +290,12 @@ def _told_correlations(rows: pd.DataFrame) -> str:
             part += f" ({_correlated(row, 'less_max_head', '+')} less max head)"
         parts.append(part)
     return ", ".join(parts) or "no correlation can be told"
+
+
+def _drift_level(rows: pd.DataFrame) -> str:
+    """Of the largest head, its mean over prompts."""
+    row = rows[rows["drift"] == "max head"].iloc[0]
+    return with_interval(row["mean"], row["mean_low"], row["mean_high"], digits=3, sign="+")
 
 
 def _correlated(row: Mapping[Any, Any], name: str, sign: Literal["", "+"] = "") -> str:

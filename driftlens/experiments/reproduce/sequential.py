@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from driftlens import figures
 from driftlens.bench import UNEDITED, Arm
-from driftlens.cases import METRICS
+from driftlens.cases import METRICS, Case, without_edited_facts
 from driftlens.evaluation import Rate
 from driftlens.experiments.many import measure
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study
@@ -43,7 +43,10 @@ def sequential(study: Study) -> Finding:
             points.append(_told(arm.name, checkpoints, "error" in found))
         if "error" in found:
             failed.append((arm.name, "a sequence", found["error"]))
-    text = "One order of the facts; intervals are over the facts in one edited model."
+    text = (
+        "One order of the facts; intervals are over the facts in one edited model."
+        f"{_left_out(study.cases)}"
+    )
     table = pd.DataFrame(rows, columns=["arm", "facts", "metric", *(f.name for f in fields(Rate))])
     title = "Edits one after another"
     paper = "The paper edits one fact at a time; its reviewers ask what happens in a sequence."
@@ -53,6 +56,22 @@ def sequential(study: Study) -> Finding:
     return Finding(
         "sequential", title, table, figure, text, paper, points, made, failed, seconds=seconds
     )
+
+
+def _left_out(cases: Sequence[Case]) -> str:
+    """How many prompts are not asked, as another of the edits changes their answers."""
+    counts = [
+        (sum(len(case.neighbours) for case in some), sum(len(case.relations) for case in some))
+        for some in (cases, without_edited_facts(cases))
+    ]
+    parts = [
+        f"{before - left} of {before} {kind}"
+        for kind, before, left in zip(("neighbours", "relations"), *counts, strict=True)
+        if before > left
+    ]
+    if not parts:
+        return ""
+    return f" Not asked, as another of the edits changes the answers: {' and '.join(parts)}."
 
 
 def _rows(arm: str, count: int, rates: dict[str, Any]) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ function makePanelChoice() {
       : []),
     ...(canHideFirst ? [el("label", { class: "check" }, hide, hideText)] : []),
     ...(several
-      ? [el("label", { class: "check" }, numberKeys, `Keys 1\u2013${panels.length} switch matrices`)]
+      ? [el("label", { class: "check" }, numberKeys, `Keys 1\u2013${Math.min(9, panels.length)} switch matrices`)]
       : []),
   );
 }

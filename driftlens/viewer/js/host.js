@@ -25,8 +25,15 @@ function watchHost() {
       answersOf.set(setKey(numbersOf(message.heads)), [message.answer, message.target]);
     } else if (data.restored && message.kind === "failed") {
       requests.set(setKey(numbersOf(message.heads)), message.problem);
+    } else if (message.kind === "open") {
+      const place = parseHead(message.head);
+      if (place && !sameHead(ui.selected, place)) selectHead(place.layer, place.head);
+    } else if (data.restored && message.kind === "choose") {
+      choose(numbersOf(message.heads));
     }
+    const asking = document.activeElement?.classList.contains("ask");
     drawRestored();
+    if (asking) byId("restore-readout").querySelector(".ask")?.focus();
   });
 }
 
@@ -35,6 +42,7 @@ function askHost(numbers) {
   requests.set(setKey(numbers), "computing");
   tell({ kind: "restore", heads: numbers.map(nameOfNumber) });
   drawRestored();
+  byId("restore-readout").focus(); // its button is gone
 }
 
 /** The button that asks, or how the asking goes; nothing without a host. */

@@ -63,6 +63,7 @@ function drawOverview() {
     byId("overview-scale").replaceChildren(ui.view.scale.node);
   }
   ui.view.scale.draw();
+  byId("view-name").textContent = overviewMap.label();
   overviewMap.paint();
   drawLargest();
   drawHeadReadout();

@@ -72,7 +72,7 @@ function matricesDrawing() {
   shown.forEach((panel, i) => {
     const x = left + i * (width + gap);
     items.push(
-      textItem(panel.label, x, top - 14, { size: 12, weight: "600", colour: "--ink" }),
+      textItem(shortened(panel.label, Math.max(4, Math.floor((width + gap) / 7))), x, top - 14, { size: 12, weight: "600", colour: "--ink" }),
       ...matrixItems(panel, name, x, top),
       ...keys().map((position, column) =>
         textItem(token(position, 13), x + (column + 0.5) * cell, top + height + 6, {

@@ -26,6 +26,15 @@ function watchTheme() {
     applyTheme();
     drawColours();
   });
+  // Paper is white.
+  window.addEventListener("beforeprint", () => {
+    document.documentElement.dataset.theme = "light";
+    drawColours();
+  });
+  window.addEventListener("afterprint", () => {
+    applyTheme();
+    drawColours();
+  });
 }
 
 function reset() {
@@ -34,6 +43,7 @@ function reset() {
   ui.marked = true;
   resetPattern();
   chosen.clear();
+  requests.clear();
   if (data.restored) {
     byId("click-chooses").checked = false;
     sweepMap.clickChooses = false;
@@ -58,7 +68,7 @@ function reset() {
 
 /** Escape lets go of the innermost thing that is held: a pinned cell, then the head. */
 function release(event) {
-  if (event.key !== "Escape") return;
+  if (event.key !== "Escape" || isTyping(event.target)) return;
   if (pattern.hovered || pattern.pinned) {
     pattern.hovered = null;
     pattern.pinned = null;

@@ -65,7 +65,7 @@ function answersTable(rows) {
         {},
         el("td"),
         heading(data.answer, "true answer"),
-        heading(data.targetNew, "edit\u2019s target"),
+        data.targetNew ? heading(data.targetNew, "edit\u2019s target") : null,
       ),
     ),
     el(
@@ -77,7 +77,7 @@ function answersTable(rows) {
           {},
           el("th", { scope: "row", text: inert(label) }),
           gauge(answer, "answer"),
-          gauge(target, "target"),
+          data.targetNew ? gauge(target, "target") : null,
         ),
       ),
     ),

@@ -1,0 +1,199 @@
+"""What is measured of edited models on prompts that an edit should leave alone and that hold its
+subject: relations, and neighbours behind the edited sentence. Each finished case is kept."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from driftlens.bench import Arm
+from driftlens.bench.units import COVARIANCE, FAILURES, reason
+from driftlens.cases import Case, Metric, Probe
+from driftlens.drift import measure_drift
+from driftlens.edits import Edit
+from driftlens.errors import RequestError
+from driftlens.experiments.reproduce.finding import Failure, Study
+from driftlens.intervals import bootstrap_interval
+from driftlens.journal import Journal, total
+from driftlens.models import LensModel
+from driftlens.patching import PatchExperiment, Readout
+from driftlens.records import versions
+
+KINDS: dict[Metric, str] = {"RS": "relation", "DNS": "distract neighbourhood"}
+DRIFTS = {
+    "max head": "change of the largest head's attention to the subject",
+    "mean head": "change of the mean head's attention to the subject",
+    "row KL": "KL between the rows, mean over heads",
+}
+PER_KIND = 3
+"""Prompts of each kind that are taken of a case."""
+
+Pair = dict[str, float]
+Measure = Callable[[LensModel, Edit, Probe, bool], dict[str, Any]]
+"""What is measured on a prompt; the last argument tells the first one of its kind and case."""
+
+
+def drifts(
+    study: Study, arm: Arm | None = None
+) -> tuple[list[dict[str, Any]], list[Failure], float | None]:
+    """As :func:`measured`, of :func:`drifted`: all experiments that ask for it share the file."""
+    return measured(study, "drift", drifted, arm)
+
+
+def measured(
+    study: Study, name: str, measure: Measure, arm: Arm | None = None
+) -> tuple[list[dict[str, Any]], list[Failure], float | None]:
+    """A record for each prompt, the cases that failed, and the seconds that all took, if that was
+    kept; each finished case is kept at once.
+
+    Args:
+        study: The model and the cases.
+        name: Of the file and the bar.
+        measure: Of one prompt.
+        arm: Which edits; by default those of the study's editor.
+
+    Raises:
+        RequestError: If no case has a prompt of these kinds, or each one failed.
+    """
+    journal = Journal(study.out / f"{name}.prompts.jsonl")
+    arm = study.editor if arm is None else arm
+    units, made_by = _units(study, arm), versions()
+    journal.warn_of_other_versions(units, made_by, stacklevel=4)
+    bar = tqdm(study.cases, desc=f"{name}, {arm.name}", unit="case", disable=not study.progress)
+    for unit, case in zip(units, bar, strict=True):
+        if not journal.is_finished(unit, study.retry_failed):
+            started = time.monotonic()
+            try:
+                found: dict[str, Any] = {"prompts": list(_of_case(study, case, arm, measure))}
+            except FAILURES as error:
+                found = {"error": reason(error)}
+            spent = time.monotonic() - started
+            journal.add(unit, **found, seconds=spent, versions=made_by)
+    records = [journal[unit] for unit in units]
+    prompts = [prompt for record in records for prompt in record.get("prompts", ())]
+    failed = [
+        (arm.name, case.id, record["error"])
+        for case, record in zip(study.cases, records, strict=True)
+        if "error" in record
+    ]
+    if not prompts:
+        if failed:
+            raise RequestError(
+                f"{len(failed)} of {len(records)} cases failed, the first, {failed[0][1]}: "
+                f"{failed[0][2]}",
+                "Give other cases; the others have no relation and no neighbour.",
+            )
+        raise RequestError(
+            f"None of the {len(study.cases)} cases has a relation, or a neighbour.",
+            "Give other cases, or more of them.",
+        )
+    return prompts, failed, total(records, "seconds")
+
+
+def _units(study: Study, arm: Arm) -> list[dict[str, Any]]:
+    """What determines the record of each case."""
+    edits = arm.to_dict()
+    if not arm.penalties:
+        del edits["penalties"]
+    common = {
+        **study.model.identity(),
+        **edits,
+        "covariance": COVARIANCE,
+        "seed": study.seed,
+        "quick": study.quick,
+        "per_kind": PER_KIND,
+    }
+    return [{**common, "case": case.to_record()} for case in study.cases]
+
+
+def _of_case(study: Study, case: Case, arm: Arm, measure: Measure) -> Iterator[dict[str, Any]]:
+    for metric, kind in KINDS.items():
+        about = [p for p in case.probes((metric,)) if case.request.subject in p.prompt]
+        for probe in about[:PER_KIND]:
+            found = measure(study.model, study.edit(case, arm), probe, probe is about[0])
+            yield {"case": case.id, "kind": kind, "prompt": probe.prompt, **found}
+
+
+def drifted(model: LensModel, made: Edit, probe: Probe, _: bool) -> dict[str, Any]:
+    """A measure: P(answer) and P(new target) before and after, and the drift of the last token,
+    averaged over layers."""
+    experiment = PatchExperiment(model, made, probe.prompt, answer=probe.right)
+    drift = measure_drift(model, made, probe.prompt)
+    return baselines(experiment, made) | {
+        "drift": {
+            "max head": float(drift.max_head.mean()),
+            "mean head": float(drift.mean_head.mean()),
+            "row KL": float(drift.kl.mean()),
+        }
+    }
+
+
+def baselines(experiment: PatchExperiment, made: Edit) -> dict[str, Pair]:
+    """P(answer) and P(new target), of the original and of the edited model."""
+    return {
+        "original": pair(experiment.original, made),
+        "edited": pair(experiment.edited, made),
+    }
+
+
+def pair(readout: Readout, made: Edit) -> Pair:
+    """P(answer) and P(new target) of a state."""
+    return {"answer": readout.prob, "new": readout[made.requests[0].target_new].prob}
+
+
+def with_lengths(study: Study, prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The prompts with the numbers of tokens of the answer and of the new target."""
+
+    def count(text: str) -> int:
+        return len(study.model.tokens.target_ids(text))
+
+    found = {
+        (case.id, probe.prompt): {
+            "answer": count(probe.right), "new": count(case.request.target_new)
+        }
+        for case in study.cases
+        for probe in case.probes(tuple(KINDS))
+    }  # fmt: skip
+    return [{**p, "tokens": found[p["case"], p["prompt"]]} for p in prompts]
+
+
+def is_ahead(pair: Pair, tokens: Mapping[str, int]) -> float:
+    """100 if the answer is likelier than the new target per token, as RS and DNS ask, else 0."""
+    least = np.finfo(float).tiny
+    answer, new = (math.log(max(pair[of], least)) / tokens[of] for of in ("answer", "new"))
+    return 100.0 * (answer > new)
+
+
+def interval_of(cases: Sequence[str], values: np.ndarray) -> tuple[float, float]:
+    """A 95 % interval of the mean over prompts, by bootstrap over cases."""
+    sums, counts = by_case(cases, values)
+    return bootstrap_interval(sums, counts)
+
+
+def by_case(cases: Sequence[str], values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each case, the sum over its prompts and their number."""
+    frame = pd.DataFrame({"case": list(cases), "value": values})
+    grouped = frame.groupby("case", sort=False)["value"]
+    return grouped.sum().to_numpy(), grouped.count().to_numpy(dtype=float)
+
+
+def share_of(cases: Sequence[str], gains: np.ndarray, lost: np.ndarray) -> dict[str, float]:
+    """What is brought back, in per cent of what was lost, with a 95 % interval by bootstrap over
+    cases; not a number unless something was surely lost. The ends are none where a draw of few
+    cases has lost nothing."""
+    if not interval_of(cases, lost)[0] > 0:
+        return dict.fromkeys(("share, %", "share low", "share high"), float("nan"))
+    # A mean over prompts of which each counts as much as it lost.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low, high = bootstrap_interval(by_case(cases, gains)[0], by_case(cases, lost)[0])
+    return {
+        "share, %": 100 * float(gains.sum() / lost.sum()),
+        "share low": 100 * low,
+        "share high": 100 * high,
+    }
