@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -120,6 +121,43 @@ def lab(
             server.wait()
 
 
+def run_cell(chromium: Browser, index: int, started: float = 20, done: float = 600) -> None:
+    """Run a cell and wait until it is done. Keys can be lost while the notebook is still being
+    laid out, so they are sent again if nothing starts; imports alone can take minutes on a busy
+    machine.
+
+    Args:
+        chromium: Shows the notebook.
+        index: Of the code cell.
+        started: Seconds until the keys are sent again.
+        done: Seconds in all.
+    """
+    from selenium.common.exceptions import TimeoutException
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def prompt() -> str:
+        return chromium.all(".jp-CodeCell .jp-InputPrompt")[index].text
+
+    def has_started(_: object) -> bool:
+        return prompt() != "[ ]:"
+
+    def is_done(_: object) -> bool:
+        return bool(re.fullmatch(r"\[\d+\]:", prompt()))
+
+    for _ in range(3):
+        chromium.all(".jp-CodeCell .jp-InputPrompt")[index].click()
+        keys = ActionChains(chromium.driver)
+        keys.key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
+        with contextlib.suppress(TimeoutException):
+            WebDriverWait(chromium.driver, started).until(has_started)
+            break
+    try:
+        WebDriverWait(chromium.driver, done).until(is_done)
+    except TimeoutException:
+        pytest.fail(f"cell {index} is at {prompt()}; the page: {chromium.text('body')[-2000:]}")
+
+
 def test_the_page_works_in_jupyterlab(
     lab: str, made: tuple[dl.LensModel, dl.Comparison], chromium: Browser
 ) -> None:
@@ -159,21 +197,13 @@ def test_the_page_works_in_jupyterlab(
 def test_a_click_in_the_widget_computes_a_patch(
     lab: str, made: tuple[dl.LensModel, dl.Comparison], chromium: Browser
 ) -> None:
-    from selenium.webdriver import ActionChains, Keys
-
     model, comparison = made
     waiting = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait(
         chromium.driver, 120
     )
-
-    def run_cell() -> None:
-        keys = ActionChains(chromium.driver)
-        keys.key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
-
     chromium.driver.get(f"{lab}live.ipynb?reset")
     waiting.until(lambda _: "Idle" in chromium.text("body"))
-    chromium.find(".jp-CodeCell .jp-InputPrompt").click()
-    run_cell()
+    run_cell(chromium, 0)
     waiting.until(lambda _: chromium.all('iframe[title="DriftLens"]'))
     chromium.driver.switch_to.frame(chromium.find('iframe[title="DriftLens"]'))
     try:
@@ -193,7 +223,6 @@ def test_a_click_in_the_widget_computes_a_patch(
         assert [float(number) for number in numbers] == pytest.approx(wanted, rel=2e-4)
     finally:
         chromium.driver.switch_to.default_content()
-    chromium.all(".jp-CodeCell .jp-InputPrompt")[1].click()
-    run_cell()
+    run_cell(chromium, 1)
     told = (next(iter(comparison.patterns)), heads)
     waiting.until(lambda _: str(told) in chromium.text("body"))
