@@ -874,10 +874,27 @@ def test_what_keeps_most_at_no_higher_price() -> None:
     )
 
 
+class Enough(Exception):
+    """What a test wanted to know is known."""
+
+
+def arms_of(name: str, study: Study, monkeypatch: pytest.MonkeyPatch) -> dict[str, Arm]:
+    """What an experiment compares; nothing is edited."""
+    asked: list[Arm] = []
+
+    def bench(_: Study, arms: list[Arm]) -> None:
+        asked.extend(arms)
+        raise Enough
+
+    monkeypatch.setattr(Study, "bench", bench)
+    with pytest.raises(Enough):
+        EXPERIMENTS[name](study)
+    return {arm.name: arm for arm in asked}
+
+
 def test_searches_are_told_and_compared_at_all_their_steps(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Arm] = []
     whole, held = "rome, all steps", "rome + sadr, all steps"
     values = {"ES": 99.0, "RS": 20.0}
     result = result_of(
@@ -896,17 +913,7 @@ def test_searches_are_told_and_compared_at_all_their_steps(
     assert ", RS -5.0 [" in longer
     assert longer.endswith(" Its searches take 20 steps in the median (4 for rome).")
 
-    class Enough(Exception):
-        pass
-
-    def bench(_: Study, arms: list[Arm]) -> None:
-        asked.extend(arms)
-        raise Enough
-
-    monkeypatch.setattr(Study, "bench", bench)
-    with pytest.raises(Enough):
-        EXPERIMENTS["steps"](study)
-    arms = {arm.name: arm for arm in asked}
+    arms = arms_of("steps", study, monkeypatch)
     for method in editors.PAPERS:
         one, long = (arms[name].config for name in (method, f"{method}, all steps"))
         assert arms[f"{method} + sadr, all steps"].config == long != one
@@ -919,6 +926,28 @@ def test_searches_are_told_and_compared_at_all_their_steps(
     whole_pmet = arms["pmet, all steps"].config
     assert isinstance(whole_pmet, dl.PmetConfig)
     assert (whole_pmet.early_stop_loss, whole_pmet.greedy_stop_kl) == (-1.0, -1.0)
+
+
+def test_figure_7_compares_searches_of_equal_length(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = arms_of("fig7", study, monkeypatch)
+    for method in ("rome", "memit"):
+        plain = arms.pop(method).config
+        assert isinstance(plain, dl.RomeConfig | dl.MemitConfig)
+        assert plain.early_stop_loss == -1
+        tuned = methods.resolve_config(study.model, method)
+        assert replace(plain, early_stop_loss=tuned.early_stop_loss) == tuned
+        settings = {name.split(", ")[1]: arm for name, arm in arms.items() if arm.method == method}
+        kinds = [name.split()[0] for name in settings]
+        assert kinds == ["gamma"] * 2 + ["steps"] * 2 + ["lr"] * 2 + ["KL"] * 2
+        for name, arm in settings.items():
+            kind, value = name.split()
+            field = {"steps": "steps", "lr": "lr", "KL": "kl_factor"}.get(kind)
+            changed = {} if field is None else {field: type(getattr(plain, field))(value)}
+            assert arm.config == replace(plain, **changed)
+            assert [p.gamma for p in arm.penalties] == ([] if field else [float(value)])
+            assert arm.config.steps == plain.steps or (kind == "steps" and int(value) < plain.steps)
 
 
 def test_no_search_stops_that_is_to_take_all_its_steps(
@@ -947,12 +976,12 @@ def test_what_figure_7_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> No
     }
     text, _ = told(monkeypatch, study, "fig7", found)
     shape = (
-        r"What the best setting of each kind gains in the mean of what should be left alone, in "
-        r"points, of those that cost at most 1 point of ES and 4 of PS \(one prompt in any "
-        r"case\), chosen on the same cases\.\nrome \(ES 99\.0, PS 95\.0\), mean of NS, RS: "
-        r"gamma 0\.2 \(of 2\) \+10\.0 \[\S+, \S+\] \(ES 98\.0, PS 91\.0\); lr 0\.1 \(of 1\) "
-        r"\+5\.0 \[\S+, \S+\] \(ES 99\.0, PS 95\.0\); none of 1 settings of steps\. Gamma's "
-        r"less that of lr \+5\.0 \[\S+, \S+\]\."
+        r"No search stops early\. What the best setting of each kind gains in the mean of what "
+        r"should be left alone, in points, of those that cost at most 1 point of ES and 4 of PS "
+        r"\(one prompt in any case\), chosen on the same cases\.\nrome \(ES 99\.0, PS 95\.0\), "
+        r"mean of NS, RS: gamma 0\.2 \(of 2\) \+10\.0 \[\S+, \S+\] \(ES 98\.0, PS 91\.0\); "
+        r"lr 0\.1 \(of 1\) \+5\.0 \[\S+, \S+\] \(ES 99\.0, PS 95\.0\); none of 1 settings of "
+        r"steps\. Gamma's less that of lr \+5\.0 \[\S+, \S+\]\."
     )
     assert re.fullmatch(shape, text), text
     bare = {arm: {m: v for m, v in row.items() if m == "ES"} for arm, row in found.items()}
