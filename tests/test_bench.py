@@ -295,6 +295,16 @@ def test_texts_are_told_beside_answers(
     geometric = np.exp(np.mean([np.log(t["perplexity"]) for t in told["ft"].values()]))
     assert means["perplexity"].value == pytest.approx(geometric)
     assert means["perplexity"].low <= geometric <= means["perplexity"].high
+    less = found.compare_texts("ft", "unedited")
+    of_all = (("FL", 2, float), ("reference", 1, float), ("perplexity", 3, np.log))
+    for metric, count, scale in of_all:
+        gains = [
+            scale(told["ft"][case.id][metric]) - scale(told["unedited"][case.id][metric])
+            for case in writing[:count]
+        ]
+        assert less[metric].value == pytest.approx(np.mean(gains))
+        assert less[metric].cases == count
+    assert less["FL"].value != 0 != less["perplexity"].value
     assert "| FL | reference | perplexity | seconds |" in found.to_markdown()
     assert {"FL", "perplexity"} <= set(found.table()["metric"])
     # What determines the texts determines the unit.
@@ -309,7 +319,7 @@ def test_texts_are_told_beside_answers(
     assert all(unit not in units[:i] for i, unit in enumerate(units))
     # Without texts the unit is another one, and nothing is told.
     plain = bench(model, writing, tmp_path, setting=Setting(("ES",)))
-    assert plain.text_rates("ft") == {}
+    assert plain.text_rates("ft") == plain.compare_texts("ft", "unedited") == {}
     generation._vectorizer.cache_clear()
 
 

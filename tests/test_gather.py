@@ -60,7 +60,7 @@ def test_rows_of_all_models_with_how_they_were_made(
     ]
     assert len(json.loads((out / "fig6.json").read_text())["runs"]) == 1
     assert f"wrote {out / 'fig6.json'}" in capsys.readouterr().out
-    assert tables.fluent_markdown(table) == tables.markdown(table)
+    assert tables.main_markdown(table) == tables.markdown(table)
     cell, shown = "50.0 [40.0, 60.0]", tables.markdown(table)
     assert f"| facts | large | rome (1 failed) | {cell} | {cell} | - | - | {cell} | - |" in shown
     assert f"| theirs | small | rome (1 failed) | {cell} |" in shown
@@ -184,13 +184,13 @@ def test_a_page_shows_all_that_was_gathered(
     assert "give folders to gather, or --page" in capsys.readouterr().err
 
 
-def test_fluency_is_shown_where_it_was_measured(tmp_path: Path) -> None:
+def test_fluency_has_a_table_of_its_own(tmp_path: Path) -> None:
     rate = {"arm": "rome", "value": 612.3, "low": 600.0, "high": 620.0, "prompts": 2, "cases": 2}
-    one = finding(tmp_path / "one", "small", rows=[{"metric": "FL", **rate}])
+    one = finding(tmp_path / "one", "small", "fluency", rows=[{"metric": "FL", **rate}])
     gather.gather([one], tmp_path)
-    table = tables.TABLES["table3"](json.loads((tmp_path / "table3.json").read_text()))
-    assert table.splitlines()[0].endswith("| DNS | FL |")
-    assert table.endswith("| - | 612.3 [600.0, 620.0] |")
+    table = tables.TABLES["fluency"](json.loads((tmp_path / "fluency.json").read_text()))
+    assert table.splitlines()[0] == "| data | model | arm | FL |"
+    assert table.endswith("| small | rome (1 failed) | 612.3 [600.0, 620.0] |")
 
 
 def test_the_main_table_has_steps_and_the_strength_of_edits_where_they_are_known(

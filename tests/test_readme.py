@@ -80,7 +80,7 @@ def test_readme_names_the_tests_and_the_demo():
 
 def test_readme_shows_the_main_table():
     result = json.loads((REPOSITORY / "assets/results/table3.json").read_text())
-    assert tables.fluent_markdown(result) in README
+    assert tables.main_markdown(result) in README
     assert min(row["cases"] for row in result["rows"] if row["metric"] in METRICS) >= 150
 
 

@@ -440,21 +440,41 @@ def test_the_main_table_is_the_benchmarks(study: Study) -> None:
         assert (row["value"], row["low"], row["high"], row["cases"]) == (
             rate.value, rate.low, rate.high, rate.cases
         )  # fmt: skip
-    told = [
-        measure_texts(study.model, case, ("FL",), length=60)["FL"]
-        for case in with_beginnings(quick.cases)
-    ]
-    fluency = rows.loc[("unedited", "none", "FL")]
-    assert (fluency["value"], fluency["cases"]) == (pytest.approx(np.mean(told)), 2)
-    assert rows.loc[("rome", "sadr", "FL")]["value"] != fluency["value"]
-    assert list(finding.rows["arm"].drop_duplicates()) == result.arms  # rows of an arm together
-    texts = BenchResult(study.out / "t" / "texts").seconds_in_all()
-    answered = result.seconds_in_all()
-    assert texts and answered and finding.seconds == pytest.approx(texts + answered)
+    assert list(finding.rows["arm"].drop_duplicates()) == result.arms
+    assert finding.seconds == result.seconds_in_all() != 0
     gain = result.compare("rome + sadr", "rome")["DNS"]
     assert f"DNS {gain}" in " ".join(finding.points)
     assert gain.value != 0
     assert "GPT-J 6B rome: RS 11.9 to 27.8, DNS 30.4 to 49.4" in finding.paper
+
+
+def test_fluency_is_that_of_single_calls(study: Study) -> None:
+    quick = Study(study.model, study.cases[:2], study.out / "f", quick=True, progress=False)
+    finding: Finding = EXPERIMENTS["fluency"](quick)
+    arms = {arm.name: arm for arm in quick.arms(("rome",), ("none", "sadr"))}
+    told: dict[str, list[float]] = {}
+    for name, arm in arms.items():
+        for case, written in zip(quick.cases, with_beginnings(quick.cases), strict=True):
+            edited = quick.edit(case, arm).applied(study.model) if arm.method else None
+            with edited or contextlib.nullcontext():
+                texts = measure_texts(study.model, written, ("FL",), length=60)
+            told.setdefault(name, []).append(texts["FL"])
+    rows = finding.rows.set_index("arm")
+    assert list(rows.index) == list(told) == ["unedited", "rome", "rome + sadr"]
+    assert list(rows["metric"]) == ["FL"] * 3
+    assert list(rows["method"] + "/" + rows["penalty"]) == [
+        "unedited/none", "rome/none", "rome/sadr"
+    ]  # fmt: skip
+    for name, values in told.items():
+        assert (rows["value"][name], rows["cases"][name]) == (pytest.approx(np.mean(values)), 2)
+    assert len(set(rows["value"])) == 3
+    less = np.mean(told["rome"]) - np.mean(told["unedited"])
+    held = np.mean(told["rome + sadr"]) - np.mean(told["rome"])
+    first, second = finding.points
+    assert first.startswith(f"rome less unedited: FL {less:+.1f} [")
+    assert second.startswith(f"rome + sadr less rome: FL {held:+.1f} [")
+    assert "GPT-J 6B: unedited 622.0; rome 620.6, with SADR 623.0; memit " in finding.paper
+    assert finding.seconds == BenchResult(study.out / "f" / "texts").seconds_in_all()
 
 
 def test_what_sadr_takes_off_is_what_single_calls_measure(study: Study) -> None:

@@ -27,6 +27,7 @@ from driftlens.evaluation import (
     combined,
     compare,
     compare_combined,
+    difference,
     growth,
     rates,
     with_failures,
@@ -160,6 +161,24 @@ class BenchResult:
     ) -> dict[Metric, Difference]:
         """Paired differences: an arm less another, over the cases that both have."""
         return compare(self.answers(arm), self.answers(other), measure)
+
+    def compare_texts(self, arm: str, other: str) -> dict[TextMetric, Difference]:
+        """Paired differences of what is told of texts, over the cases that both have; of the
+        perplexity that of its logarithms."""
+        told = [
+            {case: record["texts"] for case, record in self.records[name].items()
+             if "texts" in record}
+            for name in (arm, other)
+        ]  # fmt: skip
+        found: dict[TextMetric, Difference] = {}
+        for metric in TEXT_METRICS:
+            common = [case for case in told[0] if all(metric in own.get(case, ()) for own in told)]
+            if not common:
+                continue
+            values = np.array([[own[case][metric] for case in common] for own in told], dtype=float)
+            values = np.log(values) if metric == "perplexity" else values
+            found[metric] = difference(values[0] - values[1], np.ones(len(common)))
+        return found
 
     def growth(
         self, arm: str, other: str, metric: Metric, measure: Measure = "success"

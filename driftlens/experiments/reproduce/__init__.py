@@ -17,6 +17,7 @@ from driftlens.experiments.reproduce.cure import cure
 from driftlens.experiments.reproduce.editors import (
     fig6,
     fig7,
+    fluency,
     rivals,
     rules,
     steps,
@@ -32,6 +33,7 @@ from driftlens.records import write_result
 EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
     "table1": table1,
     "table3": table3,
+    "fluency": fluency,
     "fig3": fig3,
     "fig4": fig4,
     "fig5": fig5,
