@@ -120,7 +120,7 @@ def over_attending_heads(
     Args:
         now: Attention of each head of one layer, from the last prompt token to the last
             subject token, in the model that is being edited.
-        original: The same in the unedited model.
+        original: The same before the edit.
         rule: Which heads are held; all comparisons are strict. ``"max"``: those that now exceed
             the *largest* original attention of any head of their layer (the paper's rule).
             ``"quantile"``: those that exceed that quantile of their layer's original attention.

@@ -96,9 +96,10 @@ class Codebook:
         """Further entries, one by one, by GRACE's rule.
 
         A new key whose ball would touch its nearest neighbour's makes both balls halve the
-        distance if their labels differ; if they are the same, the neighbour's ball grows until
-        it holds the new key, and no entry is added. Otherwise it is added as it is. An entry
-        whose key is there already, but for rounding, replaces the old one's value and label.
+        distance if their labels differ; if they are the same, no entry is added: the neighbour's
+        ball grows until it holds the new key, and its value becomes the new one. Otherwise it is
+        added as it is. An entry whose key is there already, but for rounding, replaces the old
+        one's value and label.
         """
         keys, values, radii = list(self.keys), list(self.values), [float(r) for r in self.radii]
         labels = list(self.labels)
@@ -113,7 +114,7 @@ class Codebook:
                 continue
             if gap <= radius + radii[nearest]:
                 if labels[nearest] == label:
-                    radii[nearest] = max(radii[nearest], gap)
+                    radii[nearest], values[nearest] = max(radii[nearest], gap), value
                     continue
                 radius = gap / 2
                 # Not beyond the middle, so that a key between them has one answer.

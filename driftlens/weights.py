@@ -8,9 +8,10 @@ So deltas may be switched off in any order, and an exception loses nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,6 +227,10 @@ class WeightStack:
             if delta.shape != shape:
                 raise EditError(f"The delta for {name!r} has shape {delta.shape}, not {shape}.")
         ticket = next(self._tickets)
+        self._switch_on(ticket, deltas)
+        return ticket
+
+    def _switch_on(self, ticket: int, deltas: Mapping[str, Delta]) -> None:
         changes = [name for name, delta in deltas.items() if not isinstance(delta, Codebook)]
         new = {n: self.parameters[n].detach().clone() for n in changes if n not in self._originals}
         self._originals.update(new)
@@ -240,7 +245,6 @@ class WeightStack:
         except BaseException:
             self.pop(ticket)
             raise
-        return ticket
 
     def pop(self, ticket: int) -> None:
         """Switch the deltas of one ticket off; a ticket that is off already is ignored."""
@@ -248,6 +252,18 @@ class WeightStack:
             handle.remove()
         deltas = self._active.pop(ticket, {})
         self._write(n for n, delta in deltas.items() if not isinstance(delta, Codebook))
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """All deltas that are active now are off while the block runs, and on again after it."""
+        active = dict(self._active)
+        for ticket in active:
+            self.pop(ticket)
+        try:
+            yield
+        finally:
+            for ticket, deltas in active.items():
+                self._switch_on(ticket, deltas)
 
     def _write(self, names: Iterable[str]) -> None:
         """Bring parameters into line with the active deltas."""

@@ -52,6 +52,7 @@ def test_a_ball_with_the_same_label_grows_instead() -> None:
     both = book(([0.0, 0.0], 1.0, 1.0, "a")).with_entries(book(([1.5, 0.0], 2.0, 1.0, "a")))
     assert both.radii.tolist() == [1.5]
     assert both.labels == ("a",)
+    assert both.values.tolist() == [[2.0]]  # what was trained for the new fact is not lost
 
 
 def test_a_key_that_is_there_already_gets_the_new_value() -> None:
@@ -90,6 +91,8 @@ def test_no_weight_changes_and_other_texts_keep_every_bit(
                 for n, p in model.weights.parameters.items()
             )
             assert torch.equal(model.run(ids), before)
+            with model.weights.suspended():
+                assert torch.equal(model.run(prompt), of_prompt)
             changed = (model.run(prompt) != of_prompt).any(-1)[0]
         assert torch.equal(model.run(prompt), of_prompt)
     # Only from the key's own token on: nothing to the left of it moves.

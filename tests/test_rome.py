@@ -802,6 +802,19 @@ def test_contexts_depend_on_their_seed_alone() -> None:
     assert sample_contexts(model, seed=3) == found[0]
 
 
+def test_contexts_are_of_the_unedited_model() -> None:
+    model = sampling_model()
+    name = model.down_projection(LAYER).name
+    ruin = 1e3 * torch.ones(model.weights.parameters[name].shape)
+    edit = dl.Edit.from_deltas(model, {name: ruin.tril()})
+    forget(model)
+    with edit.applied(model):
+        inside = sample_contexts(model)
+        assert tuple(inside) != contexts_module._sample(model, (5, 10), 2, 0)
+    forget(model)
+    assert sample_contexts(model) == inside
+
+
 def test_edit_reads_and_changes_no_global_random_state() -> None:
     model = sampling_model()
     found = []

@@ -180,6 +180,24 @@ def test_double_precision_is_kept() -> None:
     stack.pop(ticket)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_suspended_deltas_come_back_to_the_bit(dtype: torch.dtype) -> None:
+    generator = random.Random(0)
+    parameters = odd_parameters(dtype)
+    originals = snapshot(parameters)
+    stack = WeightStack(parameters)
+    tickets = [stack.push(random_deltas(parameters, generator)) for _ in range(3)]
+    active, edited = stack.active, snapshot(parameters)
+    with stack.suspended():
+        assert not stack.is_edited
+        assert_same_bits(parameters, originals)
+    assert stack.active == active
+    assert_same_bits(parameters, edited)
+    for ticket in tickets:  # they are the same as before
+        stack.pop(ticket)
+    assert_same_bits(parameters, originals)
+
+
 def test_ticket_that_is_off_already_is_ignored() -> None:
     parameters = odd_parameters(torch.float32)
     before = snapshot(parameters)

@@ -60,14 +60,16 @@ def sample_contexts(
     give the 21 contexts of ROME as EasyEdit and the SADR paper use them.
 
     Args:
-        model: Without edits, to have what the references have.
+        model: Edits that are applied to it are off meanwhile, so that a fact has the same contexts
+            whatever was edited before.
         lengths: Tokens of a sentence, its first word included, BOS not.
         per_word: Sentences for each word and length.
         seed: Of a generator of its own; the global random state is neither read nor changed.
     """
-    key = ("contexts", model.fingerprint(), model.weights.is_edited, tuple(lengths), per_word, seed)
-    if model.weights.is_edited or key not in model.memo:
-        model.memo[key] = _sample(model, lengths, per_word, seed)
+    key = ("contexts", model.fingerprint(), tuple(lengths), per_word, seed)
+    if key not in model.memo:
+        with model.weights.suspended():
+            model.memo[key] = _sample(model, lengths, per_word, seed)
     return list(model.memo[key])
 
 

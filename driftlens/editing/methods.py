@@ -141,8 +141,10 @@ def edit(
             5 for MEMIT and its relatives; fine-tuning and GRACE use none).
         covariance: Second moments of the edited layers' keys: ``None`` (over 100,000 tokens of
             Wikipedia leads, computed once and cached), ``"identity"``, a path to an
-            ``.npz``, a :class:`~driftlens.editing.statistics.KeyCovariance`, texts, or a
-            mapping of layers to paths or covariances.
+            ``.npz``, a :class:`~driftlens.editing.statistics.KeyCovariance`, texts (of which the
+            first 100,000 tokens count;
+            :func:`~driftlens.editing.statistics.key_covariances` takes more), or a mapping of
+            layers to paths or covariances.
         seed: Of the sampled contexts.
         progress: Whether to show bars.
         engine: ``"suffix"`` reuses at every step what the edit cannot change, ``"plain"`` runs

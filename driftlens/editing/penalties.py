@@ -119,7 +119,7 @@ class Penalty(ABC):
     def __call__(
         self, now: Mapping[str, torch.Tensor], original: Mapping[str, torch.Tensor], sites: Sites
     ) -> PenaltyTerm:
-        """The loss, from the activations now and in the unedited model."""
+        """The loss, from the activations now and before this edit."""
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into an edit's record, and what a configuration file holds."""

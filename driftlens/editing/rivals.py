@@ -114,8 +114,9 @@ class EssenceKL(Penalty):
     """Holds what the model says about the subject as such.
 
     ``weight * mean over edited facts of KL( P || P0 )`` at the subject's last token in
-    "{subject} is a": the term that ROME's own ``kl_factor`` weighs, for methods that have no
-    such factor, and as a rival of SADR. With GRACE it is zero: its adapter does not act there.
+    "{subject} is a" (or where the editor's ``kl_position`` says): the term that ROME's own
+    ``kl_factor`` weighs, for methods that have no such factor, and as a rival of SADR. With GRACE
+    it is zero: its search changes nothing but the last prompt token.
 
     Args:
         weight: Weight of the divergence (nats per nat).

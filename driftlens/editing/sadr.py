@@ -95,7 +95,7 @@ class SADR(Penalty):
         if not isinstance(self.heads, str) and not {y for y, _ in self._pairs()} & set(chosen):
             names = ", ".join(head_name(*pair) for pair in self._pairs())
             raise RequestError(
-                f"SADR cannot hold {names}: the edit reaches none of the restricted layers that "
+                f"SADR cannot hold {names}: the search reaches none of the restricted layers that "
                 f"they are in (it reaches {', '.join(map(str, sites.layers))}).",
                 "Name other heads, or edit a lower layer.",
             )

@@ -2,8 +2,8 @@
 
 Locate-then-edit methods write to the direction C^-1 k, which disturbs other keys least
 (ROME, section 3.1). Documents are tokenized one by one with BOS as the model was trained,
-cut at the model's context, and every real token counts. Products are formed in float32 per
-batch and added up in float64.
+cut at the model's context or 1,024 tokens, and every real token counts. Products are formed in
+float32 per batch and added up in float64.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def resolve_covariances(
 
     Args:
         given: ``None`` (100,000 tokens of the bundled Wikipedia leads), ``"identity"``, a
-            path to an ``.npz``, a :class:`KeyCovariance`, any iterable of texts, or a mapping
-            of layers to paths or :class:`KeyCovariance`.
+            path to an ``.npz``, a :class:`KeyCovariance`, any iterable of texts (its first
+            100,000 tokens), or a mapping of layers to paths or :class:`KeyCovariance`.
         progress: Whether to show a bar while text is read.
 
     Raises:

@@ -541,7 +541,7 @@ def make_sites(
         rows: Token ids of the contexts.
         shift: What to add to a position to have that of the pass.
         width: Of the pass.
-        layer: The edited one, or the lowest of them.
+        layer: The edited one, or the topmost of them.
     """
     device = predicting.device
     n = len(rows)
