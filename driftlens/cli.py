@@ -747,13 +747,14 @@ def _numbers(text: str, option: str) -> list[int]:
             part.strip().partition("-") if part.strip()[:1] != "-" else (part, "", "")
         )
         try:
-            found += range(int(first), int(last) + 1) if dash else [int(first)]
+            named = range(int(first), int(last) + 1) if dash else [int(first)]
+            if not named:
+                raise ValueError(f"{part} goes down")
+            found += named
         except ValueError as error:
             raise RequestError(
                 f"--{option} {text!r} is not understood.", "Write it like '16-29' or '3,5,7'."
             ) from error
-    if not found:
-        raise RequestError(f"--{option} {text!r} names nothing.", "Write it like '16-29'.")
     return found
 
 
@@ -798,8 +799,8 @@ def _check_folder(path: Path) -> None:
         ) from error
 
 
-def _write(path: Path | None, text: Callable[[], str]) -> None:
-    """Write a result; if the disk refuses, print it, so that the work is not lost."""
+def _write(path: Path | None, text: Callable[[], str], *, rescue: bool = False) -> None:
+    """Write a result; if the disk refuses, print it if asked to, so that the work is not lost."""
     if path is None:
         return
     content = text()
@@ -811,18 +812,19 @@ def _write(path: Path | None, text: Callable[[], str]) -> None:
     try:
         write_atomically(path, content.encode())
     except OSError as error:
-        if path.suffix == ".json":
+        if rescue:
             print(content)
+        instead = "; its numbers were printed instead" if rescue else ""
         raise DataError(
             f"{path} cannot be written: {error.strerror or error}.",
-            "Free some space or choose another file; numbers were printed instead.",
+            f"Free some space or choose another file{instead}.",
         ) from error
 
 
 def _write_json(path: Path | None, numbers: Any) -> None:
     from driftlens.records import result_json
 
-    _write(path, lambda: result_json(numbers).rstrip())
+    _write(path, lambda: result_json(numbers).rstrip(), rescue=True)
 
 
 def _figure_html(figure: Any) -> str:

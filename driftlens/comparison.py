@@ -47,7 +47,7 @@ BEST_HEADS = (2, 3, 5, 10, 20, 50, 100)
 """How many of the heads that recover most alone are restored together."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """What an edit did to one prompt.
 
@@ -65,8 +65,9 @@ class Comparison:
         best_heads: The same for nested sets: the heads that recover most alone, the best first.
         head_sets: The same for sets of heads that were asked for.
         cured_readout: The answer under ``cured``.
-        edit_success: Probability of the new target on the edit prompt, by state; empty if the
-            edit does not say what it is about.
+        edit_success: Probability of the new target on the edit prompt: ``original``, ``edited``,
+            and what :func:`restriction` calls ``cured``; empty if the edit does not say what it
+            is about.
         patterns: Token-to-token attention of the heads that drifted most, by head and state, each
             of shape [query, key].
         seconds: Duration.
@@ -463,8 +464,7 @@ def compare(
 
 def restriction(edit: Edit | None) -> str:
     """The names of an edit's penalties, e.g. ``"SADR"``; ``"second edit"`` if it has none."""
-    kinds = [] if edit is None else [str(p["penalty"]) for p in edit.config.get("penalties", [])]
-    return " + ".join("SADR" if kind == "sadr" else kind for kind in kinds) or "second edit"
+    return "second edit" if edit is None else edit.restriction or "second edit"
 
 
 def heads_that_fit(tokens: int, states: int) -> int:

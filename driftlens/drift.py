@@ -327,7 +327,8 @@ def measure_drift(
 
     Raises:
         TokenError: If the subject is not in a prompt.
-        RequestError: If the query stands before the subject, so that it cannot see it.
+        RequestError: If the query stands before the subject, so that it cannot see it, or a prompt
+            is longer than the model's context.
         EditError: If the edit is not one of this model.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -486,5 +487,4 @@ def _row_kl(original: np.ndarray, edited: np.ndarray) -> np.ndarray:
 
 
 def _label(edit: Edit) -> str:
-    names = [p.get("penalty", "penalty").upper() for p in edit.config.get("penalties", [])]
-    return "edited" if not names else f"edited with {' + '.join(names)}"
+    return f"edited with {edit.restriction}" if edit.restriction else "edited"

@@ -78,10 +78,8 @@ class Edit:
         return max(delta.rank for delta in self.deltas.values())
 
     def __repr__(self) -> str:
-        facts = "; ".join(f"{r.text!r} -> {r.target_new!r}" for r in self.requests[:3]) or "unknown"
-        if len(self.requests) > 3:
-            facts += f"; and {len(self.requests) - 3} more"
-        touched = ", ".join(f"{n} (rank {d.rank})" for n, d in self.deltas.items())
+        facts = _few([f"{r.text!r} -> {r.target_new!r}" for r in self.requests]) or "unknown"
+        touched = _few([f"{name} ({_described(delta)})" for name, delta in self.deltas.items()])
         return f"Edit({self.method} of {self.model_name}: {facts}; changes {touched})"
 
     @contextmanager
@@ -152,15 +150,19 @@ class Edit:
                 )
             self._known_good.add(model)
 
+    @property
+    def restriction(self) -> str:
+        """Names of the penalties that it was made with, e.g. ``"SADR"``; empty if with none."""
+        kinds = [str(p.get("penalty", "penalty")) for p in self.config.get("penalties", [])]
+        return " + ".join("SADR" if kind == "sadr" else kind for kind in kinds)
+
     def to_dataframe(self) -> pd.DataFrame:
         """The optimisation trace, one row per step (and fact, if there are several); in nats."""
         return pd.DataFrame(self.trace)
 
     def plot(self) -> go.Figure:
         """Loss terms, target probability and heads held, by step."""
-        facts = "; ".join(f"{r.text} -> {r.target_new}" for r in self.requests[:3])
-        if len(self.requests) > 3:
-            facts += f"; and {len(self.requests) - 3} more"
+        facts = _few([f"{r.text} -> {r.target_new}" for r in self.requests])
         return figures.edit_trace(
             self.trace, title=facts or "edit", subtitle=f"{self.method}, {self.model_name}"
         )
@@ -457,6 +459,16 @@ def _delta_from(kind: Any, name: str, tensors: Mapping[str, torch.Tensor]) -> De
         raise TypeError("labels are no texts")
     keys, values, radii = (tensors[f"{name}|{field}"] for field in ("keys", "values", "radii"))
     return Codebook(keys, values, radii, tuple(labels), bool(kind["input_first"]))
+
+
+def _described(delta: Delta) -> str:
+    return f"rank {delta.rank}" if isinstance(delta, LowRankDelta) else _KINDS[type(delta)]
+
+
+def _few(names: Sequence[str], shown: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = [f"and {len(names) - shown} more"] if len(names) > shown else []
+    return "; ".join([*names[:shown], *more])
 
 
 def write_atomically(path: Path, data: bytes) -> None:

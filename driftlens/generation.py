@@ -88,13 +88,20 @@ def generate_each(
         seed: Of the sampling, which begins anew with each group.
 
     Raises:
-        RequestError: If a group has no prompt, or one leaves no room to write.
+        RequestError: If a group has no prompt, one leaves no room to write, or texts are to be
+            longer than the model's context.
         EditError: If an edit was made for other weights, or can only be applied to the whole model
             (:func:`~driftlens.side_by_side.fits_beside_others`).
         ModelError: If a model's logits are not finite.
     """
     if not groups or not all(groups):
         raise RequestError("There is no prompt to write on from.", "Give at least one.")
+    if length > model.info.n_ctx:
+        raise RequestError(
+            f"Texts of {length} tokens are longer than the {model.info.n_ctx} of "
+            f"{model.info.name}.",
+            "Give a smaller length.",
+        )
     rows = [[model.tokens.encode(prompt).ids for prompt in group] for group in groups]
     for row, prompt in zip(chain(*rows), chain(*groups), strict=True):
         if len(row) >= length:
@@ -102,7 +109,6 @@ def generate_each(
                 f"The prompt {prompt[:60]!r} has {len(row)} tokens, and the text {length}.",
                 "Give a shorter prompt, or a larger length.",
             )
-        model.check_length(length, prompt)
     pairs = [*zip(rows, [None] * len(groups) if edits is None else edits, strict=True)]
 
     def run(pairs: Sequence[tuple[Rows, Edit | None]]) -> list[list[str]]:
@@ -157,8 +163,8 @@ class _Sampler:
         if not likeliest.values.isfinite().all():
             raise ModelError(
                 "What the model says next is not finite.",
-                "Look at the edit's norm; in float64, load the model in float32, since padded "
-                "prompts of different lengths fail there.",
+                "Look at the edit's norm. (In float64, prompts of different lengths fail on some "
+                "models: load it in float32.)",
             )
         kept = likeliest.values.shape[-1]
         noise = torch.cat([

@@ -66,6 +66,17 @@ def down_in_name(layer: int) -> str:
     return f"blocks.{layer}.mlp.out.hook_in"
 
 
+def attn_out_name(layer: int) -> str:
+    """What a layer's attention adds to the residual stream, after any post-norm,
+    ``[batch, pos, d_model]``."""
+    return f"blocks.{layer}.hook_attn_out"
+
+
+def resid_post_name(layer: int) -> str:
+    """The residual stream after a layer, ``[batch, pos, d_model]``; can be intervened on."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
 def mlp_out_name(layer: int) -> str:
     """What a layer's MLP adds to the residual stream, after any post-norm,
     ``[batch, pos, d_model]``."""

@@ -256,6 +256,11 @@ class LensModel:
         rotated = rotated_keys_name(layer)
         return rotated if rotated in self.memo["rotated keys"] else keys_name(layer)
 
+    def differences(self, identity: Mapping[str, Any]) -> list[str]:
+        """In what this model differs from one with such an :meth:`identity`; devices may."""
+        own = self.identity()
+        return [name for name in own if name != "device" and own[name] != identity.get(name)]
+
     def fingerprint(self) -> str:
         """SHA-256 of the weights without any active edit; computed anew only if they changed."""
         stack = self.weights
@@ -362,6 +367,9 @@ class LensModel:
 
         ``hooks`` act in the same pass; what is recorded is what they leave. The pass ends at
         the hook ``stop_at``, by default before the unembedding.
+
+        Raises:
+            ModelError: If the model does not deliver one of them.
         """
         store: dict[str, torch.Tensor] = {}
         with torch.no_grad():
@@ -422,7 +430,8 @@ def load_model(
         prepend_bos: Whether texts start with BOS; ``None``: as the tokenizer does by default.
         separator: What stands between a prompt and its answer.
         revision: Of a hub model; other sources have none.
-        probe: Whether to prove that interventions act (a few short forward passes).
+        probe: Whether to refuse a model on which interventions are not shown to act (by a few short
+            forward passes, which are made in any case).
 
     The model is put into evaluation mode, switched to eager attention and wrapped in place;
     its weights stay raw (no folding), because folding changes what a weight delta means.
@@ -468,7 +477,7 @@ def load_model(
             name = name or str(getattr(source.config, "name_or_path", "") or type(source).__name__)
         else:
             name = name or str(source)
-            hf_model, found, weights = _read(str(source), device, dtype, revision)
+            hf_model, found, weights = _read(str(source), dtype, revision)
             tokenizer = tokenizer if tokenizer is not None else found
         bridge = None
     if tokenizer is None:
@@ -484,6 +493,9 @@ def load_model(
     model = LensModel(bridge, tokens, info, hf_model)
     if probe:
         probe_interventions(model)
+    else:
+        with suppress(ModelError):  # what it learns is used, what it objects to is not
+            probe_interventions(model)
     return model
 
 
@@ -540,9 +552,7 @@ def _is_hub_name(source: Any) -> bool:
         return True
 
 
-def _read(
-    source: str, device: Any, dtype: torch.dtype | None, revision: str | None
-) -> tuple[Any, Any, str]:
+def _read(source: str, dtype: torch.dtype | None, revision: str | None) -> tuple[Any, Any, str]:
     """Model, tokenizer and a word on the weights, from a name or a path."""
     if source in bundled.BUNDLED_MODELS:
         return _read_gguf(bundled.fetch(source), dtype)
@@ -969,8 +979,8 @@ def probe_interventions(model: LensModel) -> None:
                 direct.add(layer)
         for row, case in enumerate(batch):
             moved[case] = float((logits[row] - base[0]).abs().max())
-    _judge_probe(model, base, moved)
     model.writes_directly = frozenset(direct)
+    _judge_probe(model, base, moved)
 
 
 def _has_down(model: LensModel, layer: int) -> bool:

@@ -48,9 +48,12 @@ from driftlens.errors import EditError, RequestError, check_choice, check_count
 from driftlens.interventions import (
     Hook,
     Mix,
+    attn_out_name,
+    mlp_out_name,
     pattern_name,
     replace_activation,
     replace_heads,
+    resid_post_name,
     values_name,
 )
 from driftlens.models import LensModel, recording
@@ -545,7 +548,7 @@ class PatchExperiment:
         self._check_state()
         check_choice("component", component, get_args(Component))
         layers = sorted({layer for patch in patches for layer in patch})
-        name_of = {layer: f"blocks.{layer}.{_HOOK_OF[component]}" for layer in layers}
+        name_of = {layer: _NAME_OF[component](layer) for layer in layers}
         missing = [name for name in name_of.values() if name not in self._recorded]
         if missing:
             with self._source():
@@ -887,7 +890,7 @@ def patch_activation(
     return experiment.activation(component, layers=layers, queries=queries)
 
 
-_HOOK_OF = {"attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out", "resid": "hook_resid_post"}
+_NAME_OF = {"attn_out": attn_out_name, "mlp_out": mlp_out_name, "resid": resid_post_name}
 
 
 def sweep_attention(

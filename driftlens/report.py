@@ -97,14 +97,20 @@ def look_into(model: LensModel, result: BenchResult, prompt: Telling) -> Compari
     """Everything about a prompt; its edits are made again, as in the run.
 
     Raises:
-        ModelError: If the run was not one of this model.
+        ModelError: If the run was not one of this model, or it was loaded otherwise.
         DriftLensError: As :func:`~driftlens.compare`.
     """
-    fingerprints = {unit["identity"]["model"] for unit in result.plan["units"]}
-    if fingerprints != {model.fingerprint()}:
+    identities = [unit["identity"] for unit in result.plan["units"]]
+    other = {name for identity in identities for name in model.differences(identity)}
+    if "model" in other:
         raise ModelError(
             f"The run was not one of {model.info.name} with these weights.",
             f"Load {result.plan['model']['name']}.",
+        )
+    if other:
+        raise ModelError(
+            f"The run's model differed from this one in {', '.join(sorted(other))}.",
+            "Load it as for the run.",
         )
     arms = {one["name"]: one for one in result.plan["arms"]}
     seed = int(result.plan["setting"]["seed"])
@@ -165,6 +171,7 @@ def _overall(result: BenchResult, rows: pd.DataFrame) -> Section:
     if len(kept.dropna()):
         charts.append(figures.trade_off(kept.dropna(), title="What edits keep"))
     told = "; ".join(f"{name}, {ALL_METRICS[name]}" for name in metrics)
+    texts = " what is told of texts," if result.plan["setting"].get("texts") else ""
     mean = " Avg. S is their harmonic mean." if set(METRICS) <= set(metrics) else ""
     return Section(
         "results",
@@ -175,7 +182,7 @@ def _overall(result: BenchResult, rows: pd.DataFrame) -> Section:
         ],
         figures=charts,
         tables=[
-            TableOf("Success (%), and seconds for each edit", _wide(result, rows)),
+            TableOf(f"Success (%),{texts} and seconds for each edit", _wide(result, rows)),
             TableOf("All metrics, a row each", rows, folded=True),
         ],
     )

@@ -89,11 +89,12 @@ def ask(model: LensModel, prompt: str, continuation: str) -> Question:
     """Tokenize a prompt and a continuation.
 
     Raises:
+        RequestError: If they are longer than the model's context.
         TokenError: If either is empty or the prompt ends in white space.
     """
     encoded = model.tokens.encode_prompt(prompt)
     target = model.tokens.target_ids(continuation)
-    model.check_length(len(encoded) + len(target) - 1, prompt)
+    model.check_length(len(encoded) + len(target) - 1, prompt + continuation)
     return Question(continuation, tuple(encoded.ids), tuple(target))
 
 
@@ -232,7 +233,7 @@ def score_details(
     """Token by token scores of continuations of one prompt.
 
     Raises:
-        RequestError: If there are no continuations.
+        RequestError: If there are no continuations, or one is too long for the model's context.
         TokenError: If a text is empty or the prompt ends in white space.
     """
     if isinstance(continuations, str):
@@ -250,7 +251,7 @@ def score(model: LensModel, prompt: str, continuations: Sequence[str]) -> dict[s
     The model is scored as it is now: inside ``with edit.applied(model):`` that is the edited one.
 
     Raises:
-        RequestError: If there are no continuations.
+        RequestError: If there are no continuations, or one is too long for the model's context.
         TokenError: If a text is empty or the prompt ends in white space.
     """
     return {t: s.logprob for t, s in score_details(model, prompt, continuations).items()}

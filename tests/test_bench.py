@@ -130,6 +130,9 @@ def test_tables(whole: BenchResult, cases: list[Case]) -> None:
     head, *_ = whole.to_markdown(["ES", "distractor"]).splitlines()
     assert head == "| arm | ES | distractor | seconds |"
     assert whole.compare("ft", "unedited", "prob")["ES"].cases == len(cases)
+    for of_arm in (whole.text_rates, whole.seconds, whole.steps):
+        with pytest.raises(RequestError, match="no arm 'x'"):
+            of_arm("x")
     with pytest.raises(RequestError, match="no arm 'x'"):
         whole.answers("x")
 

@@ -276,6 +276,18 @@ def test_a_full_disk_loses_no_numbers(monkeypatch, folder, edited, tmp_path, cap
     captured = capsys.readouterr()
     assert "No space left" in captured.err
     assert json.loads(captured.out[captured.out.index("{") :])["prompt"] == PROMPT
+    for option, name in (("--json", "d.txt"), ("--html", "d.html")):  # numbers, whatever the name
+        assert run(monkeypatch, *common, option, tmp_path / name) == 1
+        captured = capsys.readouterr()
+        assert ("were printed instead" in captured.err) == ('"prompt"' in captured.out)
+        assert ('"prompt"' in captured.out) == (option == "--json")
+
+
+def test_ranges_go_up(monkeypatch, folder, edited, capsys):
+    common = ("patch", "--model", folder, "--edit", edited, "--prompt", PROMPT, "--answer", "Paris")
+    for text in ("2-1", "2-1,2", "1-x"):
+        assert run(monkeypatch, *common, "--layers", text) == 1
+        assert f"--layers '{text}' is not understood" in capsys.readouterr().err
 
 
 def test_small_probabilities_are_written_whole(monkeypatch, folder, edited, tmp_path):

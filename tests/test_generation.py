@@ -118,6 +118,8 @@ def test_bad_requests_for_texts() -> None:
         generation.generate(model, [])
     with pytest.raises(RequestError, match="tokens, and the text 3"):
         generation.generate(model, PROMPTS, length=3)
+    with pytest.raises(RequestError, match="^Texts of 129 tokens are longer than the 128 of "):
+        generation.generate(model, PROMPTS, length=129)
     with pytest.raises(RequestError, match="no text"):
         generation.fluency([])
     with pytest.raises(RequestError, match="no text to compare"):

@@ -891,6 +891,22 @@ def test_a_large_residual_stream_is_no_norm(architecture: str, dtype: torch.dtyp
     assert model.writes_directly == (frozenset() if architecture == "gemma3" else every)
 
 
+def test_without_the_proof_the_model_is_known_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def objecting(*_: object) -> None:
+        raise dl.ModelError("It does not act.")
+
+    proven = {architecture: lens(architecture) for architecture in ("gpt2", "gemma3", "gptj")}
+    monkeypatch.setattr(models, "_judge_probe", objecting)
+    for architecture, known in proven.items():
+        found = dl.load_model(build(architecture), tiny.tokenizer(), probe=False)
+        assert found.writes_directly == known.writes_directly
+        assert found.pattern_comes_first == known.pattern_comes_first
+        with pytest.raises(dl.ModelError, match="does not act"):
+            dl.load_model(build(architecture), tiny.tokenizer())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("multiplier", "direct"), [(1.0, {0, 1, 2}), (0.22, set())])
 def test_what_is_scaled_before_the_residual_stream_does_not_arrive_as_it_was(

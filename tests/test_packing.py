@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from functools import cache
 from typing import Any
@@ -150,13 +151,15 @@ def test_products_of_all_keys() -> None:
                                rtol=1e-5)  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["other numbers", "no numbers"])
 def test_a_model_that_cannot_be_packed_falls_back_and_says_so(
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = dl.load_model(tiny.hf_model("llama"), tokenizer=tiny.tokenizer())
 
     def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return right(*args, **kwargs).flip(-1)
+        found = right(*args, **kwargs)
+        return found.flip(-1) if kind == "other numbers" else found * math.nan
 
     right = packing.run_packed
     monkeypatch.setattr(packing, "run_packed", wrong)

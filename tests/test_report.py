@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -148,6 +149,10 @@ def test_edits_made_again_give_what_the_run_measured(
     other = dl.load_model(tiny.hf_model("gpt2", 2), tiny.tokenizer(), name="other")
     with pytest.raises(ModelError, match="Load tiny"):
         look_into(other, result, prompt)
+    inner = copy.deepcopy(model.hf_model)
+    otherwise = dl.load_model(inner, model.tokenizer, separator="", name="tiny")
+    with pytest.raises(ModelError, match=r"differed from this one in separator\. Load it as"):
+        look_into(otherwise, result, prompt)
 
 
 @pytest.mark.browser

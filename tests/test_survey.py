@@ -17,6 +17,7 @@ from driftlens.cases import Case
 from driftlens.demo import survey_tables
 from driftlens.errors import DataError, RequestError
 from driftlens.experiments import survey
+from driftlens.journal import Journal
 from driftlens.readers import read_cases
 
 
@@ -106,6 +107,13 @@ def test_survey_runs_resumes_and_counts_only_what_is_known(
     (tmp_path / "survey-tiny.json").write_text(json.dumps({**result, "kinds": {}}))
     survey.summarise_again("tiny", tmp_path)
     assert json.loads((tmp_path / "survey-tiny.json").read_text()) == result
+    journal = tmp_path / "survey-tiny.facts.jsonl"
+    kept = list(Journal(journal))
+    journal.unlink()
+    for unit in ({**kept[0]["unit"], "content": "reworded since"}, *(r["unit"] for r in kept)):
+        Journal(journal).add(unit, **{name: kept[0][name] for name in ("edit_success", "probes")})
+    with pytest.raises(DataError, match="holds a fact twice"):
+        survey.summarise_again("tiny", tmp_path)
     (tmp_path / "survey-tiny.json").write_text(json.dumps({**result, "gamma": 0.1}))
     with pytest.raises(DataError, match=r"0 of 2 facts"):
         survey.summarise_again("tiny", tmp_path)

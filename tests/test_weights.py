@@ -477,9 +477,14 @@ def test_deltas_are_described() -> None:
     )
     assert (edit.method, edit.request, edit.rank) == ("mine", request, 2)
     assert "Rome is in" in repr(edit)
-    assert down(1) in repr(edit)
+    assert f"changes {down(1)} (rank 2))" in repr(edit)
     dense = dl.Edit.from_deltas(model, {down(1): left @ right.T}, request=[request, request])
     assert (dense.rank, dense.request, len(dense.requests)) == (2, None, 2)
+    many = dl.Edit.from_deltas(model, {down(y): left @ right.T for y in range(3)} | {
+        other: torch.ones_like(p) for other, p in [*model.weights.parameters.items()][:2]
+    })  # fmt: skip
+    named = "; ".join(f"{down(y)} (dense)" for y in range(3))
+    assert repr(many).endswith(f"changes {named}; and 2 more)")
 
 
 # TransformerLens splits the joint query-key-value matrix of these under names of its own.

@@ -244,12 +244,7 @@ class _Worker:
 
     def _prepare(self) -> JobRunner:
         model = self._load()
-        found = model.identity()
-        other = [
-            name for name in self._identity
-            if name != "device" and self._identity[name] != found.get(name)
-        ]  # fmt: skip
-        if other:
+        if other := model.differences(self._identity):
             raise ModelError(
                 f"A worker's model differs from the run's in {', '.join(other)}.",
                 "Give every machine the same files, and load them alike.",

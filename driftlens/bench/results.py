@@ -124,13 +124,21 @@ class BenchResult:
         Raises:
             RequestError: If there is no such arm.
         """
-        if arm not in self.records:
-            raise RequestError(f"There is no arm {arm!r}.", f"There are {', '.join(self.arms)}.")
         return {
             case: [Answer(**a) for a in record["answers"]]
-            for case, record in self.records[arm].items()
+            for case, record in self._of(arm).items()
             if "answers" in record
         }
+
+    def _of(self, arm: str) -> dict[str, dict[str, Any]]:
+        """An arm's records, by case.
+
+        Raises:
+            RequestError: If there is no such arm.
+        """
+        if arm not in self.records:
+            raise RequestError(f"There is no arm {arm!r}.", f"There are {', '.join(self.arms)}.")
+        return self.records[arm]
 
     def rates(
         self, arm: str, measure: Measure = "success", by: Literal["prompt", "case"] = "prompt"
@@ -144,7 +152,7 @@ class BenchResult:
         The mean perplexity is geometric: that of the logarithms.
         """
         found: dict[TextMetric, Rate] = {}
-        told = [record["texts"] for record in self.records[arm].values() if "texts" in record]
+        told = [record["texts"] for record in self._of(arm).values() if "texts" in record]
         for metric in TEXT_METRICS:
             values = np.array([texts[metric] for texts in told if metric in texts], dtype=float)
             if not len(values):
@@ -166,8 +174,7 @@ class BenchResult:
         """Paired differences of what is told of texts, over the cases that both have; of the
         perplexity that of its logarithms."""
         told = [
-            {case: record["texts"] for case, record in self.records[name].items()
-             if "texts" in record}
+            {case: record["texts"] for case, record in self._of(name).items() if "texts" in record}
             for name in (arm, other)
         ]  # fmt: skip
         found: dict[TextMetric, Difference] = {}
@@ -278,7 +285,7 @@ class BenchResult:
 
     def seconds(self, arm: str) -> float:
         """Median seconds of an edit; ``nan`` for the unedited model."""
-        return _median(r["seconds"] for r in self.records[arm].values() if "seconds" in r)
+        return _median(r["seconds"] for r in self._of(arm).values() if "seconds" in r)
 
     def seconds_in_all(self) -> float | None:
         """What all units took one after another, in this run or earlier ones; ``None`` if that is
@@ -288,7 +295,7 @@ class BenchResult:
     def steps(self, arm: str) -> float:
         """Median steps of an edit's search, less than asked for where it stops early; ``nan`` for
         the unedited model."""
-        return _median(r["steps"] for r in self.records[arm].values() if "steps" in r)
+        return _median(r["steps"] for r in self._of(arm).values() if "steps" in r)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each prompt of each unit: arm, case, metric, texts, and what was answered."""

@@ -19,7 +19,7 @@ Notes = dict[str, float]
 def descend(
     model: LensModel,
     tasks: Sequence[Sequence[torch.Tensor]],
-    evaluate: Callable[[int, list[int]], Sequence[tuple[Terms, Notes]]],
+    evaluate: Callable[[list[int]], Sequence[tuple[Terms, Notes]]],
     *,
     steps: int,
     lr: float,
@@ -37,8 +37,8 @@ def descend(
     Args:
         model: Whose own parameters collect no gradients meanwhile.
         tasks: What is optimised, for each task.
-        evaluate: Gives, at a step and for each task that goes on, the terms of its loss, and
-            what else to note of it.
+        evaluate: Gives, for each task that goes on, the terms of its loss, and what else to note
+            of it.
         stops: Whether a task is finished with a record of its trace, before its update.
         confine: Brings a task's parameters back to where they may be, after each update.
         decay: Adds to a task's gradients before each update.
@@ -56,7 +56,7 @@ def descend(
     with model.frozen(), bar, torch.enable_grad():
         for step in range(steps):
             losses: dict[int, torch.Tensor] = {}
-            for task, (terms, notes) in zip(active, evaluate(step, active), strict=True):
+            for task, (terms, notes) in zip(active, evaluate(active), strict=True):
                 loss = torch.stack(list(terms.values())).sum()
                 record = {
                     "step": step,

@@ -113,7 +113,7 @@ def _fine_tune(
     passes = _passes(model, batches, config.layer, engine)
     tasks = [_Task(model, batch, config, resources, passes.width) for batch in batches]
 
-    def evaluate(step: int, active: list[int]) -> list[tuple[Terms, Notes]]:
+    def evaluate(active: list[int]) -> list[tuple[Terms, Notes]]:
         chosen = [tasks[i] for i in active]
         adding = _beside(config.layer, [(task.n_rows, task.trained) for task in chosen])
         return terms_of_each(chosen, adding, lambda hooks, at: passes.run(active, hooks, at))

@@ -155,8 +155,8 @@ def edit(
         overrides: Single hyperparameters, e.g. ``layer=8, steps=40``.
 
     Raises:
-        RequestError: On an unknown method or hyperparameter, a value out of range, or several
-            facts for a method that takes one.
+        RequestError: On an unknown method or hyperparameter, a value out of range, several facts
+            for a method that takes one, or a prompt that is longer than the model's context.
         ModelError: If a layer is out of range or cannot be edited.
         TokenError: If subject or target cannot be tokenized.
         EditError: If the edit cannot be computed.

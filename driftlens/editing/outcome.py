@@ -45,7 +45,7 @@ PASS_COST = 36
 core, shared passes over facts of unlike length took as long as a pass for each fact."""
 
 
-@dataclass
+@dataclass(eq=False)
 class NullSpaceState:
     """What AlphaEdit carries from one edit to the next: pass the same object to each.
 

@@ -42,17 +42,17 @@ TRIANGLE_BLOCKS = 4
 SECONDS_BETWEEN_SAVES = 20.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeyCovariance:
     """Second moments of the inputs of one down-projection.
 
     Args:
         matrix: ``[d_mlp, d_mlp]``, symmetric; ``None`` stands for the identity.
-        count: Tokens that it was averaged over.
+        count: Tokens that it was averaged over; of a file that does not say, the largest integer.
         layer: Whose keys; ``None`` if unknown.
         source: Where it comes from, for the record.
         engine: How the text was run: ``"suffix"``, packed in full rows, or ``"plain"``, padded;
-            ``None`` if it was not run now.
+            ``None`` if that is not known.
     """
 
     matrix: Float[torch.Tensor, "d_mlp d_mlp"] | None
@@ -297,9 +297,9 @@ def key_covariances(
 ) -> dict[int, KeyCovariance]:
     """Second moments of the keys of several layers, from one pass over the text.
 
-    What is in the cache is not computed again. The cache is keyed by the unedited weights,
-    layer, texts, token count, cut-off and BOS. An interrupted run goes on where it was last
-    saved.
+    What is in the cache is not computed again. The cache is keyed by all that the result depends
+    on: the unedited weights, configuration, precision, layer and tokens. An interrupted run goes
+    on where it was last saved.
 
     Args:
         layers: Whose keys.

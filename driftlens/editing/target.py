@@ -372,7 +372,7 @@ def optimise_values(
     runner = _Runner(starts)
     tasks = [_Task(start, search, penalties, runner) for start in starts]
 
-    def evaluate(step: int, active: list[int]) -> list[tuple[Terms, Notes]]:
+    def evaluate(active: list[int]) -> list[tuple[Terms, Notes]]:
         chosen = [tasks[i] for i in active]
         adding = [_add_at(name, [(t.positions, t.deltas[k]) for t in chosen])
                   for k, name in enumerate(runner.hooks)]  # fmt: skip

@@ -277,6 +277,8 @@ def summarise_again(model_name: str, out: Path) -> None:
     own = own[: result["facts"]]  # units are written in the order of the facts
     if len(own) < result["facts"]:
         raise DataError(f"{journal} has {len(own)} of {result['facts']} facts.", remedy)
+    if len({record["unit"]["id"] for record in own}) < len(own):
+        raise DataError(f"{journal} holds a fact twice: some are of another setting.", remedy)
     write_result(target, result_json({**result, **summarise(own)}))
 
 

@@ -35,7 +35,7 @@ from driftlens.editing.configs import ValueSearch
 from driftlens.editing.defaults import KNOWN, Values, by_depth
 from driftlens.editing.methods import METHODS
 from driftlens.editing.outcome import ValueStore
-from driftlens.errors import DriftLensError
+from driftlens.errors import DataError, DriftLensError
 from driftlens.evaluation import Answer, rates
 from driftlens.experiments.options import arguments
 from driftlens.journal import Journal
@@ -251,7 +251,10 @@ def main() -> None:
         for method in options.methods:
             search = Search(model, method, cases, options.out, store, like, options.data)
             config = search.best()
-            _say(f"{method}: {json.dumps(asdict(config))}\n  {search.trial(config)['rates']}")
+            found = search.trial(config, whole=True)
+            if "rates" not in found:
+                raise DataError(f"Every setting of {method} failed, this one by: {found['error']}")
+            _say(f"{method}: {json.dumps(asdict(config))}\n  {found['rates']}")
             _say(f"  gamma {search.best_gamma(config)}")
     except DriftLensError as error:
         sys.exit(f"Error: {error}")

@@ -623,7 +623,7 @@ def _hash(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """Control, format and bidi characters as U+XXXX, as ``page.js`` does for the body."""
+    """Control, format and bidi characters as U+XXXX, as ``js/`` does for the body."""
     return "".join(
         f"⟨U+{ord(character):04X}⟩"
         if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}

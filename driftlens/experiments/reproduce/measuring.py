@@ -98,12 +98,9 @@ def measured(
 
 def _units(study: Study, arm: Arm) -> list[dict[str, Any]]:
     """What determines the record of each case."""
-    edits = arm.to_dict()
-    if not arm.penalties:
-        del edits["penalties"]
     common = {
         **study.model.identity(),
-        **edits,
+        **arm.to_dict(),
         "covariance": COVARIANCE,
         "seed": study.seed,
         "quick": study.quick,
