@@ -960,7 +960,7 @@ def test_figure_7_compares_searches_of_equal_length(
         assert replace(plain, early_stop_loss=tuned.early_stop_loss) == tuned
         settings = {name.split(", ")[1]: arm for name, arm in arms.items() if arm.method == method}
         kinds = [name.split()[0] for name in settings]
-        assert kinds == ["gamma"] * 2 + ["steps"] * 2 + ["lr"] * 2 + ["KL"] * 2
+        assert kinds == ["gamma", "gamma", "steps", "steps", "lr", "KL"]
         for name, arm in settings.items():
             kind, value = name.split()
             field = {"steps": "steps", "lr": "lr", "KL": "kl_factor"}.get(kind)
