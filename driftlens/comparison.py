@@ -226,8 +226,8 @@ class Comparison:
         share = result.recovered_share
         most = (
             ""
-            if np.isnan(share)
-            else f" Of all restorations tried, {best[0]} brings back most: "
+            if np.isnan(share) or best[1].patched.prob <= after.prob
+            else f" Of what was restored in all layers, {best[0]} brings back most: "
             f"{best[1].patched.prob:.3f}."
         )
         lines = [
@@ -267,28 +267,26 @@ class Comparison:
         return f"edited with {self._cured_name}"
 
     def _facts(self) -> list[tuple[str, str]]:
-        info, config = self.info, self.edit.config
-        place = config.get("layer", config.get("layers"))
-        layers = "" if place is None else f", layer{'s' * isinstance(place, list)} {place}"
-        steps = f", {config['steps']} steps" if "steps" in config else ""
+        info = self.info
         found = [
             ("Model", f"{info.name} ({info.n_layers} layers × {info.n_heads} heads)"),
             ("Weights", info.weights),
-            ("Edit", f"{self.edit.method}{layers}{steps}"),
+            ("Edit", _in_short(self.edit)),
         ]
         if self.cured is not None:
             strengths = [
                 ", ".join(f"{name} {p[name]}" for name in ("gamma", "weight") if name in p)
                 for p in self.cured.config.get("penalties", [])
             ]
-            found.append((self._cured_name, "; ".join(strengths)))
+            found.append((self._cured_name, "; ".join([_in_short(self.cured), *strengths])))
         request = self.request
         if request is not None:
             found.append(("Fact", f"{request.text} → {request.target_new}"))
         found.append(("Prompt", self.prompt))
         fit = heads_that_fit(len(self.drift.prompts[0].labels), 2 + (self.cured is not None))
         if len(self.patterns) == fit < HEADS_STORED:
-            found.append(("Token-to-token", f"kept for {fit} heads, as the prompt is long"))
+            kept = f"{fit} head{'s' * (fit > 1)}"
+            found.append(("Token-to-token", f"kept for {kept}, as the prompt is long"))
         if self.edit_success:
             told = ", ".join(f"{name} {value:.3f}" for name, value in self.edit_success.items())
             found.append(("P(new target) on the edit prompt", told))
@@ -465,6 +463,14 @@ def compare(
 def restriction(edit: Edit | None) -> str:
     """The names of an edit's penalties, e.g. ``"SADR"``; ``"second edit"`` if it has none."""
     return "second edit" if edit is None else edit.restriction or "second edit"
+
+
+def _in_short(edit: Edit) -> str:
+    """An edit's method, and where and how long it searched."""
+    place = edit.config.get("layer", edit.config.get("layers"))
+    layers = "" if place is None else f", layer{'s' * isinstance(place, list)} {place}"
+    steps = f", {edit.config['steps']} steps" if "steps" in edit.config else ""
+    return f"{edit.method}{layers}{steps}"
 
 
 def heads_that_fit(tokens: int, states: int) -> int:

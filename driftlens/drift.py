@@ -376,7 +376,7 @@ def attention_patterns(
     names = {layer: pattern_name(model.check_layer(layer)) for layer, _ in heads}
     with edit.applied(model) if edit is not None else nullcontext():
         seen = model.record(ids, list(names.values()))
-    return {head_name(y, x): seen[names[y]][0, x].float().cpu().numpy() for y, x in heads}
+    return {head_name(y, x): seen[names[y]][0, x].float().cpu().numpy().copy() for y, x in heads}
 
 
 def subjects_of(edit: Edit, subject: str | Sequence[str] | None, count: int) -> list[str]:

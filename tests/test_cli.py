@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -132,26 +133,57 @@ def test_drift_lists_heads_and_writes(monkeypatch, folder, edited, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "same"),
     [
-        [],
-        ["--layers", "1-2", "--queries", "all"],
-        ["--heads", "L2H1,L1H0", "--exchange", "both"],
-        ["--columns", "subject_last"],
-        ["--columns", "0,1", "--direction", "contaminate"],
-        ["--queries", "-1", "--exchange", "values"],
-        ["--sweep"],
+        ([], {}),
+        (["--layers", "1-2", "--queries", "all"], {"layers": [1, 2], "queries": "all"}),
+        (
+            ["--heads", "L2H1,L1H0", "--exchange", "both"],
+            {"heads": ["L2H1", "L1H0"], "exchange": "both"},
+        ),
+        (["--columns", "subject_last"], {"columns": "subject_last"}),
+        (
+            ["--columns", "0,1", "--direction", "contaminate"],
+            {"columns": [0, 1], "direction": "contaminate"},
+        ),
+        (["--queries", "1,-1", "--exchange", "values"], {"queries": [1, -1], "exchange": "values"}),
+        (["--sweep"], None),
     ],
 )
-def test_patch(monkeypatch, folder, edited, tmp_path, capsys, options):
+def test_patch(monkeypatch, folder, edited, tmp_path, capsys, options, same):
     numbers = tmp_path / "p.json"
     common = ("patch", "--model", folder, "--edit", edited, "--prompt", PROMPT)
     code = run(monkeypatch, *common, "--answer", "Paris", "--quiet", "--json", numbers, *options)
     assert code == 0
     rows = json.loads(numbers.read_text())
     assert {row["text"] for row in rows} == {"Paris", "Rome"}
-    assert all(0 <= row["prob"] <= 1 for row in rows)
     assert "P(Paris)" in capsys.readouterr().out
+    model, made = dl.load_model(str(folder)), dl.load_edit(edited)
+    if same is None:
+        found = dl.sweep_attention(model, made, PROMPT, answer="Paris", progress=False)
+    else:
+        found = dl.patch_attention(model, made, PROMPT, answer="Paris", **same)
+    expected = found.to_dataframe()
+    assert len(rows) == len(expected)
+    assert [row["prob"] for row in rows] == pytest.approx(list(expected["prob"]), rel=1e-5)
+
+
+def test_demo(monkeypatch, folder, tmp_path, capsys):
+    from driftlens import demo
+
+    run_demo = functools.partial(demo.run_demo, covariance="identity")
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    numbers, page = tmp_path / "d.json", tmp_path / "d.html"
+    common = ("demo", "--model", folder, "--quiet", "--gamma", 0.3)
+    assert run(monkeypatch, *common, "--json", numbers, "--html", page) == 0
+    found, told = json.loads(numbers.read_text()), capsys.readouterr().out
+    assert found["gamma"] == 0.3
+    for state in ("original", "edited", "sadr"):
+        pair = found["probabilities"][state]
+        assert f"{pair['answer']:8.3f} {pair['target_new']:8.3f}" in told
+    assert "Notre-Dame" in page.read_text() and f"wrote {page}" in told
+    assert run(monkeypatch, *common, "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["gamma"] == 0.3
 
 
 def test_json_to_standard_output_is_only_json(monkeypatch, folder, edited, capsys):

@@ -100,6 +100,8 @@ def test_numbers_are_those_of_the_single_calls(
         asked = dl.score_details(model, REQUEST.text, ["E"])["E"].prob
     assert found.edit_success["edited"] == pytest.approx(asked)
     assert set(found.edit_success) == {"original", "edited", "SADR"}
+    facts = dict(found.page_data().facts)
+    assert facts["SADR"].startswith(f"{facts['Edit']}; gamma ")
 
 
 def test_sets_of_heads_on_the_page_equal_an_independent_run(
@@ -180,6 +182,8 @@ def test_an_edit_alone_and_one_that_says_nothing(
         assert part is None
     assert len(alone.patterns) == 2
     assert "SADR" not in " ".join(alone.summary())
+    for values in alone.patterns.values():  # of its own, not a view into those of all heads
+        assert all(array.base is None for array in values.values())
     assert [state.id for state in alone.page_data().states] == ["original", "edited"]
     silent = dl.Edit.from_deltas(model, edit.deltas)
     with pytest.raises(RequestError, match="Pass subject="):

@@ -545,6 +545,10 @@ def test_shares_and_tables_follow_from_the_readouts(architecture: str, direction
     shares = {f"L{y}H{x}": heads[y, x] for y in range(3) for x in range(4)}
     ordered = sorted(shares, key=shares.__getitem__, reverse=direction == "restore")
     assert [shares[name] for name, _ in best] == [shares[name] for name in ordered]
+    start = (sweep.edited if direction == "restore" else sweep.original).prob
+    for name, change in best:
+        y, x = map(int, name[1:].split("H"))
+        assert change == pytest.approx(sweep.heads[y][x].prob - start, abs=1e-9)
 
     table = sweep.to_dataframe()
     assert table.groupby("kind").size().to_dict() == {

@@ -213,11 +213,8 @@ def test_no_text_is_refused(texts: list[str]) -> None:
 
 def test_single_text_is_not_taken_for_a_list_of_characters() -> None:
     text = "The mother tongue of Ada Lovelace"
-    try:
-        found = computed(lens(), text)
-    except (EditError, TypeError):
-        return
-    assert_close(found, brute_force("gpt2", ids_of([text])))
+    with pytest.raises(EditError, match="The texts are one text"):
+        computed(lens(), text)
 
 
 @pytest.mark.parametrize("tokens", [0, -1, -5])
@@ -416,18 +413,12 @@ def spoil(path: Path, damage: str, **other: Any) -> None:
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text", "no sum"])
-def test_damaged_cache_is_an_error_or_computed_again(damage: str, cache_folder: Path) -> None:
+def test_damaged_cache_is_computed_again(damage: str, cache_folder: Path) -> None:
     whole = computed(lens())
     (path,) = cache_folder.iterdir()
     spoil(path, damage)
-    try:
-        again = computed(lens())
-    except DataError as error:
-        again, message = None, str(error)
-    if again is None:
-        assert str(path) in message
-    else:
-        assert torch.equal(again.matrix, whole.matrix)
+    again = computed(lens())
+    assert torch.equal(again.matrix, whole.matrix)
 
 
 # --- a full disk ----------------------------------------------------------------------------

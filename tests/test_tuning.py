@@ -89,6 +89,14 @@ def test_another_width_is_another_model(kind: tuple[str, int, int, int]) -> None
         assert sadr_gamma(other, method) == SADR_GAMMA
 
 
+def test_layers_by_depth() -> None:
+    assert by_depth(12, "rome") == by_depth(12, "r-rome") == {"layer": 3}
+    assert by_depth(12, "memit") == by_depth(12, "alphaedit") == {"layers": (2, 3, 4)}
+    assert by_depth(12, "emmet") == {"layers": (3,)}
+    assert by_depth(12, "ft-m") == by_depth(12, "ft-l") == {"layer": 8}
+    assert by_depth(12, "grace") == {"layer": 10}
+
+
 def test_llama_2_and_3_have_values_of_their_own() -> None:
     second, third = (of_shape("llama", 32, 4096, n_kv_heads) for n_kv_heads in (32, 8))
     found = {

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -678,6 +679,44 @@ def test_the_keyboard_alone_is_enough(browser: Browser, data: PageData) -> None:
     browser.press("ESCAPE")
     assert browser.text("#head-heading") == "One head, token by token"
     assert browser.all('[aria-selected="true"]') == []
+
+
+@pytest.mark.browser
+def test_arrow_keys_scroll_to_the_cell(browser: Browser) -> None:
+    long = example(tokens=["<s>", *[f" w{i}" for i in range(59)]], stored=("L21H4",))
+    browser.open(long, width=390)
+    inside = """
+        const box = document.getElementById("panels");
+        const spot = box.querySelector(".cross.spot").getBoundingClientRect();
+        const {left, right} = box.getBoundingClientRect();
+        const labels = box.querySelector(".query-labels").getBoundingClientRect().right;
+        return spot.left >= Math.max(left, labels) - 1 && spot.right <= right + 1
+            && spot.top >= -1 && spot.bottom <= innerHeight + 1;
+    """
+    browser.js("document.getElementById('panels').focus()")
+    browser.press(*["ARROW_RIGHT"] * 40)
+    assert browser.js(inside)
+    assert browser.js("return document.getElementById('panels').scrollLeft") > 0
+    browser.press(*["ARROW_LEFT"] * 59)
+    assert browser.js(inside)
+    browser.press(*["ARROW_UP"] * 59)
+    assert browser.js(inside)
+
+
+@pytest.mark.browser
+def test_of_nothing_there_is_no_share(browser: Browser) -> None:
+    none = np.full((LAYERS, HEADS), np.nan)
+    sweep = Sweep(none, none[:, 0], [(0, 6, math.nan)])
+    known = restored_of(LAYERS, HEADS, original=(0.1, 0.0), edited=(0.2, 0.5),
+                        windows=[(0, 6, 0.3, 0.2)])  # fmt: skip
+    said = "undefined, as nothing was lost"
+    for restored, expected in ((known, said), (replace(known, edited=(0.05, 0.5)), "not computed")):
+        browser.open(example(sweep=sweep, restored=restored))
+        browser.hover(browser.cell(3, 2))
+        assert f"Restoring this head alone recovers: {expected}" in browser.text("#head-readout")
+        label = browser.cell(3, 2, "#sweep-map").get_attribute("aria-label")
+        assert label == f"Layer 3, head 2: recovered share {expected}"
+        assert expected in browser.text("#sweep-table")
 
 
 @pytest.mark.browser

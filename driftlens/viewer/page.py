@@ -95,7 +95,7 @@ class Table:
     Args:
         caption: What the table shows, with units.
         columns: One heading per column.
-        rows: Rows of texts and numbers; ``None`` and NaN both show as "not computed".
+        rows: Rows of texts and numbers; ``None`` and NaN both show as "n/a".
             A text like ``L9H6`` becomes a button that opens that head.
     """
 

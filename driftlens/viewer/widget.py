@@ -26,7 +26,8 @@ def widget(model: LensModel, comparison: Comparison, **options: Any) -> Any:
 
     Args:
         model: The unedited model that was compared.
-        comparison: What :func:`driftlens.compare` returned.
+        comparison: What :func:`driftlens.compare` returned; without its sweep, the page has no
+            place to choose heads, and ``restore`` answers in Python only.
         **options: Those of :meth:`driftlens.Comparison.page_data`.
 
     Returns:
@@ -130,7 +131,7 @@ def _widget_class() -> Any:
                 return
             try:
                 self._restored(message["heads"])
-            except Exception as error:  # the page waits for an answer, whatever happened
+            except BaseException as error:  # the page waits for an answer, whatever happened
                 problem = str(error) or type(error).__name__
                 self.send({"kind": "failed", "heads": message["heads"], "problem": problem})
                 if not isinstance(error, DriftLensError):

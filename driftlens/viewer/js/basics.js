@@ -89,6 +89,14 @@ function format(value, digits = 5) {
   return text.replace(/^-/, MINUS);
 }
 
+// But for rounding, which may go either way.
+const nothingWasLost =
+  data.restored && data.restored.original[0] <= data.restored.edited[0] * (1 + 1e-4);
+
+/** A recovered share: of nothing there is none. */
+const formatShare = (share) =>
+  share === null && nothingWasLost ? "undefined, as nothing was lost" : format(share);
+
 /** A difference of two rounded numbers: five decimals are what both support. */
 function formatChange(value) {
   if (value === null) return NOT_COMPUTED;

@@ -107,7 +107,7 @@ function drawPanelChoice() {
         const type = layout === "one" ? "radio" : "checkbox";
         const input = el("input", { type, name: "panel", value: panel.id });
         input.addEventListener("change", () => switchPanel(panel));
-        return el("label", {}, input, el("kbd", { "aria-hidden": "true", text: i + 1 }), panel.label);
+        return el("label", {}, input, i < 9 ? el("kbd", { "aria-hidden": "true", text: i + 1 }) : "", panel.label);
       }),
     );
   }
@@ -361,6 +361,20 @@ function drawCross() {
   drawRowTable(query);
 }
 
+/** Scroll to the cell under the cross, in the matrix of which most is in view. */
+function showCross() {
+  const box = byId("panels");
+  const { left, right } = box.getBoundingClientRect();
+  const seen = (sheet) => {
+    const own = sheet.getBoundingClientRect();
+    return Math.min(own.right, right) - Math.max(own.left, left);
+  };
+  const sheets = [...box.querySelectorAll(".sheet")].sort((a, b) => seen(b) - seen(a));
+  const labels = box.querySelector(".query-labels").offsetWidth; // they stay where they are
+  box.style.scrollPaddingLeft = `${labels + 6}px`;
+  sheets[0].querySelector(".cross.spot").scrollIntoView({ block: "nearest", inline: "nearest" });
+}
+
 function drawCellReadout(query, key) {
   const name = selectedName();
   const shown = new Set(shownPanels());
@@ -471,6 +485,7 @@ function watchPanelKeys() {
         key: keys()[clamp(x + step[0], 0, keys().length - 1)],
         query: queries()[clamp(y + step[1], 0, queries().length - 1)],
       });
+      showCross();
     } else if (event.key === "Enter" || event.key === " ") {
       pinCell(at);
     } else {

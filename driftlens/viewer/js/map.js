@@ -9,7 +9,7 @@ function mapNodes() {
     class: "grid",
     role: "grid",
     "aria-rowcount": layerCount,
-    "aria-colcount": headCount,
+    "aria-colcount": headCount + 1,
   });
   for (const layer of range(0, layerCount).reverse()) {
     const cells = range(0, headCount).map((head) =>

@@ -129,7 +129,8 @@ function reserveReadout() {
   const heads = range(0, layerCount).flatMap((layer) =>
     range(0, headCount).map((head) => ({ layer, head })),
   );
-  const tallest = heads.reduce((best, at) => (length(at) > length(best) ? at : best));
+  const lengths = heads.map(length);
+  const tallest = heads[lengths.reduce((best, own, i) => (own > lengths[best] ? i : best), 0)];
   const box = byId("head-readout");
   box.style.minHeight = "";
   box.replaceChildren(...readoutParts(tallest), matricesButton());
@@ -165,7 +166,7 @@ function readoutParts(at) {
   if (data.sweep) {
     const share = data.sweep.heads[layer][head];
     children.push(
-      el("p", { class: "recovers", text: `Restoring this head alone recovers: ${format(share)}` }),
+      el("p", { class: "recovers", text: `Restoring this head alone recovers: ${formatShare(share)}` }),
     );
   }
   if (sameHead(at, ui.selected) && patterns.has(name)) children.push(matricesButton());

@@ -22,7 +22,7 @@ function makeSweep() {
     scale: () => sweepScale,
     value: (layer, head) => heads[layer][head],
     describe: (layer, head) =>
-      `Layer ${layer}, head ${head}: recovered share ${format(heads[layer][head])}` +
+      `Layer ${layer}, head ${head}: recovered share ${formatShare(heads[layer][head])}` +
       (isChosen(layer, head) ? ", chosen" : ""),
     over: () => false,
     ...(data.restored ? { isChosen, choose: toggleChosen } : {}),
@@ -32,8 +32,8 @@ function makeSweep() {
     simpleTable(
       ["Restored", "Recovered share"],
       [
-        ...windows.map(([start, end, share]) => [setButton(start, end), format(share)]),
-        ...layers.map((share, layer) => [setButton(layer, layer + 1), format(share)]),
+        ...windows.map(([start, end, share]) => [setButton(start, end), formatShare(share)]),
+        ...layers.map((share, layer) => [setButton(layer, layer + 1), formatShare(share)]),
       ],
       "small",
     ),
@@ -178,7 +178,7 @@ function watchMark(hit, mark, label, share) {
     mark.classList.add("on");
     byId("chart-readout").replaceChildren(
       `Restored: ${label}. Recovered share `,
-      el("b", { text: format(share) }),
+      el("b", { text: formatShare(share) }),
     );
   });
   hit.addEventListener("pointerleave", () => {

@@ -2,11 +2,16 @@
 
 const changes = new Map(); // per state, attention minus that of the reference
 
+// Per layer, the most that any head paid to the subject before.
+const mostBefore = data.attention[reference.id].map((row) => {
+  const known = row.filter((value) => value !== null);
+  return known.length ? Math.max(...known) : Infinity;
+});
+
 /** SADR's rule: more attention to the subject than any head of the layer paid before. */
 function overAttends(state, layer, head) {
   const value = data.attention[state.id][layer][head];
-  const before = data.attention[reference.id][layer].filter((v) => v !== null);
-  return state !== reference && value !== null && before.length > 0 && value > Math.max(...before);
+  return state !== reference && value !== null && value > mostBefore[layer];
 }
 
 const attentionScale = makeScale({
