@@ -16,12 +16,13 @@ import torch
 
 import driftlens as dl
 import driftlens.editing.outcome as outcome
-from driftlens.editing import fine_tuning, spreading
+from driftlens.editing import fine_tuning, methods, spreading
 from driftlens.editing.alphaedit import null_space_right, project
 from driftlens.editing.configs import EmmetConfig
 from driftlens.editing.emmet import equality_right
 from driftlens.editing.methods import METHODS
 from driftlens.editing.outcome import NullSpaceState
+from driftlens.editing.penalties import PenaltyTerm
 from driftlens.editing.spreading import PostNorm
 from driftlens.editing.statistics import KeyCovariance
 from driftlens.errors import EditError, ModelError, RequestError
@@ -932,3 +933,29 @@ def test_something_else_than_a_norm_is_refused(monkeypatch: pytest.MonkeyPatch) 
             model, REQUESTS[0], "memit", layers=LAYERS, covariance=given_moments(model, LAYERS),
             **VALUES,
         )  # fmt: skip
+
+
+def test_an_edit_of_a_sequence_that_fails_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, right = lens(), methods._run
+    before = model.fingerprint()
+
+    def run(model: Any, requests: Any, *args: Any) -> Any:
+        if requests[0] == REQUESTS[1]:
+            raise EditError("It went wrong.", "Do it right.")
+        return right(model, requests, *args)
+
+    monkeypatch.setattr(methods, "_run", run)
+    with pytest.raises(EditError, match=rf"^Edit 1 of {len(REQUESTS)}: It went wrong"):
+        dl.edit_sequence(model, REQUESTS, "memit", **LOCATED["memit"])
+    assert not model.weights.is_edited
+    assert model.fingerprint() == before
+
+
+class NoNumber(dl.EssenceKL):
+    def __call__(self, *_: Any) -> PenaltyTerm:
+        return PenaltyTerm(torch.tensor(float("nan")), {})
+
+
+def test_a_loss_that_is_no_number_is_an_error() -> None:
+    with pytest.raises(EditError, match=r"^The loss became nan at step 0"):
+        dl.edit(lens(), REQUESTS[0], "memit", penalty=NoNumber(), **LOCATED["memit"])

@@ -233,6 +233,12 @@ def test_recording_may_stop_early() -> None:
     assert not above
 
 
+def test_what_is_not_delivered_is_an_error() -> None:
+    name, end = "blocks.2.hook_out", "blocks.0.hook_resid_post"
+    with pytest.raises(dl.ModelError, match="did not deliver the activation 'blocks.2.hook_out'"):
+        lens("llama").record(some_ids(1, 7), [name], stop_at=end)
+
+
 def test_what_is_recorded_is_what_the_hooks_leave() -> None:
     model, ids = lens("llama"), some_ids()
     name = "blocks.1.hook_mlp_out"
