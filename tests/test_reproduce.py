@@ -998,10 +998,16 @@ def test_what_figure_7_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> No
     shape = (
         r"No search stops early\. What the best setting of each kind gains in the mean of what "
         r"should be left alone, in points, of those that cost at most 1 point of ES and 4 of PS "
-        r"\(one prompt in any case\), chosen on the same cases\.\nrome \(ES 99\.0, PS 95\.0\), "
+        r"\(one prompt in any case\), chosen on the same cases\. For each gamma, what the setting "
+        r"of another kind keeps more that keeps most of those that cost no more of ES and PS\."
+        r"\nrome \(ES 99\.0, PS 95\.0\), "
         r"mean of NS, RS: gamma 0\.2 \(of 2\) \+10\.0 \[\S+, \S+\] \(ES 98\.0, PS 91\.0\); "
         r"lr 0\.1 \(of 1\) \+5\.0 \[\S+, \S+\] \(ES 99\.0, PS 95\.0\); none of 1 settings of "
         r"steps\. Gamma's less that of lr \+5\.0 \[\S+, \S+\]\."
+        r"\nrome, lr 0\.1 less rome, gamma 0\.2: ES \+1\.0 \[.+?\], PS \+4\.0 \[.+?\], "
+        r"NS -2\.0 \[.+?\], RS -8\.0 \[.+?\]\."
+        r"\nrome, lr 0\.1 less rome, gamma 0\.8: ES \+0\.0 \[.+?\], PS \+5\.0 \[.+?\], "
+        r"NS -2\.0 \[.+?\], RS -28\.0 \[.+?\]\."
     )
     assert re.fullmatch(shape, text), text
     bare = {arm: {m: v for m, v in row.items() if m == "ES"} for arm, row in found.items()}
@@ -1009,10 +1015,10 @@ def test_what_figure_7_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> No
     cheap = {**found, "rome, gamma 0.2": {**found["rome, gamma 0.2"], "PS": 93.0}}
     result = result_of(cheap)
     monkeypatch.setattr(Study, "bench", lambda *_: result)
-    (point,) = EXPERIMENTS["fig7"](replace(study, quick=True)).points
+    point, *_ = EXPERIMENTS["fig7"](replace(study, quick=True)).points
     assert "gamma 0.2 (of 2) +10.0 [" in point
     result.records["rome, gamma 0.2"]["7"] = {"error": "a reason"}
-    (point,) = EXPERIMENTS["fig7"](replace(study, quick=True)).points
+    point, *_ = EXPERIMENTS["fig7"](replace(study, quick=True)).points
     assert "none of 2 settings of gamma; lr 0.1 (of 1) +5.0 [" in point
     for nothing in (bare, {**found, "rome": {}}):
         text, _ = told(monkeypatch, study, "fig7", nothing)
