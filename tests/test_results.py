@@ -763,6 +763,10 @@ def test_what_is_said_of_trade_offs():
         f"at 1 it keeps {gain['rome', 'KL']:.1f} (ROME) and {gain['memit', 'KL']:.1f} (MEMIT) "
         "points of RS less"
     ) in text
+    same = (rate[arm, "RS"] for arm in ("rome", "rome, gamma 0.8", "memit", "memit, gamma 0.2"))
+    assert "raises RS from {:.1f} to {:.1f} (ROME) and from {:.1f} to {:.1f} (MEMIT)".format(
+        *same
+    ) in text  # fmt: skip
     five = [rate[f"{method}, steps 5", "ES"] for method in ("rome", "memit")]
     assert f"(ES {five[0]:.1f} and {five[1]:.1f})." in text
     arms = [f"rome, {name}" for name in ("steps 10", "lr 0.2", "gamma 3.2", "gamma 0.8")]
