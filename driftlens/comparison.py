@@ -66,7 +66,7 @@ class Comparison:
         head_sets: The same for sets of heads that were asked for.
         cured_readout: The answer under ``cured``.
         edit_success: Probability of the new target on the edit prompt: ``original``, ``edited``,
-            and what :func:`restriction` calls ``cured``; empty if the edit does not say what it
+            and what ``restriction`` calls ``cured``; empty if the edit does not say what it
             is about.
         patterns: Token-to-token attention of the heads that drifted most, by head and state, each
             of shape [query, key].

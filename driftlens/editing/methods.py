@@ -143,7 +143,7 @@ def edit(
             Wikipedia leads, computed once and cached), ``"identity"``, a path to an
             ``.npz``, a :class:`~driftlens.editing.statistics.KeyCovariance`, texts (of which the
             first 100,000 tokens count;
-            :func:`~driftlens.editing.statistics.key_covariances` takes more), or a mapping of
+            ``driftlens.editing.statistics.key_covariances`` takes more), or a mapping of
             layers to paths or covariances.
         seed: Of the sampled contexts.
         progress: Whether to show bars.
