@@ -100,8 +100,7 @@ def look_into(model: LensModel, result: BenchResult, prompt: Telling) -> Compari
         ModelError: If the run was not one of this model, or it was loaded otherwise.
         DriftLensError: As :func:`~driftlens.compare`.
     """
-    identities = [unit["identity"] for unit in result.plan["units"]]
-    other = {name for identity in identities for name in model.differences(identity)}
+    other = model.differences(result.plan["units"][0]["identity"])  # all are of one model
     if "model" in other:
         raise ModelError(
             f"The run was not one of {model.info.name} with these weights.",
@@ -109,7 +108,7 @@ def look_into(model: LensModel, result: BenchResult, prompt: Telling) -> Compari
         )
     if other:
         raise ModelError(
-            f"The run's model differed from this one in {', '.join(sorted(other))}.",
+            f"The run's model differed from this one in {', '.join(other)}.",
             "Load it as for the run.",
         )
     arms = {one["name"]: one for one in result.plan["arms"]}
