@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -339,6 +340,94 @@ def test_fine_tunings_reference_is_the_model_before() -> None:
     expected = sum(float(row_kl(before[n][0, :, -1], after[n][0, :, -1]).sum()) for n in names)
     # The last record is that of the weights that the edit keeps.
     assert edit.trace[-1]["sadr"] == pytest.approx(expected, rel=1e-4)
+
+
+WATCHED: list[Penalty] = [
+    dl.SADR(gamma=1.0, heads="all", queries="target"),
+    dl.SADR(gamma=1.0, heads="all", queries="all"),
+    dl.KeyDrift(weight=1.0),
+    dl.HiddenDrift(weight=1.0),
+    dl.HiddenDrift(weight=1.0, relative=True),
+]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gptj", "gpt_neox", "llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("penalty", WATCHED, ids=name_of)
+def test_what_is_watched_is_what_the_unwrapped_model_has(
+    penalty: Penalty, architecture: str
+) -> None:
+    """Keys, rows and residual streams of the bare model, before and after, give the last loss."""
+    # A cache of a sliding window would not hold all keys.
+    changes = {"sliding_window": 64} if architecture == "gemma3" else {}
+    bare, wrapped = (
+        tiny.hf_model(architecture, 1, scale=12.0, noise=0.3, **changes).double() for _ in range(2)
+    )
+    model = dl.load_model(wrapped, tiny.tokenizer(), name=architecture)
+    edit = dl.edit(model, REQUEST, "ft-m", penalty=penalty, **options_for("ft-m"))
+    text = REQUEST.text
+    ids = model.tokens.encode(text + " " + REQUEST.target_new).ids
+    last, row = len(model.tokens.encode(text).ids) - 1, torch.tensor([ids[:-1]])
+    assert row.shape[1] > last + 2, "the target has several tokens"
+    before = everything(bare, row)
+    parameters = dict(bare.named_parameters())
+    with torch.no_grad():
+        for delta in edit.deltas.values():
+            change = delta.dense()
+            same = [p for n, p in parameters.items() if is_edited(n) and p.ndim == change.ndim]
+            assert len(same) == 1
+            same[0].add_(change if same[0].shape == change.shape else change.T)
+    after = everything(bare, row)
+    expected = 0.0
+    for layer in range(1, model.info.n_layers):
+        was, now = before[layer], after[layer]
+        if isinstance(penalty, dl.SADR):
+            rows = slice(last, None) if penalty.queries == "target" else slice(0, None)
+            pairs = zip(was.rows[:, rows].flatten(0, 1).tolist(),
+                        now.rows[:, rows].flatten(0, 1).tolist(), strict=True)  # fmt: skip
+            expected += sum(
+                sum(p * math.log((p + 1e-8) / (q + 1e-8)) for p, q in zip(*pair, strict=True))
+                for pair in pairs
+            )
+        elif isinstance(penalty, dl.KeyDrift):
+            expected += float((now.keys - was.keys).norm())
+        else:
+            change = float((now.stream[last] - was.stream[last]).norm())
+            relative = isinstance(penalty, dl.HiddenDrift) and penalty.relative
+            expected += change / float(was.stream[last].norm()) if relative else change
+    assert expected > 0.01
+    assert edit.trace[-1][penalty.kind] == pytest.approx(expected, rel=1e-4)
+
+
+def is_edited(name: str) -> bool:
+    """Whether a parameter belongs to the first layer's down-projection."""
+    downs = (".c_proj.", ".fc_out.", ".dense_4h_to_h.", ".down_proj.")
+    return "0.mlp" in name and any(down in name for down in downs)
+
+
+@dataclass
+class Layer:
+    """What one layer of an unwrapped model has: of one text, without the batch."""
+
+    rows: torch.Tensor  # [head, query, key]
+    keys: torch.Tensor  # [kv_head, pos, d_head], as attention uses them
+    stream: torch.Tensor  # [pos, d_model], after the layer
+
+
+@torch.no_grad()
+def everything(bare: Any, row: torch.Tensor) -> list[Layer]:
+    """All layers of one pass of an unwrapped model."""
+    blocks = next(m for m in bare.modules() if isinstance(m, torch.nn.ModuleList))
+    streams: list[torch.Tensor] = []
+
+    def look(_: Any, __: Any, out: Any) -> None:
+        streams.append((out[0] if isinstance(out, tuple) else out).clone()[0])
+
+    handles = [block.register_forward_hook(look) for block in blocks]
+    out = bare(input_ids=row, output_attentions=True, use_cache=True)
+    for handle in handles:
+        handle.remove()
+    keys = [layer.keys[0] for layer in out.past_key_values.layers]
+    return [Layer(a[0], k, s) for a, k, s in zip(out.attentions, keys, streams, strict=True)]
 
 
 def test_a_penalty_of_ones_own() -> None:
