@@ -1117,7 +1117,46 @@ def test_pictures_can_be_saved(browser: Browser, data: PageData, tmp_path: Path)
     assert browser.js("return document.querySelectorAll('text').length") == len(texts)
 
 
-VECTORS = {"svg", "title", "defs", "linearGradient", "stop", "rect", "line", "text"}
+@pytest.mark.browser
+def test_marks_are_in_saved_pictures(browser: Browser, data: PageData, tmp_path: Path) -> None:
+    """Heads that over-attend, while they are marked, and heads that are chosen."""
+    browser.driver.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+    browser.open(data)
+
+    def saved(name: str, stem: str) -> tuple[list[ElementTree.Element], int, list[str | None]]:
+        path = tmp_path / f"driftlens-{stem}.svg"
+        path.unlink(missing_ok=True)
+        browser.js("arguments[0].click()", browser.find(f"#{name}-svg"))
+        browser.wait(lambda: path.exists())
+        drawn = ElementTree.fromstring(path.read_text("utf-8"))
+        lines = sum(1 for _ in drawn.iter(f"{SVG}line"))
+        texts = [text.text for text in drawn.iter(f"{SVG}text")]
+        return list(drawn.iter(f"{SVG}path")), lines, texts
+
+    over = "return document.querySelectorAll('#overview-map .cell.over').length"
+    said = "Corner: more than any head of its layer in Original."
+    marked = browser.js(over)
+    corners, _, texts = saved("overview", "change-edited")
+    assert len(corners) == marked > 0
+    assert said in texts
+    assert {corner.get("fill") for corner in corners} <= {"#ffffff", "#1b1e22"}
+    browser.js("arguments[0].click()", browser.find("#mark-over"))
+    assert browser.js(over) == 0
+    corners, _, texts = saved("overview", "change-edited")
+    assert corners == []
+    assert said not in texts
+    _, lines, texts = saved("sweep", "recovered")
+    assert "Frame: a chosen head." not in texts
+    browser.js("arguments[0].click()", browser.find("#best-sets button:nth-of-type(2)"))
+    chosen = browser.js("return document.querySelectorAll('#sweep-map .cell.chosen').length")
+    _, more, texts = saved("sweep", "recovered")
+    assert more - lines == 4 * chosen > 0
+    assert "Frame: a chosen head." in texts
+
+
+VECTORS = {"svg", "title", "defs", "linearGradient", "stop", "rect", "line", "path", "text"}
 SVG = "{http://www.w3.org/2000/svg}"
 
 

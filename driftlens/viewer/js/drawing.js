@@ -10,6 +10,9 @@ const lineItem = (x1, y1, x2, y2, stroke) => ({ kind: "line", x1, y1, x2, y2, st
 /** A bar that runs from left to right through equally spaced colours. */
 const rampItem = (x, y, width, height, stops) => ({ kind: "ramp", x, y, width, height, stops });
 
+/** A triangle of this size whose right angle is at (x, y), to the left and below. */
+const cornerItem = (x, y, size, fill) => ({ kind: "corner", x, y, size, fill });
+
 /** A line of text, centred vertically on `y`; `align` is left, center or right. */
 const textItem = (
   text,
@@ -45,6 +48,20 @@ function cellItems(scale, value, x, y, width, height) {
   ];
 }
 
+/** The marks of a cell as on the screen: a corner if it over-attends, a frame if it is chosen. */
+function markItems(scale, value, { over, chosen }, x, y, width, height) {
+  const deep = value === null ? isDark() : isDeep(scale.rgb(value));
+  const colour = deep ? "#ffffff" : "#1b1e22"; // as in the style sheet
+  const [left, top, right, bottom] = [x + 2.5, y + 2.5, x + width - 2.5, y + height - 2.5];
+  const frame = [
+    lineItem(left, top, right, top, colour),
+    lineItem(right, top, right, bottom, colour),
+    lineItem(right, bottom, left, bottom, colour),
+    lineItem(left, bottom, left, top, colour),
+  ];
+  return [...(over ? [cornerItem(x + width, y, 6, colour)] : []), ...(chosen ? frame : [])];
+}
+
 /** The legend of a scale. */
 function legendItems(scale, x, y, width) {
   const ticks = scale.ticks();
@@ -78,6 +95,14 @@ const PAINTERS = {
     context.moveTo(x1, y1);
     context.lineTo(x2, y2);
     context.stroke();
+  },
+  corner(context, { x, y, size, fill }) {
+    context.fillStyle = fill;
+    context.beginPath();
+    context.moveTo(x, y);
+    context.lineTo(x - size, y);
+    context.lineTo(x, y + size);
+    context.fill();
   },
   ramp(context, { x, y, width, height, stops }) {
     const gradient = context.createLinearGradient(x, 0, x + width, 0);
@@ -149,6 +174,8 @@ const SVG_WRITERS = {
   ramp: svgBox,
   line: (svg, { x1, y1, x2, y2, stroke }) =>
     svgEl(svg, "line", { x1: rounded(x1), y1: rounded(y1), x2: rounded(x2), y2: rounded(y2), stroke }),
+  corner: (svg, { x, y, size, fill }) =>
+    svgEl(svg, "path", { d: `M${rounded(x)} ${rounded(y)}h${-size}l${size} ${size}z`, fill }),
   text(svg, { text, x, y, size, align, fill, weight, family, upwards }) {
     const at = `${rounded(x)} ${rounded(y)}`;
     svgEl(

@@ -109,14 +109,18 @@ function makeMap(host, { label, scale, value, describe, over, isChosen = null, c
     return true;
   }
 
-  const map = { node, label, scale, value, clickChooses: false };
+  /** What is marked at a cell besides its value. */
+  const marks = (layer, head) => ({
+    over: over(layer, head),
+    chosen: isChosen !== null && isChosen(layer, head),
+  });
+  const map = { node, label, scale, value, marks, clickChooses: false };
   map.paint = () => {
     grid.setAttribute("aria-label", label());
     rows.forEach((cells, layer) =>
       cells.forEach((cell, head) => {
         paintNode(cell, scale(), value(layer, head));
-        cell.classList.toggle("over", over(layer, head));
-        cell.classList.toggle("chosen", isChosen !== null && isChosen(layer, head));
+        for (const [mark, on] of Object.entries(marks(layer, head))) cell.classList.toggle(mark, on);
         cell.setAttribute("aria-label", describe(layer, head));
         cell.setAttribute("aria-selected", String(sameHead(ui.selected, { layer, head })));
       }),

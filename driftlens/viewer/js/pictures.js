@@ -9,6 +9,7 @@ function mapDrawing(map) {
   ];
   const [width, height] = [headCount * cellWidth, layerCount * cellHeight];
   const items = [textItem(map.label(), left, 20, { size: 13, weight: "600", colour: "--ink" })];
+  const seen = { over: false, chosen: false };
   for (const layer of range(0, layerCount)) {
     const y = top + (layerCount - 1 - layer) * cellHeight;
     if (cellHeight >= 14 || layer % 4 === 0)
@@ -16,7 +17,11 @@ function mapDrawing(map) {
     for (const head of range(0, headCount)) {
       const x = left + head * cellWidth;
       const value = map.value(layer, head);
-      items.push(...cellItems(map.scale(), value, x, y, cellWidth - 1, cellHeight - 1));
+      const cell = [x, y, cellWidth - 1, cellHeight - 1];
+      const marks = map.marks(layer, head);
+      items.push(...cellItems(map.scale(), value, ...cell));
+      items.push(...markItems(map.scale(), value, marks, ...cell));
+      for (const mark of Object.keys(seen)) seen[mark] ||= marks[mark];
     }
   }
   for (const head of range(0, headCount)) {
@@ -33,9 +38,14 @@ function mapDrawing(map) {
     textItem("layer", 16, top + height / 2, { align: "center", upwards: true }),
     ...legendItems(map.scale(), left, top + height + 52, 260),
   );
+  const said = [
+    ...(seen.over ? [`Corner: more than any head of its layer in ${shortened(inert(reference.label), 30)}.`] : []),
+    ...(seen.chosen ? ["Frame: a chosen head."] : []),
+  ];
+  said.forEach((text, i) => items.push(textItem(text, left, top + height + 106 + 18 * i)));
   return {
     width: left + Math.max(width, 400) + 24,
-    height: top + height + 100,
+    height: top + height + 100 + 18 * said.length,
     title: map.label(),
     items,
   };
