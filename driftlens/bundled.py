@@ -43,6 +43,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
 
+from driftlens.disk import sync_folder
 from driftlens.errors import DownloadError, ModelError
 
 __all__ = [
@@ -298,7 +299,7 @@ def _download(file: BundledFile, target: Path, progress: bool) -> None:
         assembled = _assemble(file, staging, progress)
         _check_content(assembled, file)
         os.replace(assembled, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
 
 def _assemble(file: BundledFile, staging: Path, progress: bool) -> Path:
@@ -575,14 +576,3 @@ def _remove_stale_staging(folder: Path) -> None:
     """
     for stale in folder.glob(_STAGING_PREFIX + "*"):
         shutil.rmtree(stale, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut, where folders can be synced."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -807,7 +807,7 @@ def _write(path: Path | None, text: Callable[[], str], *, rescue: bool = False) 
     if str(path) == "-":
         print(content)
         return
-    from driftlens.edits import write_atomically
+    from driftlens.disk import write_atomically
 
     try:
         write_atomically(path, content.encode())

@@ -28,7 +28,8 @@ from jaxtyping import Float, Int
 
 from driftlens import figures
 from driftlens.attention import head_name, row_kl
-from driftlens.edits import Edit, write_atomically
+from driftlens.disk import write_atomically
+from driftlens.edits import Edit
 from driftlens.equality import equal_fields
 from driftlens.errors import DataError, RequestError, check_count
 from driftlens.interventions import Hook, pattern_name

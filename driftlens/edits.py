@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import shutil
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ import torch
 from driftlens import figures
 from driftlens.bundled import expanded
 from driftlens.codebook import Codebook
+from driftlens.disk import write_both
 from driftlens.errors import DataError, EditError, ModelError
 from driftlens.facts import EditRequest
 from driftlens.journal import CHECKSUM, digest
@@ -209,7 +208,7 @@ class Edit:
         path = Path(folder)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _write_both(path / WEIGHTS_FILE, data, path / RECORD_FILE, text)
+            write_both(path / WEIGHTS_FILE, data, path / RECORD_FILE, text)
         except OSError as error:
             raise EditError(
                 f"The edit cannot be written to {path}: {error.strerror or error}.",
@@ -469,55 +468,6 @@ def _few(names: Sequence[str], shown: int = 3) -> str:
     """The first names, and how many more there are."""
     more = [f"and {len(names) - shown} more"] if len(names) > shown else []
     return "; ".join([*names[:shown], *more])
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    staging = _stage(path, data)
-    try:
-        os.replace(staging, path)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
-
-
-def _write_both(first: Path, first_data: bytes, second: Path, second_data: bytes) -> None:
-    """Write two files that belong together; if that fails, what was there before stays."""
-    staged = [_stage(first, first_data)]
-    kept: Path | None = None
-    try:
-        staged.append(_stage(second, second_data))
-        if first.exists():
-            kept = first.with_name(f".{first.name}.{os.getpid()}-{secrets.token_hex(4)}.kept")
-            shutil.copy2(first, kept)
-        os.replace(staged[0], first)
-        try:
-            os.replace(staged[1], second)
-        except BaseException:
-            if kept is not None:
-                kept.rename(first)
-            else:
-                first.unlink()
-            raise
-    finally:
-        for path in (*staged, kept):
-            if path is not None:
-                path.unlink(missing_ok=True)
-
-
-def _stage(path: Path, data: bytes) -> Path:
-    """The data in a file of its own beside ``path``, safely on the disk."""
-    # Not tempfile: its files are readable by their owner alone, and stay so when renamed.
-    staging = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with staging.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
-    return staging
 
 
 def _sha256(data: bytes) -> str:

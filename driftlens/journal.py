@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from driftlens.disk import sync_folder
 from driftlens.errors import DataError
 
 CHECKSUM = "sha256"
@@ -80,6 +81,7 @@ class Journal:
         record = json.loads(json.dumps({"unit": unit, **fields}))
         line = json.dumps({**record, CHECKSUM: digest(record)}) + "\n"  # ASCII: of any text
         try:
+            is_new = not self.path.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # A line that was cut off must not swallow the next one.
             starts = b"" if self._ends_whole() else b"\n"
@@ -87,6 +89,9 @@ class Journal:
                 file.write(starts + line.encode())
                 file.flush()
                 os.fsync(file.fileno())
+            if is_new:
+                for folder in (self.path.parent, self.path.parent.parent):
+                    sync_folder(folder)
         except OSError as error:
             raise DataError(
                 f"{self.path} cannot be written: {error.strerror or error}.",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from driftlens import __version__
-from driftlens.edits import write_atomically
+from driftlens.disk import write_atomically
 from driftlens.errors import DataError
 
 

@@ -366,7 +366,7 @@ def test_interrupted_download_leaves_nothing(
     assert fetch_quietly().read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("step", ["_check_content", "_sync_folder", "_write_marker"])
+@pytest.mark.parametrize("step", ["_check_content", "sync_folder", "_write_marker"])
 def test_interrupted_at_the_end(
     cache: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -302,7 +302,7 @@ def test_a_full_disk_loses_no_numbers(monkeypatch, folder, edited, tmp_path, cap
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("driftlens.edits.write_atomically", full)
+    monkeypatch.setattr("driftlens.disk.write_atomically", full)
     common = ("drift", "--model", folder, "--edit", edited, "--prompt", PROMPT)
     assert run(monkeypatch, *common, "--json", tmp_path / "d.json") == 1
     captured = capsys.readouterr()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from driftlens.cases import (
     with_beginnings,
     without_edited_facts,
 )
+from driftlens.disk import sync_folder, write_atomically
 from driftlens.errors import DataError, RequestError
 from driftlens.evaluation import (
     Answer,
@@ -454,6 +458,40 @@ def test_a_journal_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 # --- the experiments -------------------------------------------------------------------------
+
+
+def test_names_of_new_files_are_safe_on_the_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's name is in its folder: a power cut must not lose either."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+
+    def inodes(*paths: Path) -> list[int]:
+        return [path.stat().st_ino for path in paths]
+
+    path = tmp_path / "new" / "units.jsonl"
+    journal = Journal(path)
+    journal.add(1)
+    assert synced == inodes(path, path.parent, tmp_path)
+    journal.add(2)
+    assert synced[3:] == inodes(path)
+    synced.clear()
+    result = tmp_path / "result.json"
+    write_atomically(result, b"{}")
+    assert synced == inodes(result, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_folders_that_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fails: bool
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="error") if fails else nullcontext():
+        sync_folder(tmp_path)
 
 
 def test_many_facts_at_once_and_in_a_row(

@@ -15,6 +15,7 @@ ORDER = [
     "equality",
     "attention",
     "facts",
+    "disk",
     "journal",
     "tokens",
     "interventions",

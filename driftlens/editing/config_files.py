@@ -25,10 +25,10 @@ from typing import Any
 
 import tomli_w
 
+from driftlens.disk import write_atomically
 from driftlens.editing.configs import EditConfig
 from driftlens.editing.family import penalty_from_dict
 from driftlens.editing.penalties import Penalty
-from driftlens.edits import write_atomically
 from driftlens.errors import DataError
 
 NONE = "none"

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
 from driftlens import bundled
-from driftlens.edits import write_atomically
+from driftlens.disk import write_atomically
 from driftlens.errors import DataError, EditError
 from driftlens.interventions import down_in_name
 from driftlens.models import LensModel, recording
