@@ -556,7 +556,7 @@ def reproduce(
         bool, typer.Option("--quick", help="Few cases and conditions: does everything run?")
     ] = False,
     method: Annotated[
-        str, typer.Option(help="The editor of fig3 to fig6, rules and rivals.")
+        str, typer.Option(help="The editor of fig3 to fig6, heads, rules and rivals.")
     ] = "rome",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampled contexts.")] = 0,
     retry_failed: Annotated[bool, typer.Option(help="Try again what failed before.")] = False,

@@ -115,7 +115,6 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
     changes: dict[tuple[str, str, str], list[float]] = {}
     of_case: dict[tuple[str, str, str], list[int]] = {}
     bases: dict[tuple[str, str, str], list[float]] = {}
-    alone: list[tuple[str, np.ndarray]] = []
     for number, case in enumerate(study.cases):
         edit = dl.edit(study.model, case.request, "rome", progress=False)
         for kind, title in measuring.KINDS.items():
@@ -140,9 +139,6 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
                             exchange=what,
                         )  # fmt: skip
                         base = found.edited.prob
-                        if (what, layers) == ("pattern", "all") and probe is probes[0]:
-                            gains = _gains_of_heads(study.model, edit, probe, base)
-                            alone.append((title, gains))
                     place = (kind_, what, layers)
                     changes.setdefault(place, []).append(found.patched.prob - base)
                     of_case.setdefault(place, []).append(number)
@@ -169,13 +165,6 @@ def test_windows_are_patched_as_single_calls_patch_them(study: Study, name: str)
         best = own.loc[own[own["kind"] == "relation"]["change of P(answer)"].idxmax()]
         rise = 100 * best["change of P(answer)"] / best["P(answer) unpatched"]
         assert f"a change of P(answer) by {rise:+.1f} % relative" in said
-        for title in measuring.KINDS.values():
-            gains = np.mean([own for kind_, own in alone if kind_ == title], axis=0)
-            found = re.search(rf"{title}: single heads [a-z ,]+: L(\d)H(\d) ", said)
-            assert found is not None
-            layer, head = map(int, found.groups())
-            assert gains[layer, head] == pytest.approx(gains.max(), abs=1e-6)
-        assert gains.max() > 1e-5  # of the last kind
 
 
 def test_likelier_means_what_the_benchmarks_mean(study: Study) -> None:
@@ -214,21 +203,63 @@ def test_likelier_means_what_the_benchmarks_mean(study: Study) -> None:
     assert measuring.is_ahead({"answer": 0.0, "new": 0.5}, {"answer": 1, "new": 1}) == 0
 
 
-def _gains_of_heads(model: dl.LensModel, edit: dl.Edit, probe: Probe, base: float) -> np.ndarray:
+def test_heads_are_patched_as_single_calls_patch_them(study: Study) -> None:
+    """Each head's gain and drift, of the first prompt of each kind and case; told by rank."""
+    study = replace(study, cases=study.cases[1:])
+    finding = EXPERIMENTS["heads"](study)
+    rows = finding.rows.set_index(["kind", "layer", "head"]).sort_index()
+    info, kinds = study.model.info, measuring.KINDS
+    assert len(rows) == len(kinds) * info.n_layers * info.n_heads
+    found: dict[tuple[str, str], list[np.ndarray]] = {}
+    for case in study.cases:
+        edit = dl.edit(study.model, case.request, "rome", progress=False)
+        for metric, kind in kinds.items():
+            about = [p for p in case.probes((metric,)) if case.request.subject in p.prompt]
+            for what in ("pattern", "values", "both"):
+                gains = _gains_of_heads(study.model, edit, about[0], what)
+                found.setdefault((kind, what), []).append(gains)
+            drift = dl.measure_drift(study.model, edit, about[0].prompt).difference[0]
+            found.setdefault((kind, "drift"), []).append(drift)
+    said = {point.split(": ")[0]: point for point in finding.points}
+    for (kind, what), grids in found.items():
+        mean = np.mean(grids, axis=0)
+        assert np.abs(mean).max() > 1e-5  # far above the tolerance
+        own = rows.loc[kind, what].to_numpy().reshape(mean.shape)
+        np.testing.assert_allclose(own, mean, atol=1e-6)
+        assert rows.loc[kind, "prompts"].eq(len(study.cases)).all()
+        told = said[f"{kind}, drift to the subject" if what == "drift" else f"{kind}, {what}"]
+        (layer, head) = map(int, re.findall(r"L(\d+)H(\d+)", told)[0])
+        assert mean[layer, head] == pytest.approx(mean.max(), abs=1e-6)
+        scaled = mean.max() * (1 if what == "drift" else 100)
+        assert f"L{layer}H{head} {scaled:+.{3 if what == 'drift' else 2}f} [" in told
+        # Of two cases a draw has one of them twice, or both: the interval is between these.
+        low, high = (rows.loc[kind, f"{what} {end}"].to_numpy() for end in ("low", "high"))
+        np.testing.assert_allclose(low, np.min(grids, axis=0).ravel(), atol=1e-6)
+        np.testing.assert_allclose(high, np.max(grids, axis=0).ravel(), atol=1e-6)
+    for kind in kinds.values():
+        drift = np.mean(found[kind, "drift"], axis=0)
+        reached = np.abs(found[kind, "drift"]).max(0) > 0
+        assert reached[2:].all()
+        assert not reached[:2].any()
+        gained = np.mean(found[kind, "values"], axis=0)
+        expected = stats.spearmanr(drift[reached], gained[reached]).statistic
+        told = said[kind]
+        assert f"values {expected:z.2f} [" in told
+
+
+def _gains_of_heads(model: dl.LensModel, edit: dl.Edit, probe: Probe, exchange: Any) -> np.ndarray:
     """What each head, restored alone, brings back, ``[layer, head]``."""
     layers, heads = range(model.info.n_layers), range(model.info.n_heads)
-    return np.array(
+    found = [
         [
-            [
-                dl.patch_attention(
-                    model, edit, probe.prompt, answer=probe.right, heads=[(y, x)]
-                ).patched.prob
-                - base
-                for x in heads
-            ]
-            for y in layers
+            dl.patch_attention(
+                model, edit, probe.prompt, answer=probe.right, heads=[(y, x)], exchange=exchange
+            )
+            for x in heads
         ]
-    )
+        for y in layers
+    ]
+    return np.array([[one.patched.prob - one.edited.prob for one in row] for row in found])
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -272,7 +303,7 @@ def test_intervals_of_correlations_are_those_of_resampled_cases() -> None:
     rng = np.random.default_rng(1)
     x = np.round(rng.normal(size=40), 1)  # with ties
     y, cases = x + rng.normal(size=40), [str(i // 4) for i in range(40)]
-    drawn = inside._correlation(x, y, inside._draws(cases, 3, 300))
+    drawn = inside._correlation(x, y, measuring.case_draws(cases, 3, 300))
     found = {
         k: v for name in drawn for k, v in inside._with_interval(name, drawn[name], 10).items()
     }
@@ -338,7 +369,7 @@ def test_other_measures_are_compared_with_the_largest_head() -> None:
 
 
 def test_no_variation_is_no_correlation() -> None:
-    weights = inside._draws(["a", "b", "c", "d"], 0, 50)
+    weights = measuring.case_draws(["a", "b", "c", "d"], 0, 50)
     for name, drawn in inside._correlation(np.ones(4), np.arange(4.0), weights).items():
         assert all(np.isnan(value) for value in inside._with_interval(name, drawn, 4).values())
     unknown = dict.fromkeys(("pearson", "less_max_head"), float("nan"))
@@ -347,7 +378,7 @@ def test_no_variation_is_no_correlation() -> None:
 
 
 def test_one_case_gives_no_interval_of_a_correlation() -> None:
-    weights = inside._draws(["a"] * 5, 0, 50)
+    weights = measuring.case_draws(["a"] * 5, 0, 50)
     drawn = inside._correlation(np.array([1.0, 2, 4, 3, 5]), np.arange(5.0), weights)
     for name in ("pearson", "less_max_head"):
         found = inside._with_interval(name, drawn["pearson"], 1)
@@ -355,7 +386,7 @@ def test_one_case_gives_no_interval_of_a_correlation() -> None:
         assert np.isnan(found[f"{name}_low"]) and np.isnan(found[f"{name}_high"])
     # Two prompts of two cases correlate perfectly in each draw that has both: no certainty.
     drawn = inside._correlation(
-        np.array([1.0, 2]), np.arange(2.0), inside._draws(["a", "b"], 0, 50)
+        np.array([1.0, 2]), np.arange(2.0), measuring.case_draws(["a", "b"], 0, 50)
     )
     found = inside._with_interval("pearson", drawn["pearson"], 2)
     assert found["pearson"] == pytest.approx(1)

@@ -2,9 +2,9 @@
 
 Each experiment is one function from a :class:`Study` to a :class:`Finding`: numbers, a figure, and
 what these say, computed from them, beside what the paper reports. ``editors.py`` holds
-those that ask edited models, ``inside.py`` those that look into them, ``cure.py`` what SADR takes
-off the drift, ``sequential.py`` edits that pile up. To add one, write such a function and name it
-in EXPERIMENTS.
+those that ask edited models, ``inside.py`` those that look into them, ``heads.py`` one head at a
+time, ``cure.py`` what SADR takes off the drift, ``sequential.py`` edits that pile up. To add one,
+write such a function and name it in EXPERIMENTS.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from driftlens.experiments.reproduce.editors import (
     table3,
 )
 from driftlens.experiments.reproduce.finding import Finding, Study, recorded
+from driftlens.experiments.reproduce.heads import heads
 from driftlens.experiments.reproduce.inside import fig3, fig4, fig5
 from driftlens.experiments.reproduce.page import page
 from driftlens.experiments.reproduce.sequential import sequential
@@ -37,6 +38,7 @@ EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
     "fig3": fig3,
     "fig4": fig4,
     "fig5": fig5,
+    "heads": heads,
     "fig6": fig6,
     "fig7": fig7,
     "steps": steps,
@@ -46,7 +48,7 @@ EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
     "sequential": sequential,
 }
 
-OF_ONE_EDITOR = ("fig3", "fig4", "fig5", "fig6", "rules", "rivals")
+OF_ONE_EDITOR = ("fig3", "fig4", "fig5", "heads", "fig6", "rules", "rivals")
 """Experiments that take the study's editor."""
 
 __all__ = ["EXPERIMENTS", "OF_ONE_EDITOR", "Finding", "Study", "known_names", "reproduce"]

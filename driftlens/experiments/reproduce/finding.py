@@ -46,7 +46,8 @@ class Study:
         seed: Of the sampled contexts.
         progress: Whether to show bars.
         command: How to run this again, for the record.
-        method: The editor of the experiments that take one: figures 3 to 6, ``rules``, ``rivals``.
+        method: The editor of the experiments that take one: figures 3 to 6, ``heads``, ``rules``,
+            ``rivals``.
 
     Raises:
         RequestError: If there are no cases.
@@ -82,6 +83,11 @@ class Study:
     def editor(self) -> Arm:
         """The study's editor with the model's defaults."""
         return self.arms((self.method,))[1]
+
+    @property
+    def editors(self) -> list[dict[str, Any]]:
+        """The study's editor, for the record."""
+        return [{"name": self.editor.name, **self.editor.to_dict()}]
 
     def edit(self, case: Case, arm: Arm | None = None) -> Edit:
         """The edit of one of the cases as :meth:`bench` makes it: together with some of the other

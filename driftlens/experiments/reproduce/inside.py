@@ -15,14 +15,15 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from driftlens import figures
-from driftlens.attention import head_name
 from driftlens.cases import Probe
 from driftlens.edits import Edit
 from driftlens.experiments.reproduce.finding import Finding, Study
 from driftlens.experiments.reproduce.measuring import (
     DRIFTS,
+    EXCHANGES,
     Pair,
     baselines,
+    case_draws,
     drifts,
     interval_of,
     is_ahead,
@@ -33,10 +34,9 @@ from driftlens.experiments.reproduce.measuring import (
 )
 from driftlens.intervals import ends, with_interval
 from driftlens.models import LensModel
-from driftlens.patching import Component, Exchange, PatchExperiment, PatchResult
+from driftlens.patching import Component, PatchExperiment, PatchResult
 
 COMPONENTS: tuple[Component, ...] = ("attn_out", "mlp_out", "resid")
-EXCHANGES: tuple[Exchange, ...] = ("pattern", "values", "both")
 
 
 def fig3(study: Study) -> Finding:
@@ -44,7 +44,7 @@ def fig3(study: Study) -> Finding:
     edited one writes at the last token, in windows of layers."""
     windows = _windows(study.model.info.n_layers, study.quick)
 
-    def measure(model: LensModel, made: Edit, probe: Probe, is_first: bool) -> dict[str, Any]:
+    def measure(model: LensModel, made: Edit, probe: Probe) -> dict[str, Any]:
         experiment = PatchExperiment(
             model, made, probe.prompt, answer=probe.right, direction="contaminate"
         )
@@ -74,7 +74,7 @@ def fig3(study: Study) -> Finding:
     )
     figure = figures.window_lines(rows, "change of P(answer)", title=title)
     return Finding(
-        "fig3", title, rows, figure, text, paper, points, _editor(study), failed, seconds=seconds
+        "fig3", title, rows, figure, text, paper, points, study.editors, failed, seconds=seconds
     )
 
 
@@ -101,37 +101,30 @@ def fig4(study: Study) -> Finding:
     title = "Attention drift against damage, prompt by prompt"
     figure = _scatter(prompts, title, study.seed)
     return Finding(
-        "fig4", title, rows, figure, text, paper, points, _editor(study), failed, seconds=seconds
+        "fig4", title, rows, figure, text, paper, points, study.editors, failed, seconds=seconds
     )
 
 
 def fig5(study: Study) -> Finding:
     """Patching the drift: the edited model with the original's attention at the last token, in
-    windows of layers and, on the first prompt of each kind and case, per head; patterns, values, or
-    both."""
+    windows of layers; patterns, values, or both."""
     info = study.model.info
     layers, heads = range(info.n_layers), range(info.n_heads)
     windows = _windows(info.n_layers, study.quick)
     sets = [[(y, x) for y in window for x in heads] for window in (*windows, layers)]
 
-    def measure(model: LensModel, made: Edit, probe: Probe, is_first: bool) -> dict[str, Any]:
+    def measure(model: LensModel, made: Edit, probe: Probe) -> dict[str, Any]:
         experiment = PatchExperiment(model, made, probe.prompt, answer=probe.right)
         patched = {}
         for exchange in EXCHANGES:
             *windowed, everything = experiment.attention_each(sets, exchange=exchange)
             patched[exchange] = _by_span(windows, windowed, made)
             patched[exchange]["all"] = pair(everything.patched, made)
-        found: dict[str, Any] = {**baselines(experiment, made), "patched": patched}
-        if is_first and not study.quick:
-            alone = experiment.attention_each([[(y, x)] for y in layers for x in heads])
-            probs = np.array([one.patched.prob for one in alone])
-            found["heads"] = probs.reshape(info.n_layers, info.n_heads).tolist()
-        return found
+        return baselines(experiment, made) | {"patched": patched}
 
     prompts, failed, seconds = measured(study, "fig5", measure)
     rows = _window_rows(with_lengths(study, prompts), EXCHANGES, from_state="edited")
     points = [_told_of_restoring(own) for _, own in rows.groupby("kind", sort=False)]
-    points += _best_heads(prompts)
     title = "Original attention restored in the edited model"
     paper = (
         "P(answer) rises by 28.6 % to 739 % relative with original attention rows in windows of "
@@ -143,16 +136,11 @@ def fig5(study: Study) -> Finding:
     )
     figure = figures.window_lines(rows, "change of P(answer)", title=title)
     return Finding(
-        "fig5", title, rows, figure, text, paper, points, _editor(study), failed, seconds=seconds
+        "fig5", title, rows, figure, text, paper, points, study.editors, failed, seconds=seconds
     )
 
 
 # --- parts ---
-
-
-def _editor(study: Study) -> list[dict[str, Any]]:
-    """The editor, for the record."""
-    return [{"name": study.editor.name, **study.editor.to_dict()}]
 
 
 def _windows(n_layers: int, quick: bool) -> list[list[int]]:
@@ -236,7 +224,7 @@ def _correlations(prompts: Sequence[dict[str, Any]], seed: int) -> Iterator[dict
     for kind in dict.fromkeys(p["kind"] for p in prompts):
         own = [p for p in prompts if p["kind"] == kind]
         cases = [p["case"] for p in own]
-        weights, n_cases = _draws(cases, seed, 2000), len(set(cases))
+        weights, n_cases = case_draws(cases, seed, 2000), len(set(cases))
         sizes = {drift: np.array([p["drift"][drift] for p in own]) for drift in DRIFTS}
         means = {drift: (size.mean(), *interval_of(cases, size)) for drift, size in sizes.items()}
         for damage, y in _damages(own).items():
@@ -303,22 +291,12 @@ def _correlated(row: Mapping[Any, Any], name: str, sign: Literal["", "+"] = "") 
     return with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"], digits=2, sign=sign)
 
 
-def _draws(cases: Sequence[str], seed: int, draws: int) -> np.ndarray:
-    """How often each prompt counts, ``[1 + draw, prompt]``: first once, then, in each draw of the
-    bootstrap, as often as its case."""
-    names = list(dict.fromkeys(cases))
-    of_prompt = np.array([names.index(case) for case in cases])
-    chosen = np.random.default_rng(seed).integers(0, len(names), (draws, len(names)))
-    times = np.stack([np.bincount(row, minlength=len(names)) for row in chosen]).astype(float)
-    return np.concatenate([np.ones((1, len(cases))), times[:, of_prompt]])
-
-
 def _line(
     x: np.ndarray, y: np.ndarray, cases: Sequence[str], seed: int, draws: int = 2000
 ) -> pd.DataFrame:
     """The least-squares line at 50 places, columns ``x``, ``y`` and its 95 % interval ``low``,
     ``high`` by bootstrap over cases; no rows where ``x`` does not vary."""
-    weights = _draws(cases, seed, draws)
+    weights = case_draws(cases, seed, draws)
     total = weights.sum(-1)
     x_mean, y_mean = (weights @ x) / total, (weights @ y) / total
     spread = (weights @ x**2) / total - x_mean**2
@@ -395,23 +373,6 @@ def _brought_back(row: Mapping[Any, Any]) -> str:
     if np.isnan(row["share, %"]):
         return f"{_points(row)} points"
     return with_interval(row["share, %"], row["share low"], row["share high"], digits=0, unit=" %")
-
-
-def _best_heads(prompts: Sequence[dict[str, Any]], k: int = 5) -> list[str]:
-    """Which heads bring back most, for each kind of prompts, in points; asked of the first prompt
-    of each case."""
-    firsts = list({(p["kind"], p["case"]): p for p in reversed(prompts)}.values())[::-1]
-    told = []
-    for kind in dict.fromkeys(p["kind"] for p in firsts if "heads" in p):
-        own = [p for p in firsts if p["kind"] == kind]
-        gains = np.mean([np.array(p["heads"]) - p["edited"]["answer"] for p in own], axis=0)
-        best = np.argsort(-gains, axis=None, kind="stable")[:k]
-        places = zip(*np.unravel_index(best, gains.shape), strict=True)
-        heads = ", ".join(
-            f"{head_name(int(y), int(x))} {100 * gains[y, x]:+.2f}" for y, x in places
-        )
-        told.append(f"{kind}: single heads that bring back most, in points: {heads}.")
-    return told
 
 
 def _scatter(prompts: Sequence[dict[str, Any]], title: str, seed: int) -> go.Figure:

@@ -22,7 +22,7 @@ from driftlens.experiments.reproduce.finding import Failure, Study
 from driftlens.intervals import bootstrap_interval
 from driftlens.journal import Journal, total
 from driftlens.models import LensModel
-from driftlens.patching import PatchExperiment, Readout
+from driftlens.patching import Exchange, PatchExperiment, Readout
 from driftlens.records import versions
 
 KINDS: dict[Metric, str] = {"RS": "relation", "DNS": "distract neighbourhood"}
@@ -34,9 +34,11 @@ DRIFTS = {
 PER_KIND = 3
 """Prompts of each kind that are taken of a case."""
 
+EXCHANGES: tuple[Exchange, ...] = ("pattern", "values", "both")
+
 Pair = dict[str, float]
-Measure = Callable[[LensModel, Edit, Probe, bool], dict[str, Any]]
-"""What is measured on a prompt; the last argument tells the first one of its kind and case."""
+Measure = Callable[[LensModel, Edit, Probe], dict[str, Any]]
+"""What is measured on a prompt."""
 
 
 def drifts(
@@ -47,7 +49,11 @@ def drifts(
 
 
 def measured(
-    study: Study, name: str, measure: Measure, arm: Arm | None = None
+    study: Study,
+    name: str,
+    measure: Measure,
+    arm: Arm | None = None,
+    per_kind: int = PER_KIND,
 ) -> tuple[list[dict[str, Any]], list[Failure], float | None]:
     """A record for each prompt, the cases that failed, and the seconds that all took, if that was
     kept; each finished case is kept at once.
@@ -57,20 +63,22 @@ def measured(
         name: Of the file and the bar.
         measure: Of one prompt.
         arm: Which edits; by default those of the study's editor.
+        per_kind: Prompts of each kind that are taken of a case.
 
     Raises:
         RequestError: If no case has a prompt of these kinds, or each one failed.
     """
     journal = Journal(study.out / f"{name}.prompts.jsonl")
     arm = study.editor if arm is None else arm
-    units, made_by = _units(study, arm), versions()
+    units, made_by = _units(study, arm, per_kind), versions()
     journal.warn_of_other_versions(units, made_by, stacklevel=4)
     bar = tqdm(study.cases, desc=f"{name}, {arm.name}", unit="case", disable=not study.progress)
     for unit, case in zip(units, bar, strict=True):
         if not journal.is_finished(unit, study.retry_failed):
             started = time.monotonic()
             try:
-                found: dict[str, Any] = {"prompts": list(_of_case(study, case, arm, measure))}
+                prompts = list(_of_case(study, case, arm, measure, per_kind))
+                found: dict[str, Any] = {"prompts": prompts}
             except FAILURES as error:
                 found = {"error": reason(error)}
             spent = time.monotonic() - started
@@ -96,7 +104,7 @@ def measured(
     return prompts, failed, total(records, "seconds")
 
 
-def _units(study: Study, arm: Arm) -> list[dict[str, Any]]:
+def _units(study: Study, arm: Arm, per_kind: int) -> list[dict[str, Any]]:
     """What determines the record of each case."""
     common = {
         **study.model.identity(),
@@ -104,20 +112,22 @@ def _units(study: Study, arm: Arm) -> list[dict[str, Any]]:
         "covariance": COVARIANCE,
         "seed": study.seed,
         "quick": study.quick,
-        "per_kind": PER_KIND,
+        "per_kind": per_kind,
     }
     return [{**common, "case": case.to_record()} for case in study.cases]
 
 
-def _of_case(study: Study, case: Case, arm: Arm, measure: Measure) -> Iterator[dict[str, Any]]:
+def _of_case(
+    study: Study, case: Case, arm: Arm, measure: Measure, per_kind: int
+) -> Iterator[dict[str, Any]]:
     for metric, kind in KINDS.items():
         about = [p for p in case.probes((metric,)) if case.request.subject in p.prompt]
-        for probe in about[:PER_KIND]:
-            found = measure(study.model, study.edit(case, arm), probe, probe is about[0])
+        for probe in about[:per_kind]:
+            found = measure(study.model, study.edit(case, arm), probe)
             yield {"case": case.id, "kind": kind, "prompt": probe.prompt, **found}
 
 
-def drifted(model: LensModel, made: Edit, probe: Probe, _: bool) -> dict[str, Any]:
+def drifted(model: LensModel, made: Edit, probe: Probe) -> dict[str, Any]:
     """A measure: P(answer) and P(new target) before and after, and the drift of the last token,
     averaged over layers."""
     experiment = PatchExperiment(model, made, probe.prompt, answer=probe.right)
@@ -178,6 +188,16 @@ def by_case(cases: Sequence[str], values: np.ndarray) -> tuple[np.ndarray, np.nd
     frame = pd.DataFrame({"case": list(cases), "value": values})
     grouped = frame.groupby("case", sort=False)["value"]
     return grouped.sum().to_numpy(), grouped.count().to_numpy(dtype=float)
+
+
+def case_draws(cases: Sequence[str], seed: int, draws: int) -> np.ndarray:
+    """How often each prompt counts, ``[1 + draw, prompt]``: first once, then, in each draw of the
+    bootstrap, as often as its case."""
+    names = list(dict.fromkeys(cases))
+    of_prompt = np.array([names.index(case) for case in cases])
+    chosen = np.random.default_rng(seed).integers(0, len(names), (draws, len(names)))
+    times = np.stack([np.bincount(row, minlength=len(names)) for row in chosen]).astype(float)
+    return np.concatenate([np.ones((1, len(cases))), times[:, of_prompt]])
 
 
 def share_of(cases: Sequence[str], gains: np.ndarray, lost: np.ndarray) -> dict[str, float]:
