@@ -77,6 +77,7 @@ ORDER = [
     "experiments.sadr_search",
     "experiments.many",
     "experiments.known",
+    "experiments.paper_data",
     "experiments.reproduce.finding",
     "experiments.reproduce.editors",
     "experiments.reproduce.measuring",

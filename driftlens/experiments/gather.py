@@ -38,7 +38,7 @@ OF_RUN = (
     "text", "arms", "cases", "failed", "figure",
 )  # fmt: skip
 MORE: dict[str, Any] = {
-    "points": [], "differences": [], "probabilities": [], "seconds_in_all": None
+    "points": [], "differences": [], "probabilities": [], "seconds_in_all": None, "content": None
 }  # fmt: skip
 """What not all results hold, and what stands for it."""
 
@@ -172,7 +172,7 @@ def _sections(gathered: Mapping[str, Any]) -> Iterator[Section]:
         yield Section(
             f"{gathered['name']}-{number}",
             f"{gathered['title']}: {run['model']['name']}, {run['data']}",
-            texts=[f"{len(run['cases'])} cases: {run['command']}", run["text"]],
+            texts=[f"{len(run['cases'])} cases{_spent(run, ', ')}: {run['command']}", run["text"]],
             points=run["points"],
             figures=[] if run["figure"] is None else [pio.from_json(json.dumps(run["figure"]))],
             tables=[TableOf("Numbers", own, folded=True)],
@@ -180,9 +180,19 @@ def _sections(gathered: Mapping[str, Any]) -> Iterator[Section]:
         )
 
 
+def _spent(run: Mapping[str, Any], before: str) -> str:
+    """How long all that was measured took, behind something; nothing where that is not known."""
+    seconds = run["seconds_in_all"]
+    if seconds is None:
+        return ""
+    minutes = seconds / 60
+    told = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, minutes):.0f} minutes"
+    return f"{before}{told} of work"
+
+
 def fill(text: str, folder: Path) -> str:
     """A text with what has been gathered in its places: a table, or what the numbers say, and the
-    commands.
+    commands, with the time that each took.
 
     Args:
         text: Markdown with lines like ``<!-- gathered fig5 -->`` and ``<!-- end -->``.
@@ -207,7 +217,7 @@ def fill(text: str, folder: Path) -> str:
         if not path.is_file():
             raise DataError(f"{folder} holds no gathered {name}.", "Gather it first.")
         record = _gathered(path)
-        commands = dict.fromkeys(f"    {run['command']}" for run in record["runs"])
+        commands = [f"    {run['command']}{_spent(run, '  # ')}" for run in record["runs"]]
         shown = TABLES.get(name, told_markdown)(record)
         return "\n".join([match[1], shown, "", *commands, "", ""])
 

@@ -63,10 +63,10 @@ def substituted_markdown(record: Mapping[str, Any]) -> str:
 
 
 def correlated_markdown(record: Mapping[str, Any]) -> str:
-    """Figure 4: Pearson's correlation of measures of drift with damage, and how much there is of
-    the first of them."""
+    """Figure 4: Pearson's and Spearman's correlation of measures of drift with damage, and how much
+    there is of the first of them."""
     lines = [
-        (*place, str(rows[0]["prompts"]), _mean(rows[0]), *(_pearson(row) for row in rows))
+        (*place, str(rows[0]["prompts"]), _mean(rows[0]), *(_correlations(row) for row in rows))
         for place, rows in _by(record, "data", "model", "kind", "damage")
     ]
     drifts = list(dict.fromkeys(row["drift"] for row in record["rows"]))
@@ -225,8 +225,12 @@ def _mean(row: Mapping[str, Any]) -> str:
     return with_interval(row["mean"], row["mean_low"], row["mean_high"], digits=3, sign="+")
 
 
-def _pearson(row: Mapping[str, Any]) -> str:
-    return with_interval(row["pearson"], row["pearson_low"], row["pearson_high"], digits=2)
+def _correlations(row: Mapping[str, Any]) -> str:
+    """Pearson's, then Spearman's."""
+    return "; ".join(
+        with_interval(row[kind], row[f"{kind}_low"], row[f"{kind}_high"], digits=2)
+        for kind in ("pearson", "spearman")
+    )
 
 
 def _points(row: Mapping[str, Any], of: str = "P(answer)") -> str:
