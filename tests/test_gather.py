@@ -113,7 +113,10 @@ def test_texts_are_filled(
     one = finding(
         finding(tmp_path / "one", "small"), "small", "sequential", points=["One.", "Two."]
     )
-    other = finding(finding(tmp_path / "other", "large"), "large", "sequential", command="another")
+    other = finding(
+        finding(tmp_path / "other", "large"), "large", "sequential", command="another",
+        seconds_in_all=5400,
+    )  # fmt: skip
     text = tmp_path / "text.md"
     before = "Before.\n\n<!-- gathered {} -->\nold\n<!-- end -->\n\nAfter.\n"
     text.write_text(before.format("table3") + before.format("sequential"))
@@ -128,7 +131,8 @@ def test_texts_are_filled(
         "Before.\n\n<!-- gathered sequential -->\n\n"
         "*small, facts, 2 cases.* What small does.\n\n- One.\n- Two.\n\n"
         "*large, facts, 2 cases.* What large does.\n\n"
-        "    driftlens reproduce table3\n    another\n\n<!-- end -->\n\nAfter.\n"
+        "    driftlens reproduce table3\n    another  # 1.5 hours of work\n\n<!-- end -->\n\n"
+        "After.\n"
     )
     assert text.read_text() == expected
     monkeypatch.setattr(sys, "argv", [*options[:1], *options[3:]])
@@ -153,7 +157,10 @@ def test_a_page_shows_all_that_was_gathered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = finding(finding(tmp_path / "one", "small"), "small", "fig6")
-    other = finding(tmp_path / "other", "large", text="What <large> does.", points=["A <point>."])
+    other = finding(
+        tmp_path / "other", "large", text="What <large> does.", points=["A <point>."],
+        seconds_in_all=100,
+    )  # fmt: skip
     (other / "table3.figure.json").unlink()
     shown = tmp_path / "page.html"
     options = ["gather", str(one), str(other), "--out", str(tmp_path), "--page", str(shown)]
@@ -166,7 +173,9 @@ def test_a_page_shows_all_that_was_gathered(
     assert "T: large, facts" in text and "What &lt;large&gt; does." in text
     assert "<li>A &lt;point&gt;.</li>" in text
     assert text.count("bar of small") == 2 and "bar of large" not in text
-    assert "2 cases: driftlens reproduce table3" in text and text.count("The paper: P") == 2
+    assert "2 cases: driftlens reproduce table3" in text
+    assert "2 cases, 2 minutes of work: driftlens reproduce table3" in text
+    assert text.count("The paper: P") == 2
     shown.unlink()
     monkeypatch.setattr(sys, "argv", [*options[:1], *options[3:]])
     gather.main()
@@ -295,7 +304,8 @@ def test_tables_of_what_is_inside() -> None:
     correlations = [
         {"data": "facts", "model": "small", "kind": "relation", "damage": "fall",
          "prompts": 7, "drift": drift, "mean": 0.0125, "mean_low": -0.1, "mean_high": None,
-         "pearson": r, "pearson_low": None, "pearson_high": 0.5}
+         "pearson": r, "pearson_low": None, "pearson_high": 0.5,
+         "spearman": -0.5, "spearman_low": -1.0, "spearman_high": 0.25}
         for drift, r in (("max head", 0.254), ("row KL", None))
     ]  # fmt: skip
     table = tables.correlated_markdown({"rows": correlations}).splitlines()
@@ -303,6 +313,6 @@ def test_tables_of_what_is_inside() -> None:
         "| data | model | prompts | damage | number | mean drift (max head) | max head | row KL |"
     )
     assert table[2:] == [
-        "| facts | small | relation | fall | 7 | +0.013 [-0.100, -] | 0.25 [-, 0.50] | "
-        "- [-, 0.50] |"
+        "| facts | small | relation | fall | 7 | +0.013 [-0.100, -] | "
+        "0.25 [-, 0.50]; -0.50 [-1.00, 0.25] | - [-, 0.50]; -0.50 [-1.00, 0.25] |"
     ]

@@ -223,11 +223,17 @@ def test_readme_says_in_short_what_sadr_takes_off():
         off[name] for name in ("drift, max head", "drift, row KL", "answers overtaken")
     )
     assert len(drift) == len(rows) == len(damage) == 2 * len(PAPERS)
+    risen = [row for row in result_rows("cure") if row["measure"] == "rise of P(new target)"]
+    rise = [row["taken off, %"] for row in risen if row["method"] != "pmet"]
+    of_pmet = [row["high"] for row in risen if row["method"] == "pmet"]
     assert (
         f"it takes {min(drift):.0f} to {max(drift):.0f} % off the drift of the largest head and "
         f"{min(rows):.0f} to {max(rows):.0f} % off the divergence of whole rows, with ROME, MEMIT "
-        f"and PMET, and {min(damage):.0f} to {max(damage):.0f} % off the answers"
+        f"and PMET; {min(damage):.0f} to {max(damage):.0f} % off the answers that the new target "
+        f"overtakes; and {min(rise):.0f} to {max(rise):.0f} % off the rise of the new target "
+        "elsewhere with ROME and MEMIT, nothing of it with PMET."
     ) in flowing(README)
+    assert all(high < 10 for high in of_pmet)
 
 
 def test_readme_says_in_short_what_the_search_found():
@@ -247,13 +253,16 @@ def test_readme_says_in_short_what_the_search_found():
     level = {(row["arm"], row["metric"], row["measure"]): row["value"]
              for row in check["magnitudes"]}  # fmt: skip
     _, plain, held = (arm["name"] for arm in check["arms"])
+    asked = next(row["cases"] for row in check["rows"] if row["metric"] == "RS")
+    ((_, told),) = check["settings"].items()
+    lowest = next(iter(told["less"].values()))["ES"]["low"]
     assert (
-        f"found one for {name.upper()} (RS by {interval} for {paid['ES']:.1f} points of ES and "
-        f"{paid['PS']:.1f} of PS), and none for MEMIT and PMET. By probability the price is higher "
-        f"there: P(new target) falls from {level[plain, 'ES', 'prob']:.2f} to "
+        f"found one for {name.upper()}, chosen for DNS: on {asked} held-back cases it gained RS by "
+        f"{interval} for {paid['ES']:.1f} points of ES and {paid['PS']:.1f} of PS (the interval of "
+        f"the first reaches {-lowest:.1f}); it found none for MEMIT and PMET. By probability the "
+        f"price is higher there: P(new target) falls from {level[plain, 'ES', 'prob']:.2f} to "
         f"{level[held, 'ES', 'prob']:.2f}."
     ) in flowing(README)
-    asked = next(row["cases"] for row in check["rows"] if row["metric"] == "RS")
     assert (
         f"greedy decoding gives {level['unedited', 'RS', 'exact']:.1f} % of such answers before an "
         f"edit (of {asked} held-back cases)."

@@ -217,7 +217,9 @@ def fill(text: str, folder: Path) -> str:
         if not path.is_file():
             raise DataError(f"{folder} holds no gathered {name}.", "Gather it first.")
         record = _gathered(path)
-        commands = [f"    {run['command']}{_spent(run, '  # ')}" for run in record["runs"]]
+        commands = dict.fromkeys(
+            f"    {run['command']}{_spent(run, '  # ')}" for run in record["runs"]
+        )
         shown = TABLES.get(name, told_markdown)(record)
         return "\n".join([match[1], shown, "", *commands, "", ""])
 
