@@ -17,6 +17,7 @@ from driftlens.experiments import gather, many, sadr_search
 from driftlens.experiments.reproduce import EXPERIMENTS
 from driftlens.experiments.reproduce.editors import PAPERS
 from driftlens.experiments.survey import markdown, paired_markdown
+from driftlens.journal import digest
 from driftlens.readers import read_cases
 
 DATA = REPOSITORY.parent / "shared/data/counterfact_wikidata_dev.json"
@@ -110,6 +111,17 @@ def test_what_was_gathered_stands_in_the_texts():
     there = [name for name in EXPERIMENTS if (results / f"{name}.json").is_file()]
     assert set(there) == EXPERIMENTS.keys() - NOT_GATHERED
     assert sorted(shown) == sorted(there)
+
+
+def test_pictures_are_of_these_results():
+    drawn = json.loads((REPOSITORY / "assets/figures/digests.json").read_text())
+    assert drawn.keys() == EXPERIMENTS.keys() - NOT_GATHERED
+    for name, of in drawn.items():
+        record = json.loads((REPOSITORY / f"assets/results/{name}.json").read_text())
+        assert digest(record["runs"][0]["figure"]) == of, f"python assets/make_pictures.py ({name})"
+        picture = f"assets/figures/{name}.png"
+        assert (REPOSITORY / picture).is_file()
+        assert f"]({picture})" in README or f"](../{picture})" in PAGE
 
 
 NOT_GATHERED = {"fluency", "heads", "steps"}
