@@ -27,6 +27,7 @@ from driftlens.bench import Setting, make_arms
 from driftlens.cases import (
     ALL_METRICS,
     BEGINNINGS,
+    METRICS,
     UNRELATED,
     Case,
     Cloze,
@@ -389,6 +390,48 @@ def test_answers_are_scores(model: dl.LensModel, tmp_path: Path) -> None:
     case = replace(case, reasoning=(Cloze("The Louvre's country is", "Italy"),))
     assert "reasoning" in check_answers(model, case)
     check_answers(model, replace(case, request=replace(case.request, target_true=None)))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
+def test_rates_of_a_real_model_are_counted_from_its_logits(name: str) -> None:
+    """Avg. S and all that it is made of, over an edited model's answers to four cases; by a plain
+    count of what each text alone gives."""
+    model = dl.load_model(name)
+    cases = read_cases(asset("facts.jsonl"))[:4]
+
+    def mean_logprob(prompt: str, text: str) -> float:
+        ids, target = model.tokens.encode_prompt(prompt).ids, model.tokens.target_ids(text)
+        with torch.no_grad():
+            rows = model.hf_model(torch.tensor([[*ids, *target]])).logits[0].double()
+        own = rows.log_softmax(-1)[len(ids) - 1 : -1]
+        return float(sum(row[t] for row, t in zip(own, target, strict=True))) / len(target)
+
+    asked, won = [], {metric: [] for metric in METRICS}  # type: ignore[var-annotated]
+    edit = dl.edit(model, cases[0].request, "ft-m", layer=5, steps=5, progress=False)
+    with edit.applied(model):
+        for case in cases:
+            asked.append(answers(model, case))
+            old, new = case.request.target_true, case.request.target_new
+            assert old is not None
+            sentence = f"{case.request.text} {new}."
+            questions = {
+                "ES": [(case.request.text, new, old)],
+                "PS": [(prompt, new, old) for prompt in case.paraphrases],
+                "NS": [(prompt, answer, new) for prompt, answer in case.neighbours],
+                "RS": [(prompt, answer, new) for prompt, answer in case.relations],
+                "DNS": [(f"{sentence} {p}", answer, new) for p, answer in case.neighbours],
+            }
+            for metric, own in questions.items():
+                won[metric] += [mean_logprob(p, a) > mean_logprob(p, b) for p, a, b in own]
+    found = rates(asked)
+    plain = {metric: 100 * sum(own) / len(own) for metric, own in won.items()}
+    assert {metric: found[metric].value for metric in METRICS} == pytest.approx(plain)
+    assert len(set(plain.values())) > 1
+    average_score = average(asked)
+    assert average_score is not None
+    expected = 5 / sum(1 / value for value in plain.values()) if all(plain.values()) else 0.0
+    assert average_score.value == pytest.approx(expected)
 
 
 @pytest.mark.real
