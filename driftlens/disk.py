@@ -12,8 +12,26 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 """What file systems say whose folders cannot be synced."""
 
 
+def make_folder(folder: Path) -> None:
+    """A folder, with those that it is in, whose names survive a power cut; none that are there
+    already.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in reversed(missing):
+        sync_folder(one.parent)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all; its folder must be there.
+
+    Raises:
+        OSError: If it cannot be written. If only the folder cannot be synced, the file is there
+            already, though a power cut may lose it.
+    """
     staging = _stage(path, data)
     try:
         os.replace(staging, path)
@@ -24,7 +42,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_both(first: Path, first_data: bytes, second: Path, second_data: bytes) -> None:
-    """Write two files that belong together; if that fails, what was there before stays."""
+    """Write two files that belong together; if that fails, what was there before stays.
+
+    Raises:
+        OSError: As :func:`write_atomically`.
+    """
     staged = [_stage(first, first_data)]
     kept: Path | None = None
     try:

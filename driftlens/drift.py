@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 
 from driftlens import figures
 from driftlens.attention import head_name, row_kl
-from driftlens.disk import write_atomically
+from driftlens.disk import make_folder, write_atomically
 from driftlens.edits import Edit
 from driftlens.equality import equal_fields
 from driftlens.errors import DataError, RequestError, check_count
@@ -268,7 +268,7 @@ class Drift:
         arrays |= {f"edited_{i}": p.edited for i, p in enumerate(self.prompts)}
         np.savez_compressed(buffer, record=np.array(json.dumps(record)), **arrays)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             write_atomically(target, buffer.getvalue())
         except OSError as error:
             raise DataError(

@@ -20,7 +20,7 @@ import torch
 from driftlens import figures
 from driftlens.bundled import expanded
 from driftlens.codebook import Codebook
-from driftlens.disk import write_both
+from driftlens.disk import make_folder, write_both
 from driftlens.errors import DataError, EditError, ModelError
 from driftlens.facts import EditRequest
 from driftlens.journal import CHECKSUM, digest
@@ -207,7 +207,7 @@ class Edit:
         text = json.dumps({**record, CHECKSUM: digest(record)}, indent=1).encode()
         path = Path(folder)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             write_both(path / WEIGHTS_FILE, data, path / RECORD_FILE, text)
         except OSError as error:
             raise EditError(

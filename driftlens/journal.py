@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from driftlens.disk import sync_folder
+from driftlens.disk import make_folder, sync_folder
 from driftlens.errors import DataError
 
 CHECKSUM = "sha256"
@@ -82,7 +82,7 @@ class Journal:
         line = json.dumps({**record, CHECKSUM: digest(record)}) + "\n"  # ASCII: of any text
         try:
             is_new = not self.path.exists()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             # A line that was cut off must not swallow the next one.
             starts = b"" if self._ends_whole() else b"\n"
             with self.path.open("ab") as file:
@@ -90,8 +90,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
             if is_new:
-                for folder in (self.path.parent, self.path.parent.parent):
-                    sync_folder(folder)
+                sync_folder(self.path.parent)
         except OSError as error:
             raise DataError(
                 f"{self.path} cannot be written: {error.strerror or error}.",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from driftlens import __version__
-from driftlens.disk import write_atomically
+from driftlens.disk import make_folder, write_atomically
 from driftlens.errors import DataError
 
 
@@ -59,7 +59,7 @@ def write_result(path: Path, data: str | bytes) -> None:
         DataError: If it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_atomically(path, data.encode() if isinstance(data, str) else data)
     except OSError as error:
         raise DataError(

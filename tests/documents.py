@@ -51,7 +51,8 @@ def commands(path: Path) -> list[list[str]]:
     indented = re.findall(r"(?:^    .+\n)+", outside, flags=re.M)
     lines = "\n".join([*shell, *indented]).replace("\\\n", " ").splitlines()
     parts = [part.strip() for line in lines for part in line.split("&&")]
-    return [shlex.split(part)[1:] for part in parts if part.startswith("driftlens ")]
+    own = [part for part in parts if part.startswith("driftlens ")]
+    return [shlex.split(part, comments=True)[1:] for part in own]
 
 
 def check_command(arguments: list[str]) -> None:

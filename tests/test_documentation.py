@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -24,6 +25,7 @@ from driftlens.bundled import BUNDLED_MODELS
 from driftlens.editing.defaults import KNOWN
 from driftlens.editing.family import PENALTIES
 from driftlens.editing.methods import METHODS
+from driftlens.experiments.reproduce import EXPERIMENTS
 
 PAGES = {str(path.relative_to(DOCS)): path for path in documents.pages()}
 FILES = "reference/files.md"
@@ -150,6 +152,18 @@ def test_every_experiment_is_in_the_reference() -> None:
     folder = REPOSITORY / "driftlens" / "experiments"
     there = {path.stem for path in folder.iterdir() if not path.stem.startswith("_")}
     assert listed == there - {"options"}
+
+
+def test_every_reproduced_experiment_is_named_where_they_are_listed() -> None:
+    """In the command's help, the README and the how-to, where "fig3 to fig7" names five."""
+    help_text = inspect.getsource(cli.reproduce)
+    listed = help_text[help_text.index('help="table1') : help_text.index("out: ")]
+    listed = re.sub(r"\bfig3 to fig7\b", "fig3 fig4 fig5 fig6 fig7", listed.replace('"\n', ""))
+    assert {*EXPERIMENTS, "all"} <= set(re.findall(r"\w+", listed))
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert EXPERIMENTS.keys() <= set(re.findall(r"`(\w+)`", readme))
+    howto = PAGES["howto/reproduce.md"].read_text(encoding="utf-8")
+    assert list(EXPERIMENTS) == re.findall(r"^\| `(\w+)` \|", howto, flags=re.M)
 
 
 def test_penalties_are_listed_with_their_strengths() -> None:

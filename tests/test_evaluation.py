@@ -37,7 +37,7 @@ from driftlens.cases import (
     with_beginnings,
     without_edited_facts,
 )
-from driftlens.disk import sync_folder, write_atomically
+from driftlens.disk import sync_folder
 from driftlens.errors import DataError, RequestError
 from driftlens.evaluation import (
     Answer,
@@ -57,6 +57,7 @@ from driftlens.generation import measure_texts
 from driftlens.intervals import with_interval
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
+from driftlens.records import write_result
 
 DATA = Path(__file__).parent.parent.parent / "shared/data/counterfact_wikidata_dev.json"
 RECORD: dict[str, Any] = {
@@ -516,13 +517,16 @@ def test_names_of_new_files_are_safe_on_the_disk_too(
     path = tmp_path / "new" / "units.jsonl"
     journal = Journal(path)
     journal.add(1)
-    assert synced == inodes(path, path.parent, tmp_path)
+    assert synced == inodes(tmp_path, path, path.parent)
     journal.add(2)
     assert synced[3:] == inodes(path)
     synced.clear()
-    result = tmp_path / "result.json"
-    write_atomically(result, b"{}")
-    assert synced == inodes(result, tmp_path)
+    result = tmp_path / "a" / "deep" / "result.json"
+    write_result(result, b"{}")
+    assert synced == inodes(tmp_path, tmp_path / "a", result, result.parent)
+    synced.clear()
+    write_result(result, b"[]")
+    assert synced == inodes(result, result.parent)
 
 
 @pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])

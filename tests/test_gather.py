@@ -131,8 +131,8 @@ def test_texts_are_filled(
         "Before.\n\n<!-- gathered sequential -->\n\n"
         "*small, facts, 2 cases.* What small does.\n\n- One.\n- Two.\n\n"
         "*large, facts, 2 cases.* What large does.\n\n"
-        "    driftlens reproduce table3\n    another  # 1.5 hours of work\n\n<!-- end -->\n\n"
-        "After.\n"
+        "    driftlens reproduce table3\n    another  # sequential: 1.5 hours of work\n\n"
+        "<!-- end -->\n\nAfter.\n"
     )
     assert text.read_text() == expected
     monkeypatch.setattr(sys, "argv", [*options[:1], *options[3:]])

@@ -38,6 +38,7 @@ from driftlens.experiments.reproduce import (
     inside,
     measuring,
     reproduce,
+    single_heads,
 )
 from driftlens.experiments.reproduce import finding as finding_module
 from driftlens.experiments.tables import TABLES
@@ -245,6 +246,36 @@ def test_heads_are_patched_as_single_calls_patch_them(study: Study) -> None:
         expected = stats.spearmanr(drift[reached], gained[reached]).statistic
         told = said[kind]
         assert f"values {expected:z.2f} [" in told
+
+
+def test_heads_are_correlated_by_rank_as_resampled_cases_are() -> None:
+    rng = np.random.default_rng(5)
+    drift = rng.normal(size=(20, 3, 2)) * np.array([0.0, 1.0, 1.0])[:, None]  # layer 0: no drift
+    gained = drift + rng.normal(size=drift.shape)
+    cases = [str(i // 2) for i in range(20)]
+    found = single_heads._rank_correlation(cases, drift, gained, 7)
+
+    def correlation(rows: np.ndarray) -> float:
+        means = (grid[rows, 1:].mean(0).ravel() for grid in (drift, gained))
+        return float(stats.spearmanr(*means).statistic)
+
+    chosen = np.random.default_rng(7).integers(0, 10, (2000, 10))
+    drawn = [correlation(np.concatenate([[2 * c, 2 * c + 1] for c in row])) for row in chosen]
+    expected = (correlation(np.arange(20)), *np.quantile(drawn, [0.025, 0.975]))
+    assert found == pytest.approx(expected)
+    value, low, high = single_heads._rank_correlation(["a"] * 20, drift, gained, 0)
+    assert value == pytest.approx(expected[0])
+    assert np.isnan([low, high]).all()
+    assert np.isnan(single_heads._rank_correlation(cases, 0 * drift, gained, 0)).all()
+
+
+def test_an_edit_without_drift_is_said_to_have_none() -> None:
+    nothing = np.zeros((3, 2)).tolist()
+    prompts = [{"case": name, "heads": {"pattern": nothing, "drift": nothing}} for name in "ab"]
+    rows = pd.DataFrame(single_heads._rows("relation", prompts))
+    told = list(single_heads._told("relation", prompts, rows, 0))
+    assert told[0].startswith("relation, pattern: L0H0 +0.00 [+0.00, +0.00], ")
+    assert told[1:] == ["relation: no head drifts."]
 
 
 def _gains_of_heads(model: dl.LensModel, edit: dl.Edit, probe: Probe, exchange: Any) -> np.ndarray:

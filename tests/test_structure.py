@@ -81,7 +81,7 @@ ORDER = [
     "experiments.reproduce.finding",
     "experiments.reproduce.editors",
     "experiments.reproduce.measuring",
-    "experiments.reproduce.heads",
+    "experiments.reproduce.single_heads",
     "experiments.reproduce.inside",
     "experiments.reproduce.cure",
     "experiments.reproduce.sequential",

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
 from driftlens import bundled
-from driftlens.disk import write_atomically
+from driftlens.disk import make_folder, write_atomically
 from driftlens.errors import DataError, EditError
 from driftlens.interventions import down_in_name
 from driftlens.models import LensModel, recording
@@ -519,7 +519,7 @@ def _load_partial(partial: Path | None, width: int) -> tuple[torch.Tensor, int]:
 
 def _save_cached(path: Path, data: bytes) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_atomically(path, data)
     except OSError as error:
         raise DataError(

@@ -186,8 +186,9 @@ def _spent(run: Mapping[str, Any], before: str) -> str:
     if seconds is None:
         return ""
     minutes = seconds / 60
-    told = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, minutes):.0f} minutes"
-    return f"{before}{told} of work"
+    if minutes >= 90:
+        return f"{before}{minutes / 60:.1f} hours of work"
+    return f"{before}{max(1, round(minutes))} minute{'s' * (minutes >= 1.5)} of work"
 
 
 def fill(text: str, folder: Path) -> str:
@@ -218,7 +219,7 @@ def fill(text: str, folder: Path) -> str:
             raise DataError(f"{folder} holds no gathered {name}.", "Gather it first.")
         record = _gathered(path)
         commands = dict.fromkeys(
-            f"    {run['command']}{_spent(run, '  # ')}" for run in record["runs"]
+            f"    {run['command']}{_spent(run, f'  # {name}: ')}" for run in record["runs"]
         )
         shown = TABLES.get(name, told_markdown)(record)
         return "\n".join([match[1], shown, "", *commands, "", ""])

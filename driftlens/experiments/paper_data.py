@@ -4,7 +4,8 @@
 
 ``merged_counterfact.json`` is in the folder ``data`` of the paper's repository
 (https://github.com/PinzhengWang322/Reveal_Attention_Drift). Which of its records belong to the part
-is told by their hashes, in ``assets/paper-records.txt``.
+is told by their hashes, in ``assets/paper-records.txt``; whether the file that they give is the one
+that was used, by its SHA-256.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ def record_hash(record: Any) -> str:
 
 
 def part_of(records: Sequence[Any]) -> str:
-    """The text of the file with the part's records, in the order of the whole.
+    """The text of the file with the part's records, in whatever order these are.
 
     Raises:
         DataError: If some of them are not among these records, or what they give is another file.
     """
     wanted = asset("paper-records.txt").read_text("ascii").split()
-    part = [record for record in records if record_hash(record) in set(wanted)]
-    missing = len(set(wanted) - {record_hash(record) for record in part})
+    by_hash = {record_hash(record): record for record in records}
+    missing = len(set(wanted) - by_hash.keys())
     if missing:
         raise DataError(
             f"{missing} of the {len(wanted)} records of {NAME} are not in this file.",
             "Give data/merged_counterfact.json of the paper's repository.",
         )
-    text = json.dumps(part, indent=1, ensure_ascii=False)
+    text = json.dumps([by_hash[one] for one in wanted], indent=1, ensure_ascii=False)
     if hashlib.sha256(text.encode()).hexdigest() != SHA256:
         raise DataError(
-            f"The records give another file than {NAME}: they are in another order, or more.",
+            f"The records give another file than {NAME}: their fields are in another order.",
             "Give data/merged_counterfact.json of the paper's repository as it is.",
         )
     return text

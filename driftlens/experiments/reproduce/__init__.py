@@ -2,9 +2,9 @@
 
 Each experiment is one function from a :class:`Study` to a :class:`Finding`: numbers, a figure, and
 what these say, computed from them, beside what the paper reports. ``editors.py`` holds
-those that ask edited models, ``inside.py`` those that look into them, ``heads.py`` one head at a
-time, ``cure.py`` what SADR takes off the drift, ``sequential.py`` edits that pile up. To add one,
-write such a function and name it in EXPERIMENTS.
+those that ask edited models, ``inside.py`` those that look into them, ``single_heads.py`` one
+head at a time, ``cure.py`` what SADR takes off the drift, ``sequential.py`` edits that pile up. To
+add one, write such a function and name it in EXPERIMENTS.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from driftlens.experiments.reproduce.editors import (
     table3,
 )
 from driftlens.experiments.reproduce.finding import Finding, Study, recorded
-from driftlens.experiments.reproduce.heads import heads
 from driftlens.experiments.reproduce.inside import fig3, fig4, fig5
 from driftlens.experiments.reproduce.page import page
 from driftlens.experiments.reproduce.sequential import sequential
+from driftlens.experiments.reproduce.single_heads import heads
 from driftlens.records import write_result
 
 EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {

@@ -48,7 +48,7 @@ function cellItems(scale, value, x, y, width, height) {
   ];
 }
 
-/** The marks of a cell as on the screen: a corner if it over-attends, a frame if it is chosen. */
+/** The marks of a cell: a corner if it over-attends, a frame inside of it if it is chosen. */
 function markItems(scale, value, { over, chosen }, x, y, width, height) {
   const deep = value === null ? isDark() : isDeep(scale.rgb(value));
   const colour = deep ? "#ffffff" : "#1b1e22"; // as in the style sheet

@@ -39,7 +39,7 @@ function mapDrawing(map) {
     ...legendItems(map.scale(), left, top + height + 52, 260),
   );
   const said = [
-    ...(seen.over ? [`Corner: more than any head of its layer in ${shortened(inert(reference.label), 30)}.`] : []),
+    ...(seen.over ? [`Corner: more than any head of its layer in ${shortened(inert(reference.label), 20)}.`] : []),
     ...(seen.chosen ? ["Frame: a chosen head."] : []),
   ];
   said.forEach((text, i) => items.push(textItem(text, left, top + height + 106 + 18 * i)));

@@ -115,6 +115,10 @@ def _told(
         best = own.nlargest(TOLD, exchange).to_dict("records")
         named = ", ".join(f"{_name(row)} {_points(row, exchange)}" for row in best)
         yield f"{kind}, {exchange}: {named}."
+    cases, drift = [p["case"] for p in prompts], _grid(prompts, "drift")
+    if not np.any(drift):
+        yield f"{kind}: no head drifts."
+        return
     most = own.nlargest(TOLD, "drift").to_dict("records")
     named = ", ".join(
         f"{_name(row)} "
@@ -122,7 +126,6 @@ def _told(
         for row in most
     )
     yield f"{kind}, drift to the subject: {named}."
-    cases, drift = [p["case"] for p in prompts], _grid(prompts, "drift")
     told = [
         f"{exchange} {with_interval(*found, digits=2)}"
         for exchange in exchanges
@@ -138,7 +141,10 @@ def _rank_correlation(
     cases: Sequence[str], drift: np.ndarray, gained: np.ndarray, seed: int
 ) -> tuple[float, float, float]:
     """Spearman's correlation over heads of two means over prompts, with its interval by bootstrap
-    over cases; of heads that the edit can reach.
+    over cases; of heads that the edit can reach, not a number where there is none.
+
+    Means of resampled cases are noisier than those of all, and noise correlates with nothing: the
+    interval lies lower than the value, and need not hold it.
 
     Args:
         cases: Of each prompt.
@@ -147,6 +153,8 @@ def _rank_correlation(
         seed: Of the bootstrap.
     """
     reached = np.abs(drift).max(0) > 0
+    if not reached.any():
+        return (float("nan"),) * 3
     weights = case_draws(cases, seed, 2000)
     of_weights = weights / weights.sum(-1, keepdims=True)
     ranks = [
