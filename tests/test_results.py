@@ -787,10 +787,18 @@ def table_cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
 
 
+def rates_of(name: str, model: str) -> dict[tuple[str, str], float]:
+    return {
+        (row["arm"], row["metric"]): row["value"]
+        for row in result_rows(name)
+        if row["model"] == model
+    }
+
+
 def test_what_is_said_of_trade_offs():
     run = run_of("fig7", "smollm2-135m")
     text, short = flowing(PAGE), flowing(README)
-    rate = {(row["arm"], row["metric"]): row["value"] for row in result_rows("fig7")}
+    rate = rates_of("fig7", "smollm2-135m")
     prob = {(row["arm"], row["metric"]): row["value"] for row in run["probabilities"]}
     gain: dict[str, Any] = {}
     for method, strong, tuned in (("rome", "3.2", "0.8"), ("memit", "0.8", "0.2")):
