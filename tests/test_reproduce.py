@@ -28,7 +28,7 @@ from driftlens.cases import Case, Cloze, Probe, balanced, with_beginnings
 from driftlens.editing import defaults, methods
 from driftlens.editing.contexts import sample_contexts
 from driftlens.errors import RequestError
-from driftlens.evaluation import Answer, answers, rates
+from driftlens.evaluation import Answer, answers, compare, rates
 from driftlens.experiments import sadr_search
 from driftlens.experiments.reproduce import (
     EXPERIMENTS,
@@ -672,6 +672,7 @@ def test_edits_that_pile_up(study: Study, tmp_path: Path, monkeypatch: pytest.Mo
     finding = EXPERIMENTS["sequential"](quick)
     table = finding.rows.set_index(["arm", "facts", "metric"])
     weights = study.model.fingerprint()
+    last: dict[str, dict[str, list[Answer]]] = {}
     for arm in study.arms(("rome",), ("none", "sadr"))[1:]:
         edits = contextlib.ExitStack()
         contexts = sample_contexts(study.model, SEARCH["context_lengths"], 1)  # of the unedited
@@ -689,9 +690,20 @@ def test_edits_that_pile_up(study: Study, tmp_path: Path, monkeypatch: pytest.Mo
                     row = table.loc[(arm.name, count, metric)]
                     assert row["value"] == pytest.approx(rate.value), (arm.name, count, metric)
                     assert row["prompts"] == rate.prompts
+                last[arm.name] = {c.id: answers(study.model, c) for c in study.cases[:count]}
         edits.close()
         said = f"after {len(study.cases)} facts ES {found['ES'].value:.1f}"
         assert any(said in point for point in finding.points)
+    last["unedited"] = {case.id: answers(study.model, case) for case in study.cases}
+    kept = {(one["arm"], one["less"], one["metric"]): one for one in finding.differences}
+    for arm, other in (("rome", "unedited"), ("rome + sadr", "rome")):
+        less = compare(last[arm], last[other])
+        assert {metric for a, o, metric in kept if (a, o) == (arm, other)} == set(less)
+        for metric, found in less.items():
+            assert kept[arm, other, metric]["value"] == pytest.approx(found.value)
+            assert kept[arm, other, metric]["low"] == pytest.approx(found.low)
+        said = f"{arm} less {other}, after {len(study.cases)} facts: ES {less['ES']}, "
+        assert any(point.startswith(said) for point in finding.points)
     assert study.model.fingerprint() == weights
     for count in (1, len(study.cases)):  # the same prompts of the unedited model
         before = rates([answers(study.model, case) for case in study.cases[:count]])
@@ -746,7 +758,8 @@ def test_a_sequence_that_fails_says_why(
     again = EXPERIMENTS["sequential"](replace(quick, retry_failed=True))
     assert not again.failed
     assert again.summary == again.text
-    assert again.points[-1].startswith("rome + sadr: after 1 fact ES")
+    assert again.points[2].startswith("rome + sadr: after 1 fact ES")
+    assert not finding.differences and again.differences
 
 
 def test_bad_requests(study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

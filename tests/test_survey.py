@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,24 @@ def test_facts_are_well_formed(facts: Sequence[Case]):
             assert request.subject in query.prompt
         for query in [*case.relations, *case.distractors, *case.neighbours]:
             assert query.answer != request.target_new
+    whole = [case for case in facts if case.reasoning]
+    assert {case.category for case in whole} == {case.category for case in facts}
+    card = asset("facts.jsonl").with_name("facts.md").read_text("utf-8")
+    assert f"for {len(whole)} of the facts, of all categories" in card
+    for case in facts:
+        subject, new = case.request.subject, case.request.target_new
+        parts = (case.aliases, case.reasoning, case.commonsense, case.references)
+        assert len({bool(part) for part in parts}) == 1  # all four or none
+        for alias in case.aliases:
+            assert alias.answer == new and subject not in alias.prompt
+        for query in case.reasoning:
+            assert query.prompt.count(subject) == 1
+            assert query.answer != case.request.target_true
+            assert not re.search(rf"\b{re.escape(query.answer)}\b", query.prompt)
+        for text in case.references:
+            assert subject in text
+        for choice in case.commonsense:
+            assert choice.right != choice.wrong
 
 
 def record(pairs: list[tuple[float, float]]) -> dict[str, Any]:

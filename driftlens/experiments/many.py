@@ -53,6 +53,14 @@ def rated(found: Sequence[list[Answer]]) -> dict[str, Any]:
     return {metric: plain(asdict(rate)) for metric, rate in rates(found).items()}
 
 
+def _by_case(cases: Sequence[Case], found: Sequence[list[Answer]]) -> dict[str, Any]:
+    """Answers to each case, JSON-ready."""
+    return {
+        case.id: [answer.to_dict() for answer in own]
+        for case, own in zip(cases, found, strict=True)
+    }
+
+
 def _counts(cases: Sequence[Case]) -> list[int]:
     """Numbers of facts after which is asked."""
     return [*(n for n in CHECKPOINTS if n < len(cases)), len(cases)]
@@ -64,7 +72,11 @@ def unedited(
     """No fact; what a sequence is to be compared with after each number of facts."""
     found = asked(model, cases, arm.name, progress)
     checkpoints = {str(n): rated(found[:n]) for n in _counts(cases)}
-    return {"rates": checkpoints[str(len(cases))], "checkpoints": checkpoints}
+    return {
+        "rates": checkpoints[str(len(cases))],
+        "checkpoints": checkpoints,
+        "answers": _by_case(cases, found),
+    }
 
 
 def batch(
@@ -73,8 +85,13 @@ def batch(
     """All facts at once."""
     edit = dl.edit(model, requests(cases), **arm.edit_options(seed))
     with edit.applied(model):
-        found = rated(asked(model, cases, f"{arm.name}, batch", progress))
-    return {"rates": found, "seconds": edit.info["seconds"], "rank": edit.rank}
+        found = asked(model, cases, f"{arm.name}, batch", progress)
+    return {
+        "rates": rated(found),
+        "answers": _by_case(cases, found),
+        "seconds": edit.info["seconds"],
+        "rank": edit.rank,
+    }
 
 
 def sequence(
@@ -83,9 +100,10 @@ def sequence(
     """One fact after another; those so far are asked about on the way."""
     started, spent = time.monotonic(), 0.0
     checkpoints: dict[str, Any] = {}
+    found: list[list[Answer]] = []
 
     def look(n: int, current: dl.LensModel) -> None:
-        nonlocal spent
+        nonlocal spent, found
         bar.update()
         if n in _counts(cases):
             begun = time.monotonic()
@@ -103,6 +121,7 @@ def sequence(
     return {
         "rates": checkpoints[str(len(cases))],
         "checkpoints": checkpoints,
+        "answers": _by_case(cases, found),
         "seconds": time.monotonic() - started - spent,
         "rank": edit.rank,
     }
@@ -138,8 +157,9 @@ def measure(
     Returns:
         ``rates`` of metrics after all facts, ``seconds``, ``rank`` and, of a sequence,
         ``checkpoints``: the rates over the facts so far after some of them; of the unedited
-        model the rates over the same facts. Or ``error``, with the checkpoints before it. And
-        ``spent``: the seconds that all of it took, asking included.
+        model the rates over the same facts. ``answers``: those after all facts, by case. Or
+        ``error``, with the checkpoints before it. And ``spent``: the seconds that all of it took,
+        asking included.
     """
     cases = without_edited_facts(cases)
     unit = {
@@ -179,6 +199,7 @@ def run(
     for arm in make_arms(model, methods, penalties):
         for way in _ways(arm):
             found = measure(model, cases, arm, way, journal, retry_failed=retry_failed)
+            found.pop("answers", None)  # they stay in the journal
             rows.append({"arm": arm.name, **arm.to_dict(), "way": way, **found})
     result = {
         "model": model.info.to_dict(),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import pandas as pd
@@ -13,12 +13,14 @@ from plotly.subplots import make_subplots
 from driftlens import figures
 from driftlens.bench import UNEDITED, Arm
 from driftlens.cases import METRICS, Case, without_edited_facts
-from driftlens.evaluation import Rate
+from driftlens.evaluation import Answer, Rate, compare
 from driftlens.experiments.many import measure
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study
+from driftlens.intervals import with_interval
 from driftlens.journal import Journal, total
+from driftlens.records import plain
 
-SHOWN = ("ES", "RS", "DNS")
+SHOWN = ("ES", "NS", "RS", "DNS")
 
 
 def sequential(study: Study) -> Finding:
@@ -30,6 +32,7 @@ def sequential(study: Study) -> Finding:
     points: list[str] = []
     failed: list[Failure] = []
     measured: list[dict[str, Any]] = []
+    asked: dict[str, dict[str, list[Answer]]] = {}
     for arm in arms:
         found = measure(
             study.model, study.cases, arm, UNEDITED if arm.method is None else "sequence", journal,
@@ -41,8 +44,14 @@ def sequential(study: Study) -> Finding:
             rows += _rows(arm.name, int(count), rates)
         if checkpoints:
             points.append(_told(arm.name, checkpoints, "error" in found))
+        if "answers" in found:
+            asked[arm.name] = {
+                case: [Answer(**answer) for answer in own] for case, own in found["answers"].items()
+            }
         if "error" in found:
             failed.append((arm.name, "a sequence", found["error"]))
+    differences = list(_differences(asked, methods))
+    points += _told_differences(differences, len(study.cases))
     text = (
         "One order of the facts; intervals are over the facts in one edited model."
         f"{_left_out(study.cases)}"
@@ -54,8 +63,32 @@ def sequential(study: Study) -> Finding:
     seconds = total(measured, "spent")
     figure = _curves(table, arms)
     return Finding(
-        "sequential", title, table, figure, text, paper, points, made, failed, seconds=seconds
-    )
+        "sequential", title, table, figure, text, paper, points, made, failed, differences,
+        seconds=seconds,
+    )  # fmt: skip
+
+
+def _differences(
+    asked: Mapping[str, Mapping[str, Sequence[Answer]]], methods: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """After all facts, paired by fact: each restricted sequence less the same without, each
+    sequence less the unedited model; JSON-ready."""
+    pairs = [pair for m in methods for pair in ((m, UNEDITED), (f"{m} + sadr", m))]
+    for arm, other in pairs:
+        if arm in asked and other in asked:
+            for metric, found in compare(asked[arm], asked[other]).items():
+                yield plain({"arm": arm, "less": other, "metric": metric, **asdict(found)})
+
+
+def _told_differences(differences: Sequence[Mapping[str, Any]], count: int) -> Iterator[str]:
+    """A point for each pair."""
+    for arm, other in dict.fromkeys((one["arm"], one["less"]) for one in differences):
+        told = ", ".join(
+            f"{one['metric']} {with_interval(one['value'], one['low'], one['high'], sign='+')}"
+            for one in differences
+            if (one["arm"], one["less"]) == (arm, other) and one["metric"] in METRICS
+        )
+        yield f"{arm} less {other}, after {count} facts: {told}."
 
 
 def _left_out(cases: Sequence[Case]) -> str:
