@@ -60,7 +60,12 @@ def test_rows_of_all_models_with_how_they_were_made(
     ]
     assert len(json.loads((out / "fig6.json").read_text())["runs"]) == 1
     assert f"wrote {out / 'fig6.json'}" in capsys.readouterr().out
-    assert tables.main_markdown(table) == tables.markdown(table)
+    main = tables.main_markdown(table).splitlines()
+    assert main[:-7] == tables.markdown(table).splitlines()
+    assert main[-7] == (
+        "| the paper's table | GPT-J 6B | unedited | 34.4 | 20.9 | 17.7 | 82.4 | 79.7 | 62.0 |"
+    )
+    assert main[-5].startswith("| the paper's table | GPT-J 6B | rome + sadr | 57.7 | 99.8 |")
     cell, shown = "50.0 [40.0, 60.0]", tables.markdown(table)
     assert f"| facts | large | rome (1 failed) | {cell} | {cell} | - | - | {cell} | - |" in shown
     assert f"| theirs | small | rome (1 failed) | {cell} |" in shown
@@ -124,7 +129,7 @@ def test_texts_are_filled(
     monkeypatch.setattr(sys, "argv", options)
     gather.main()
     assert f"wrote {text}" in capsys.readouterr().out
-    table = tables.markdown(json.loads((tmp_path / "table3.json").read_text()))
+    table = tables.main_markdown(json.loads((tmp_path / "table3.json").read_text()))
     expected = (
         "Before.\n\n<!-- gathered table3 -->\n\n" + table + "\n\n"
         "    driftlens reproduce table3\n\n<!-- end -->\n\nAfter.\n"
@@ -218,7 +223,7 @@ def test_the_main_table_has_steps_and_the_strength_of_edits_where_they_are_known
     gather.gather([new, old], tmp_path)
     table = tables.TABLES["table3"](json.loads((tmp_path / "table3.json").read_text())).splitlines()
     assert table[0].endswith("| DNS | steps | P(new target) |")
-    ends = [line.rpartition(" 50.0 [40.0, 60.0] | - | ")[2] for line in table[2:]]
+    ends = [line.rpartition(" 50.0 [40.0, 60.0] | - | ")[2] for line in table[2:-7]]
     assert ends == ["- | 0.250 [0.250, -] |", "19.5 | 0.250 [0.250, -] |", "- | - |"]
 
 
