@@ -474,9 +474,9 @@ def test_the_policy_allows_this_style_and_this_script_only(data: PageData) -> No
 
 def test_the_document_stays_small(data: PageData) -> None:
     bare = dataclasses.replace(data, patterns={}, sweep=None, restored=None, kl={})
-    assert len(page(bare).encode("utf-8")) < 125_000
+    assert len(page(bare).encode("utf-8")) < 128_000
     patterns = 4 * len(STORED) * 3 * len(TOKENS) * (len(TOKENS) + 1) // 2  # bytes
-    assert len(page(data).encode("utf-8")) < 126_000 + patterns + 12 * 8 * LAYERS * HEADS
+    assert len(page(data).encode("utf-8")) < 129_000 + patterns + 12 * 8 * LAYERS * HEADS
 
 
 # --- what a browser makes of it ---------------------------------------------------------
