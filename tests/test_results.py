@@ -316,6 +316,28 @@ def test_page_says_what_the_context_alone_costs():
     assert f"the sentence costs {min(costs):.1f} to {max(costs):.1f} points" in text
 
 
+def test_page_says_what_else_was_asked():
+    rate = {
+        (row["arm"], row["metric"]): row["value"]
+        for row in result_rows("table3")
+        if row["data"] == "counterfact_wikidata_dev"
+    }
+
+    def ends(metric: str, end: str = "") -> str:
+        values = [rate[f"{method}{end}", metric] for method in PAPERS]
+        return f"{min(values):.1f} to {max(values):.1f}"
+
+    drawn = [rate[f"{m}{end}", "reasoning"] for m in PAPERS for end in ("", " + sadr")]
+    sensible = [rate[f"{m}{end}", "commonsense"] for m in PAPERS for end in ("", " + sadr")]
+    assert (
+        f"in {ends('alias')} % after an edit ({rate['unedited', 'alias']:.1f} before) and in "
+        f"{ends('alias', ' + sadr')} with SADR; of what follows from the new fact, at most "
+        f"{max(drawn):.1f} % is given by greedy decoding ({rate['unedited', 'reasoning']:.1f} "
+        f"before); and which of two ways to go on makes sense is not touched: {min(sensible):.1f} to "
+        f"{max(sensible):.1f} % right after an edit, {rate['unedited', 'commonsense']:.1f} before."
+    ) in flowing(PAGE)
+
+
 def test_what_is_said_of_the_shipped_facts_in_the_page_on_metrics():
     text = flowing((REPOSITORY / "docs/concepts/metrics.md").read_text(encoding="utf-8"))
     facts = {case.id: case for case in read_cases(asset("facts.jsonl"))}
