@@ -333,8 +333,9 @@ def test_page_says_what_else_was_asked():
         f"in {ends('alias')} % after an edit ({rate['unedited', 'alias']:.1f} before) and in "
         f"{ends('alias', ' + sadr')} with SADR; of what follows from the new fact, at most "
         f"{max(drawn):.1f} % is given by greedy decoding ({rate['unedited', 'reasoning']:.1f} "
-        f"before); and which of two ways to go on makes sense is not touched: {min(sensible):.1f} to "
-        f"{max(sensible):.1f} % right after an edit, {rate['unedited', 'commonsense']:.1f} before."
+        f"before); and which of two ways to go on makes sense is not touched: {min(sensible):.1f} "
+        f"to {max(sensible):.1f} % right after an edit, {rate['unedited', 'commonsense']:.1f} "
+        "before."
     ) in flowing(PAGE)
 
 
