@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import shutil
+from itertools import takewhile
 from pathlib import Path
 
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
@@ -19,7 +20,7 @@ def make_folder(folder: Path) -> None:
     Raises:
         OSError: If it cannot be made.
     """
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    missing = list(takewhile(lambda one: not one.exists(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)
     for one in reversed(missing):
         sync_folder(one.parent)

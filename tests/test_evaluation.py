@@ -357,22 +357,23 @@ def model() -> dl.LensModel:
     return dl.load_model(tiny.hf_model("gpt2", 1), tiny.tokenizer(), name="tiny")
 
 
+def by_hand(model: dl.LensModel, prompt: str, text: str) -> tuple[list[float], bool]:
+    """Log-probabilities of a text's tokens behind a prompt, and whether all are the likeliest."""
+    ids = model.tokens.encode_prompt(prompt).ids
+    target = model.tokens.target_ids(text)
+    with torch.no_grad():
+        logits = model.hf_model(torch.tensor([[*ids, *target]])).logits[0].double()
+    logprobs = logits.log_softmax(-1)[len(ids) - 1 : -1]
+    own = [float(row[t]) for row, t in zip(logprobs, target, strict=True)]
+    return own, all(int(row.argmax()) == t for row, t in zip(logprobs, target, strict=True))
+
+
 def check_answers(model: dl.LensModel, case: Case) -> set[str]:
     """Against a scorer that runs each text alone and reads every token by hand."""
-
-    def by_hand(prompt: str, text: str) -> tuple[list[float], bool]:
-        ids = model.tokens.encode_prompt(prompt).ids
-        target = model.tokens.target_ids(text)
-        with torch.no_grad():
-            logits = model.hf_model(torch.tensor([[*ids, *target]])).logits[0].double()
-        logprobs = logits.log_softmax(-1)[len(ids) - 1 : -1]
-        own = [float(row[t]) for row, t in zip(logprobs, target, strict=True)]
-        return own, all(int(row.argmax()) == t for row, t in zip(logprobs, target, strict=True))
-
     probes = case.probes(ALL_METRICS)
     for probe, found in zip(probes, answers(model, case, ALL_METRICS), strict=True):
         assert found.metric == probe.metric
-        right, exact = by_hand(probe.prompt, probe.right)
+        right, exact = by_hand(model, probe.prompt, probe.right)
         assert found.right == pytest.approx(np.mean(right), abs=1e-5 * abs(sum(right)) + 1e-5)
         assert found.right_prob == pytest.approx(np.exp(sum(right)), rel=1e-3)
         assert found.exact == exact
@@ -380,7 +381,7 @@ def check_answers(model: dl.LensModel, case: Case) -> set[str]:
             assert found.wrong is None
             assert found.wrong_prob is None
         else:
-            wrong, _ = by_hand(probe.prompt, probe.wrong)
+            wrong, _ = by_hand(model, probe.prompt, probe.wrong)
             assert found.wrong == pytest.approx(np.mean(wrong), abs=1e-5 * abs(sum(wrong)) + 1e-5)
             assert found.wrong_prob == pytest.approx(np.exp(sum(wrong)), rel=1e-3)
     return {probe.metric for probe in probes}
@@ -402,11 +403,7 @@ def test_rates_of_a_real_model_are_counted_from_its_logits(name: str) -> None:
     cases = read_cases(asset("facts.jsonl"))[:4]
 
     def mean_logprob(prompt: str, text: str) -> float:
-        ids, target = model.tokens.encode_prompt(prompt).ids, model.tokens.target_ids(text)
-        with torch.no_grad():
-            rows = model.hf_model(torch.tensor([[*ids, *target]])).logits[0].double()
-        own = rows.log_softmax(-1)[len(ids) - 1 : -1]
-        return float(sum(row[t] for row, t in zip(own, target, strict=True))) / len(target)
+        return float(np.mean(by_hand(model, prompt, text)[0]))
 
     asked, won = [], {metric: [] for metric in METRICS}  # type: ignore[var-annotated]
     edit = dl.edit(model, cases[0].request, "ft-m", layer=5, steps=5, progress=False)

@@ -46,6 +46,16 @@ ALLOWED: dict[Metric, float] = {"ES": 1.0, "PS": 4.0}
 PLAN, CASES, UNITS = "bench.json", "cases.jsonl", "units.jsonl"
 
 
+def difference_rows(
+    arm: str, other: str, found: Mapping[Metric, Difference]
+) -> list[dict[str, Any]]:
+    """Paired differences of two arms, a row for each metric, JSON-ready."""
+    return [
+        plain({"arm": arm, "less": other, "metric": metric, **asdict(one)})
+        for metric, one in found.items()
+    ]
+
+
 @dataclass
 class BenchResult:
     """A folder of results.
@@ -238,9 +248,9 @@ class BenchResult:
     def differences(self) -> list[dict[str, Any]]:
         """Paired differences in success of all :meth:`pairs`, by metric, JSON-ready."""
         return [
-            plain({"arm": arm, "less": other, "metric": metric, **asdict(found)})
+            row
             for arm, other in self.pairs()
-            for metric, found in self.compare(arm, other).items()
+            for row in difference_rows(arm, other, self.compare(arm, other))
         ]
 
     def table(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
@@ -12,13 +12,12 @@ from plotly.subplots import make_subplots
 
 from driftlens import figures
 from driftlens.bench import UNEDITED, Arm
-from driftlens.cases import METRICS, Case, without_edited_facts
-from driftlens.evaluation import Answer, Rate, compare
+from driftlens.bench.results import difference_rows
+from driftlens.cases import METRICS, Case, Metric, without_edited_facts
+from driftlens.evaluation import Answer, Difference, Rate, compare
 from driftlens.experiments.many import measure
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study
-from driftlens.intervals import with_interval
 from driftlens.journal import Journal, total
-from driftlens.records import plain
 
 SHOWN = ("ES", "NS", "RS", "DNS")
 
@@ -50,8 +49,11 @@ def sequential(study: Study) -> Finding:
             }
         if "error" in found:
             failed.append((arm.name, "a sequence", found["error"]))
-    differences = list(_differences(asked, methods))
-    points += _told_differences(differences, len(study.cases))
+    differences: list[dict[str, Any]] = []
+    for name, other, less in _differences(asked, methods):
+        differences += difference_rows(name, other, less)
+        told = ", ".join(f"{metric} {less[metric]}" for metric in METRICS if metric in less)
+        points.append(f"{name} less {other}, after {len(study.cases)} facts: {told}.")
     text = (
         "One order of the facts; intervals are over the facts in one edited model."
         f"{_left_out(study.cases)}"
@@ -70,25 +72,12 @@ def sequential(study: Study) -> Finding:
 
 def _differences(
     asked: Mapping[str, Mapping[str, Sequence[Answer]]], methods: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """After all facts, paired by fact: each restricted sequence less the same without, each
-    sequence less the unedited model; JSON-ready."""
-    pairs = [pair for m in methods for pair in ((m, UNEDITED), (f"{m} + sadr", m))]
-    for arm, other in pairs:
+) -> Iterator[tuple[str, str, dict[Metric, Difference]]]:
+    """After all facts, paired by fact: each sequence less the unedited model, each restricted one
+    less the same without."""
+    for arm, other in (pair for m in methods for pair in ((m, UNEDITED), (f"{m} + sadr", m))):
         if arm in asked and other in asked:
-            for metric, found in compare(asked[arm], asked[other]).items():
-                yield plain({"arm": arm, "less": other, "metric": metric, **asdict(found)})
-
-
-def _told_differences(differences: Sequence[Mapping[str, Any]], count: int) -> Iterator[str]:
-    """A point for each pair."""
-    for arm, other in dict.fromkeys((one["arm"], one["less"]) for one in differences):
-        told = ", ".join(
-            f"{one['metric']} {with_interval(one['value'], one['low'], one['high'], sign='+')}"
-            for one in differences
-            if (one["arm"], one["less"]) == (arm, other) and one["metric"] in METRICS
-        )
-        yield f"{arm} less {other}, after {count} facts: {told}."
+            yield arm, other, compare(asked[arm], asked[other])
 
 
 def _left_out(cases: Sequence[Case]) -> str:
