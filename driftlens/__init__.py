@@ -2,7 +2,7 @@
 
 The whole path in one place::
 
-    model  = load_model("smollm2-135m")                    # models.py
+    model  = load_model("smollm2-135m")                    # loading.py
     edit   = edit(model, EditRequest(...))                 # editing/methods.py
     drift  = measure_drift(model, edit, prompt)            # drift.py
     sweep  = sweep_attention(model, edit, prompt, ...)     # patching.py
@@ -53,7 +53,8 @@ if TYPE_CHECKING:
         TokenError,
     )
     from driftlens.facts import EditRequest
-    from driftlens.models import LensModel, ModelInfo, load_model
+    from driftlens.loading import load_model
+    from driftlens.models import LensModel, ModelInfo
     from driftlens.patching import (
         AttentionSweep,
         PatchExperiment,
@@ -111,7 +112,7 @@ _HOME = {
     "EditRequest": "facts",
     "LensModel": "models",
     "ModelInfo": "models",
-    "load_model": "models",
+    "load_model": "loading",
     "AttentionSweep": "patching",
     "PatchExperiment": "patching",
     "PatchResult": "patching",

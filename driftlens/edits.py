@@ -19,12 +19,14 @@ import torch
 
 from driftlens import figures
 from driftlens.bundled import expanded
+from driftlens.checkpoints import first_line, read_weights
 from driftlens.codebook import Codebook
 from driftlens.disk import make_folder, write_both
 from driftlens.errors import DataError, EditError, ModelError
 from driftlens.facts import EditRequest
 from driftlens.journal import CHECKSUM, digest
-from driftlens.models import LensModel, first_line, named_parameters, read_weights
+from driftlens.models import LensModel
+from driftlens.parameters import named_parameters
 from driftlens.weights import Delta, DenseDelta, LowRankDelta, tensor_digest
 
 FORMAT = 2

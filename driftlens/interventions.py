@@ -4,7 +4,7 @@ TransformerLens's ``hook_pattern`` can be read on every architecture, but an edi
 silently discarded where the bridge delegates attention to the Hugging Face module (GPT-J,
 OPT, ...). What acts everywhere is to form the heads' output ourselves,
 ``z = pattern @ values``, and to return it from ``hook_z``. All interventions go that way, and
-:func:`driftlens.models.probe_interventions` shows for each model that they act.
+:func:`driftlens.probing.probe_interventions` shows for each model that they act.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from driftlens.errors import check_choice
 from driftlens.interventions import Hook, block_in_name
-from driftlens.models import LensModel, Places, relative_tolerance
+from driftlens.models import LensModel, Places
+from driftlens.precision import relative_tolerance
 
 Engine = Literal["suffix", "plain"]
 """``suffix`` reuses what an intervention cannot change; ``plain`` runs whole sequences."""

@@ -27,7 +27,15 @@ from safetensors.torch import load_file, save_file
 from transformer_lens.model_bridge import TransformerBridge
 
 import driftlens as dl
-from driftlens import bundled, interventions, models, weights
+from driftlens import (
+    bundled,
+    checkpoints,
+    interventions,
+    loading,
+    models,
+    probing,
+    weights,
+)
 from driftlens.interventions import pattern_name, replace_heads, values_name, z_name
 from driftlens.tokens import Tokens
 
@@ -401,7 +409,7 @@ def test_a_model_is_released_with_its_last_handle() -> None:
 
 def boot(inner: Any) -> TransformerBridge:
     """A bridge as a user of TransformerLens makes one; without network it needs some tokenizer."""
-    words = models._placeholder_tokenizer()
+    words = loading._placeholder_tokenizer()
     return TransformerBridge.boot_transformers(
         "mine", hf_model=inner, tokenizer=words, device="cpu", dtype=torch.float32
     )
@@ -456,7 +464,7 @@ def test_another_file_of_the_same_name_size_and_time_is_another_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DRIFTLENS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "_gguf_quantisation", lambda path: "Q4_0")
+    monkeypatch.setattr(checkpoints, "_gguf_quantisation", lambda path: "Q4_0")
     from_pretrained = hf.AutoModelForCausalLM.from_pretrained
     read: list[str] = []
 
@@ -489,7 +497,7 @@ def test_a_file_that_cannot_be_read_is_refused(
     def refusing(path: Path) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(models, "_content_digest", refusing)
+    monkeypatch.setattr(checkpoints, "_content_digest", refusing)
     with pytest.raises(dl.ModelError, match=r"model.gguf cannot be read: Permission denied"):
         dl.load_model(path)
 
@@ -839,7 +847,7 @@ def through_the_pattern(
 def test_the_probe_refuses_interventions_that_are_discarded(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "replace_heads", discarding)
+    monkeypatch.setattr(probing, "replace_heads", discarding)
     with pytest.raises(dl.ModelError, match=r"layer 0: replacing its attention pattern does not "
                        r"move the logits.*silently do nothing"):  # fmt: skip
         dl.load_model(build(architecture), tiny.tokenizer())
@@ -850,7 +858,7 @@ def test_the_probe_refuses_interventions_that_are_discarded(
 def test_the_probe_finds_where_editing_the_pattern_hook_does_nothing(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "replace_heads", through_the_pattern)
+    monkeypatch.setattr(probing, "replace_heads", through_the_pattern)
     if architecture in DELEGATED:
         with pytest.raises(dl.ModelError, match="does not move the logits"):
             dl.load_model(build(architecture), tiny.tokenizer())
@@ -877,7 +885,7 @@ def blunting(store: dict[str, torch.Tensor], names: Any) -> list[Any]:
 def test_the_probe_refuses_patterns_that_are_not_the_models(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "recording", blunting)
+    monkeypatch.setattr(probing, "recording", blunting)
     with pytest.raises(dl.ModelError, match="layer 2: replacing the attention pattern by itself "
                        "moves the logits"):  # fmt: skip
         dl.load_model(build(architecture), tiny.tokenizer())
@@ -904,7 +912,7 @@ def test_without_the_proof_the_model_is_known_all_the_same(
         raise dl.ModelError("It does not act.")
 
     proven = {architecture: lens(architecture) for architecture in ("gpt2", "gemma3", "gptj")}
-    monkeypatch.setattr(models, "_judge_probe", objecting)
+    monkeypatch.setattr(probing, "_judge_probe", objecting)
     for architecture, known in proven.items():
         found = dl.load_model(build(architecture), tiny.tokenizer(), probe=False)
         assert found.writes_directly == known.writes_directly
@@ -937,18 +945,18 @@ def test_what_arrives_in_the_residual_stream(
     mlp: float, moved: float, stream: float, arrives: bool
 ) -> None:
     pushed = torch.linspace(0.1, 1.0, 8)
-    down, added, block = models._around_down([0])
+    down, added, block = probing._around_down([0])
     before = {down: torch.ones(8), added: mlp * torch.ones(8), block: torch.full((8,), stream)}
     after = {
         down: before[down] + pushed,
         added: before[added],
         block: before[block] + moved * pushed,
     }
-    assert models._arrives(before, after, 0) is arrives
+    assert probing._arrives(before, after, 0) is arrives
 
 
 def test_the_probe_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "recording", blunting)
+    monkeypatch.setattr(probing, "recording", blunting)
     dl.load_model(build("llama"), tiny.tokenizer(), probe=False)
 
 
@@ -956,7 +964,7 @@ def test_the_probe_refuses_a_down_projection_that_cannot_be_reached(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A hook whose edits TransformerLens discards on this architecture stands in for it.
-    monkeypatch.setattr(models, "down_out_name", pattern_name)
+    monkeypatch.setattr(probing, "down_out_name", pattern_name)
     with pytest.raises(dl.ModelError, match="down-projection's output does not move the logits"):
         dl.load_model(build("gptj"), tiny.tokenizer())
 

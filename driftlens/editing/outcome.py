@@ -30,7 +30,8 @@ from driftlens.editing.target import (
     start,
 )
 from driftlens.facts import EditRequest
-from driftlens.models import DownProjection, LensModel
+from driftlens.models import LensModel
+from driftlens.parameters import DownProjection
 from driftlens.reuse import Engine, budget, choose_engine, in_batches
 from driftlens.weights import Delta, LowRankDelta
 

@@ -1,0 +1,208 @@
+"""Proof that interventions act on a model, on every layer of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from driftlens.errors import ModelError
+from driftlens.interventions import (
+    Hook,
+    block_out_name,
+    down_out_name,
+    mlp_out_name,
+    pattern_name,
+    replace_heads,
+    values_name,
+    z_name,
+)
+from driftlens.models import LensModel, Places, gather, recording
+from driftlens.parameters import DownProjection, find_down_projection
+from driftlens.precision import in_float32, relative_tolerance
+
+PROBE_LENGTH = 6
+PROBE_ROWS = 24
+"""Sequences per probing pass: bounds the memory of the probe."""
+
+
+def probe_interventions(model: LensModel) -> None:
+    """Show on every layer that interventions act, or refuse the model.
+
+    For each layer: replacing every attention row by itself must leave the logits where they
+    are, replacing it by a uniform causal row must move them, and adding to the
+    down-projection's output must move them. This also proves that the recorded pattern and
+    values are what the model really computes with. Sets ``model.pattern_comes_first``,
+    ``model.gathers_before_unembed`` and ``model.writes_directly`` (the layers whose
+    down-projection's output reaches the residual stream unchanged, without a norm in between).
+
+    Raises:
+        ModelError: Naming the layer and what does not act.
+    """
+    n_layers = model.info.n_layers
+    ids = (torch.arange(PROBE_LENGTH) * 13 + 7).remainder(model.info.d_vocab)[None]
+    names = [f(layer) for layer in range(n_layers) for f in (values_name, z_name, pattern_name)]
+    order: list[str] = []
+    store: dict[str, torch.Tensor] = {}
+
+    def noting(name: str, hook_fn: Any) -> Hook:
+        def noted(tensor: torch.Tensor, hook: Any) -> None:
+            order.append(name)
+            hook_fn(tensor, hook)
+
+        return name, noted
+
+    try:
+        with torch.no_grad():
+            downs = [y for y in range(n_layers) if _has_down(model, y)]
+            around = recording(store, _around_down(downs))
+            base = model.run(ids, [*around, *(noting(n, fn) for n, fn in recording(store, names))])
+    except Exception as error:
+        raise ModelError(
+            f"{model.info.name} cannot be intervened on: a probing pass failed ({error})."
+        ) from error
+    for name in names:
+        if name not in store:
+            raise ModelError(f"{model.info.name} cannot be studied: it has no {name!r}.")
+    model.pattern_comes_first = all(
+        order.index(pattern_name(layer)) < order.index(z_name(layer)) for layer in range(n_layers)
+    )
+    _probe_gathering(model, ids, base)
+
+    cases: list[tuple[int, str]] = []
+    for layer in range(n_layers):
+        cases += [(layer, "self"), (layer, "uniform")]
+        if layer in downs:
+            cases.append((layer, "down"))
+    moved: dict[tuple[int, str], float] = {}
+    direct: set[int] = set()
+    for start in range(0, len(cases), PROBE_ROWS):
+        batch = cases[start : start + PROBE_ROWS]
+        hooks: list[Hook] = []
+        seen: dict[str, torch.Tensor] = {}
+        for row, (layer, kind) in enumerate(batch):
+            hooks += _probe_hooks(store, len(batch), row, layer, kind)
+        pushes = {row: layer for row, (layer, kind) in enumerate(batch) if kind == "down"}
+        hooks += recording(seen, _around_down(list(pushes.values())))
+        with torch.no_grad():
+            logits = model.run(ids.expand(len(batch), -1), hooks)
+        for row, layer in pushes.items():
+            names = [name for name in _around_down([layer]) if name in seen]
+            before, after = ({name: told[name][i] for name in names}
+                             for told, i in ((store, 0), (seen, row)))  # fmt: skip
+            if _arrives(before, after, layer):
+                direct.add(layer)
+        for row, case in enumerate(batch):
+            moved[case] = float((logits[row] - base[0]).abs().max())
+    model.writes_directly = frozenset(direct)
+    _judge_probe(model, base, moved)
+
+
+def _has_down(model: LensModel, layer: int) -> bool:
+    found = find_down_projection(model.bridge, model.weights.parameters, layer)
+    return isinstance(found, DownProjection)
+
+
+def _around_down(layers: Iterable[int]) -> list[str]:
+    """Hooks at the down-projection's output, at what the MLP adds to the residual stream, and at
+    the stream after the layer."""
+    return [
+        name(layer) for name in (down_out_name, mlp_out_name, block_out_name) for layer in layers
+    ]
+
+
+def _arrives(
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], layer: int
+) -> bool:
+    """Whether what was added to a down-projection's output arrived in the residual stream as it
+    was. A stream that is far larger rounds it; then nothing may stand between the projection and
+    what the MLP adds, either.
+
+    Args:
+        before: Activations of one sequence.
+        after: The same with something added.
+        layer: Of both.
+    """
+    down, mlp, block = _around_down([layer])
+    pushed, moved = (in_float32(after[name]) - in_float32(before[name]) for name in (down, block))
+    if pushed.shape != moved.shape:
+        return False
+    error = (pushed - moved).abs()
+    allowed = relative_tolerance(before[down].dtype) * pushed.abs().max()
+    if error.max() <= allowed:
+        return True
+    eps = torch.finfo(before[block].dtype).eps
+    rounding = 2 * eps * (in_float32(before[block]).abs() + in_float32(after[block]).abs())
+    added = before.get(mlp)
+    is_bare = added is not None and torch.equal(added.reshape(pushed.shape), before[down])
+    return is_bare and bool((error <= allowed + rounding).all())
+
+
+def _probe_gathering(model: LensModel, ids: torch.Tensor, base: torch.Tensor) -> None:
+    """Whether hidden states can be gathered before the unembedding on this model."""
+    last = PROBE_LENGTH - 1
+    ways = (
+        torch.tensor([[last, 1]]),
+        Places(torch.zeros(3, dtype=torch.long), torch.tensor([1, last, 1])),
+    )
+    tolerance = relative_tolerance(base.dtype) * float(base.abs().max())
+    try:
+        with torch.no_grad():
+            same = all(
+                torch.allclose(model.run(ids, at=at), gather(base, at), atol=tolerance, rtol=0)
+                for at in ways
+            )
+    except Exception:
+        same = False
+    model.gathers_before_unembed = bool(same)
+
+
+def _probe_hooks(
+    store: dict[str, torch.Tensor], rows: int, row: int, layer: int, kind: str
+) -> list[Hook]:
+    """One kind of intervention on one layer, in one row of a batch of equal sequences."""
+    if kind == "down":
+
+        def push(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+            tensor = tensor.clone()
+            tensor[row] = (
+                tensor[row]
+                + tensor[row].abs().mean()
+                + 1e-3
+                * torch.arange(tensor.shape[-1], device=tensor.device).remainder(7).to(tensor)
+            )
+            return tensor
+
+        return [(down_out_name(layer), push)]
+    own = store[pattern_name(layer)]
+    pattern = own
+    if kind == "uniform":
+        allowed = torch.ones_like(own).tril()
+        pattern = allowed / allowed.sum(-1, keepdim=True)
+    where = torch.zeros(rows, own.shape[1], own.shape[2], dtype=torch.bool)
+    where[row] = True
+    return replace_heads(layer, where, pattern.expand(rows, -1, -1, -1))
+
+
+def _judge_probe(model: LensModel, base: torch.Tensor, moved: dict[tuple[int, str], float]) -> None:
+    scale = float(base.abs().max())
+    tolerance = relative_tolerance(base.dtype) * scale
+    what = {
+        "uniform": "replacing its attention pattern does not move the logits",
+        "down": "adding to its down-projection's output does not move the logits",
+    }
+    for (layer, kind), change in moved.items():
+        if kind == "self":
+            if not change <= tolerance:
+                raise ModelError(
+                    f"{model.info.name}, layer {layer}: replacing the attention pattern by "
+                    f"itself moves the logits by {change:.2g}, so the recorded pattern and values "
+                    "are not what the model computes with.",
+                    "This model cannot be patched.",
+                )
+        elif not change > 10 * moved[layer, "self"] + 1e-7 * scale:
+            raise ModelError(
+                f"{model.info.name}, layer {layer}: {what[kind]} (they move by {change:.2g}).",
+                "Interventions on this model would silently do nothing.",
+            )
