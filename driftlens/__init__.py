@@ -55,11 +55,9 @@ if TYPE_CHECKING:
     from driftlens.facts import EditRequest
     from driftlens.loading import load_model
     from driftlens.models import LensModel, ModelInfo
+    from driftlens.patch_results import AttentionSweep, PatchResult, Readout
     from driftlens.patching import (
-        AttentionSweep,
         PatchExperiment,
-        PatchResult,
-        Readout,
         patch_activation,
         patch_attention,
         sweep_attention,
@@ -113,10 +111,10 @@ _HOME = {
     "LensModel": "models",
     "ModelInfo": "models",
     "load_model": "loading",
-    "AttentionSweep": "patching",
+    "AttentionSweep": "patch_results",
     "PatchExperiment": "patching",
-    "PatchResult": "patching",
-    "Readout": "patching",
+    "PatchResult": "patch_results",
+    "Readout": "patch_results",
     "patch_activation": "patching",
     "patch_attention": "patching",
     "sweep_attention": "patching",

@@ -25,13 +25,9 @@ from driftlens.edits import Edit
 from driftlens.errors import RequestError
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel, ModelInfo
-from driftlens.patching import (
-    AttentionSweep,
-    PatchExperiment,
-    PatchResult,
-    Readout,
-    resolve_heads,
-)
+from driftlens.patch_places import resolve_heads
+from driftlens.patch_results import AttentionSweep, PatchResult, Readout
+from driftlens.patching import PatchExperiment
 from driftlens.records import write_result
 from driftlens.scoring import score_details
 from driftlens.viewer import HeadSet, PageData, Restored, State, Sweep, Table, page

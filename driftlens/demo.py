@@ -20,7 +20,7 @@ from driftlens.editing.sadr import SADR
 from driftlens.facts import EditRequest
 from driftlens.intervals import with_interval
 from driftlens.models import LensModel
-from driftlens.patching import Readout
+from driftlens.patch_results import Readout
 from driftlens.records import plain, versions
 from driftlens.viewer import Table
 

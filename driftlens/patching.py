@@ -28,23 +28,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from numbers import Integral
-from operator import index
 from typing import Any, Literal, TypeVar, get_args
 
-import numpy as np
-import pandas as pd
-import plotly.graph_objects as go
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from tqdm.auto import tqdm
 
-from driftlens import figures
-from driftlens.attention import head_name, parse_head, restore_columns
+from driftlens.attention import restore_columns
 from driftlens.drift import subjects_of
 from driftlens.edits import Edit
-from driftlens.errors import EditError, RequestError, check_choice, check_count
+from driftlens.errors import EditError, RequestError, check_choice
 from driftlens.interventions import (
     Hook,
     Mix,
@@ -57,279 +50,27 @@ from driftlens.interventions import (
     values_name,
 )
 from driftlens.models import LensModel, recording
+from driftlens.patch_places import (
+    Columns,
+    Queries,
+    describe,
+    in_words,
+    integers,
+    layers_in_words,
+    positions_of,
+    resolve_heads,
+    resolve_layers,
+    settled,
+    sweep_places,
+    where_patched,
+)
+from driftlens.patch_results import AttentionSweep, Direction, Exchange, PatchResult, Readout
 from driftlens.reuse import Engine, FullPass, SuffixRunner, budget, choose_engine, in_batches
 from driftlens.scoring import ContinuationScore, Question, QuestionBatch, ask, log_probabilities
 from driftlens.tokens import Span
 
 Patch = TypeVar("Patch")
-Direction = Literal["restore", "contaminate"]
-Exchange = Literal["pattern", "values", "both"]
 Component = Literal["attn_out", "mlp_out", "resid"]
-Measure = Literal["prob", "logprob"]
-Queries = Literal["last", "all"] | int | Iterable[int]
-Columns = Literal["subject_last", "subject"] | int | Iterable[int] | None
-
-
-# --- results -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Readout:
-    """How likely a model finds the answer, and what it is compared with.
-
-    Args:
-        answer: The answer under study.
-        scores: Score of each text that was asked for, the answer among them.
-    """
-
-    answer: str
-    scores: dict[str, ContinuationScore]
-
-    def __getitem__(self, text: str) -> ContinuationScore:
-        return self.scores[text]
-
-    @property
-    def prob(self) -> float:
-        """Probability of the whole answer."""
-        return self.scores[self.answer].prob
-
-    @property
-    def logprob(self) -> float:
-        """Log-probability of the whole answer, in nats."""
-        return self.scores[self.answer].logprob
-
-    @property
-    def rank(self) -> int:
-        """0 exactly if greedy decoding gives the answer."""
-        return self.scores[self.answer].rank
-
-    def __repr__(self) -> str:
-        told = ", ".join(f"P({text!r}) {score.prob:.4f}" for text, score in self.scores.items())
-        return f"Readout({told}; rank of {self.answer!r}: {self.rank})"
-
-
-ROUNDING = 1e-5
-"""A fall of less than this (relative, or in nats) is rounding, not loss."""
-
-
-def recovered_share(original: float, edited: float, patched: float, noise: float) -> float:
-    """Where a patched run lies between the edited (0) and the original (1) one.
-
-    NaN where the edit lost no more than ``noise``, so that there was nothing to recover.
-    """
-    lost = original - edited
-    return (patched - edited) / lost if lost > noise else float("nan")
-
-
-def _share(original: Readout, edited: Readout, patched: Readout, measure: Measure) -> float:
-    check_choice("measure", measure, get_args(Measure))
-    before, after, now = (float(getattr(run, measure)) for run in (original, edited, patched))
-    noise = ROUNDING * (before if measure == "prob" else 1.0)
-    return recovered_share(before, after, now, noise)
-
-
-@dataclass(frozen=True)
-class PatchResult:
-    """One patching experiment.
-
-    Args:
-        original: The unedited model.
-        edited: The edited model.
-        patched: The patched run.
-        direction: ``"restore"``: the edited model with the original's activations;
-            ``"contaminate"``: the reverse.
-        prompt: The prompt.
-        what: What was exchanged, in words.
-        engine: ``"suffix"``: the patched pass ran only what the patch can change; ``"plain"``:
-            the whole sequence.
-    """
-
-    original: Readout
-    edited: Readout
-    patched: Readout
-    direction: Direction
-    prompt: str
-    what: str
-    engine: Engine = "plain"
-
-    @property
-    def recovered_share(self) -> float:
-        """Share of the answer's lost probability that the patched run has.
-
-        0: the patched run is like the edited model, 1: like the original. When restoring, it
-        is the share that comes back; when contaminating, one minus it is the share that the
-        patch alone loses. NaN where the edit lost nothing.
-        """
-        return _share(self.original, self.edited, self.patched, "prob")
-
-    @property
-    def recovered_share_logprob(self) -> float:
-        """The same in log-probability."""
-        return _share(self.original, self.edited, self.patched, "logprob")
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row per run and text."""
-        return pd.DataFrame(
-            [
-                {
-                    "run": run,
-                    "text": text,
-                    "prob": score.prob,
-                    "logprob": score.logprob,
-                    "rank": score.rank,
-                }
-                for run in ("original", "edited", "patched")
-                for text, score in getattr(self, run).scores.items()
-            ]
-        )
-
-    def plot(self) -> go.Figure:
-        """Bars of the answers' probabilities in the three runs."""
-        return figures.probability_bars(
-            {
-                run: {text: s.prob for text, s in getattr(self, run).scores.items()}
-                for run in ("original", "edited", "patched")
-            },
-            title=self.prompt,
-            subtitle=f"{self.direction}: {self.what}",
-        )
-
-    def __repr__(self) -> str:
-        runs = ", ".join(
-            f"{run} {getattr(self, run).prob:.4f}" for run in ("original", "edited", "patched")
-        )
-        return (
-            f"PatchResult(P({self.original.answer!r}): {runs}; recovered share "
-            f"{self.recovered_share:.2f}; {self.direction} {self.what})"
-        )
-
-
-@dataclass(frozen=True)
-class AttentionSweep:
-    """One patch for each head, each layer, each window of layers, and all at once.
-
-    Args:
-        original: The unedited model.
-        edited: The edited model.
-        heads: Readouts ``[layer][head]``.
-        layers: Readouts ``[layer]``.
-        windows: Readouts by (first layer, last layer), inclusive.
-        everything: All layers and heads at once.
-        direction: As in :class:`PatchResult`.
-        exchange: What was exchanged.
-        prompt: The prompt.
-        engine: ``"suffix"``: each patch ran only what it can change; ``"plain"``: each was a
-            pass over the whole sequence.
-    """
-
-    original: Readout
-    edited: Readout
-    heads: list[list[Readout]]
-    layers: list[Readout]
-    windows: dict[tuple[int, int], Readout]
-    everything: Readout
-    direction: Direction
-    exchange: Exchange
-    prompt: str
-    engine: Engine = "plain"
-
-    def _share(self, patched: Readout, measure: Measure) -> float:
-        return _share(self.original, self.edited, patched, measure)
-
-    def head_shares(self, measure: Measure = "prob") -> Float[np.ndarray, "layer head"]:
-        """Recovered share of the answer's lost probability, for each head."""
-        return np.array([[self._share(r, measure) for r in row] for row in self.heads])
-
-    def layer_shares(self, measure: Measure = "prob") -> Float[np.ndarray, " layer"]:
-        """The same for each layer."""
-        return np.array([self._share(r, measure) for r in self.layers])
-
-    def window_shares(self, measure: Measure = "prob") -> Float[np.ndarray, " window"]:
-        """The same for each window."""
-        return np.array([self._share(r, measure) for r in self.windows.values()])
-
-    def everything_share(self, measure: Measure = "prob") -> float:
-        """The same with all layers and heads at once."""
-        return self._share(self.everything, measure)
-
-    def top_heads(self, k: int = 10) -> list[tuple[str, float]]:
-        """The ``k`` heads that alone bring most of the answer's probability back.
-
-        Pairs of name and change of P(answer) against the run that was patched.
-
-        Raises:
-            RequestError: If ``k`` is negative.
-        """
-        check_count("k", k)
-        start = self.edited.prob if self.direction == "restore" else self.original.prob
-        sign = 1.0 if self.direction == "restore" else -1.0
-        changes = [
-            (head_name(y, x), readout.prob - start)
-            for y, row in enumerate(self.heads)
-            for x, readout in enumerate(row)
-        ]
-        return sorted(changes, key=lambda pair: -sign * pair[1])[:k]
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row per patch and text; ``kind`` is original, edited, head, layer,
-        window or everything."""
-        rows: list[dict[str, Any]] = []
-
-        def add(kind: str, first: Any, last: Any, head: Any, readout: Readout) -> None:
-            for text, s in readout.scores.items():
-                share = self._share(readout, "prob") if text == readout.answer else float("nan")
-                rows.append(
-                    {
-                        "kind": kind,
-                        "first_layer": first,
-                        "last_layer": last,
-                        "head": head,
-                        "text": text,
-                        "prob": s.prob,
-                        "logprob": s.logprob,
-                        "rank": s.rank,
-                        "recovered_share": share,
-                    }
-                )
-
-        add("original", None, None, None, self.original)
-        add("edited", None, None, None, self.edited)
-        for y, row in enumerate(self.heads):
-            for x, readout in enumerate(row):
-                add("head", y, y, x, readout)
-        for y, readout in enumerate(self.layers):
-            add("layer", y, y, None, readout)
-        for (first, last), readout in self.windows.items():
-            add("window", first, last, None, readout)
-        add("everything", 0, len(self.layers) - 1, None, self.everything)
-        return pd.DataFrame(rows)
-
-    def plot(self) -> go.Figure:
-        """Change of P(answer) by head (map), by layer and by window (lines)."""
-        start = self.edited.prob if self.direction == "restore" else self.original.prob
-        answer = self.original.answer
-        return figures.sweep_chart(
-            np.array([[r.prob - start for r in row] for row in self.heads]),
-            np.array([r.prob - start for r in self.layers]),
-            list(self.windows),
-            np.array([r.prob - start for r in self.windows.values()]),
-            everything=self.everything.prob - start,
-            title=f"{self.direction.capitalize()} attention ({self.exchange}): {self.prompt}",
-            subtitle=f"P({answer}): original {self.original.prob:.4f}, edited "
-            f"{self.edited.prob:.4f}, all layers patched {self.everything.prob:.4f}",
-            unit=f"change of P({answer})",
-        )
-
-    def __repr__(self) -> str:
-        best = ", ".join(f"{name} {change:+.4f}" for name, change in self.top_heads(3))
-        return (
-            f"AttentionSweep({self.direction} {self.exchange}: P({self.original.answer!r}) "
-            f"original {self.original.prob:.4f}, edited {self.edited.prob:.4f}, everything patched "
-            f"{self.everything.prob:.4f}; best heads {best})"
-        )
-
-
-# --- experiments ---------------------------------------------------------------------------
 
 
 class PatchExperiment:
@@ -401,10 +142,10 @@ class PatchExperiment:
         exchange: Exchange = "pattern",
     ) -> PatchResult:
         """Exchange attention; the arguments are those of :func:`patch_attention`."""
-        queries, columns = _settled(queries, "query position"), _settled(columns, "key column")
+        queries, columns = settled(queries, "query position"), settled(columns, "key column")
         places = resolve_heads(self.model, layers, heads)
         patched = self._attention([places], queries, columns, exchange)[0]
-        what = _describe(self.model, places, queries, columns, exchange)
+        what = describe(self.model, places, queries, columns, exchange)
         return self._result(patched, what)
 
     def activation(
@@ -415,10 +156,10 @@ class PatchExperiment:
         queries: Queries = "last",
     ) -> PatchResult:
         """Exchange what layers write; the arguments are those of :func:`patch_activation`."""
-        queries = _settled(queries, "query position")
-        chosen = _layers(self.model, layers)
+        queries = settled(queries, "query position")
+        chosen = resolve_layers(self.model, layers)
         patched = self._activation([chosen], component, queries)[0]
-        what = f"{component} of {_layers_in_words(self.model, chosen)}, {_in_words(queries)}"
+        what = f"{component} of {layers_in_words(self.model, chosen)}, {in_words(queries)}"
         return self._result(patched, what)
 
     def sweep(
@@ -431,13 +172,13 @@ class PatchExperiment:
         progress: bool = True,
     ) -> AttentionSweep:
         """Every head, layer and window; the arguments are those of :func:`sweep_attention`."""
-        queries, columns = _settled(queries, "query position"), _settled(columns, "key column")
+        queries, columns = settled(queries, "query position"), settled(columns, "key column")
         n_layers, n_heads = self.model.info.n_layers, self.model.info.n_heads
         width = max(1, n_layers // 5) if window is None else window
         if not 1 <= width <= n_layers:
             raise RequestError(f"A window of {width} layers does not fit.", f"Use 1 to {n_layers}.")
         windows = [(first, first + width - 1) for first in range(n_layers - width + 1)]
-        places = _sweep_places(n_layers, n_heads, windows)
+        places = sweep_places(n_layers, n_heads, windows)
         with tqdm(total=len(places), desc="patching", unit="patch", disable=not progress) as bar:
             readouts = self._many(places, queries, columns, exchange, bar)
         n = n_layers * n_heads
@@ -467,10 +208,10 @@ class PatchExperiment:
         Raises:
             RequestError: If a set is empty or names a head that does not exist.
         """
-        queries, columns = _settled(queries, "query position"), _settled(columns, "key column")
+        queries, columns = settled(queries, "query position"), settled(columns, "key column")
         places = [resolve_heads(self.model, None, heads) for heads in sets]
         return [
-            self._result(readout, _describe(self.model, chosen, queries, columns, exchange))
+            self._result(readout, describe(self.model, chosen, queries, columns, exchange))
             for chosen, readout in zip(
                 places, self._many(places, queries, columns, exchange), strict=True
             )
@@ -489,14 +230,14 @@ class PatchExperiment:
             RequestError: If a set is empty.
             ModelError: If a layer is out of range.
         """
-        queries = _settled(queries, "query position")
-        chosen = [_layers(self.model, layers) for layers in sets]
+        queries = settled(queries, "query position")
+        chosen = [resolve_layers(self.model, layers) for layers in sets]
         readouts = self._in_passes(
             chosen, min, lambda chunk: self._activation(chunk, component, queries), queries
         )
         return [
             self._result(
-                readout, f"{component} of {_layers_in_words(self.model, one)}, {_in_words(queries)}"
+                readout, f"{component} of {layers_in_words(self.model, one)}, {in_words(queries)}"
             )
             for one, readout in zip(chosen, readouts, strict=True)
         ]
@@ -556,7 +297,7 @@ class PatchExperiment:
         rows, width = len(self.batch.rows), self._ids.shape[1]
         where = torch.stack(
             [
-                _where(self.model, self.batch.row_question(row), width, [0], queries)[0]
+                where_patched(self.model, self.batch.row_question(row), width, [0], queries)[0]
                 for row in range(rows)
             ]
         )
@@ -602,7 +343,7 @@ class PatchExperiment:
                     where[layer] = torch.zeros(shape, dtype=torch.bool)
                 for row in range(rows):
                     question = self.batch.row_question(row)
-                    chosen = _where(self.model, question, width, heads, queries)
+                    chosen = where_patched(self.model, question, width, heads, queries)
                     where[layer][copy * rows + row] = chosen
         mask = self._column_mask(columns, width)
         with self._target(), torch.no_grad():
@@ -630,7 +371,7 @@ class PatchExperiment:
         if not self._reuses:
             return 0
         questions = [self.batch.row_question(row) for row in range(len(self.batch.rows))]
-        return min(p for q in questions for p in (*_positions(q, queries), len(q.prompt) - 1))
+        return min(p for q in questions for p in (*positions_of(q, queries), len(q.prompt) - 1))
 
     def _patches_per_pass(self, start: int) -> int:
         """How many patches fit into the memory that a pass may take."""
@@ -786,7 +527,7 @@ class PatchExperiment:
             mask[span.last if columns == "subject_last" else span.start : span.end] = True
             return mask
         length = len(self.batch.questions[0].prompt)
-        for column in _integers(columns, "key column"):
+        for column in integers(columns, "key column"):
             if not -length <= column < length:
                 raise RequestError(
                     f"There is no key column {column} in a prompt of {length} tokens."
@@ -933,16 +674,6 @@ def sweep_attention(
     )
 
 
-def _sweep_places(
-    n_layers: int, n_heads: int, windows: Sequence[tuple[int, int]]
-) -> list[list[tuple[int, int]]]:
-    """The (layer, head) pairs of each patch of a sweep, in the order of the result."""
-    one_head = [[(y, x)] for y in range(n_layers) for x in range(n_heads)]
-    whole = [[(y, x) for x in range(n_heads)] for y in range(n_layers)]
-    several = [[p for y in range(a, b + 1) for p in whole[y]] for a, b in windows]
-    return [*one_head, *whole, *several, [p for row in whole for p in row]]
-
-
 def _mixture(exchange: Exchange, columns: Bool[torch.Tensor, " key"] | None) -> Mix | None:
     """How the running model's own attention counts: not at all, alone, or by column."""
     if exchange == "values":
@@ -950,73 +681,6 @@ def _mixture(exchange: Exchange, columns: Bool[torch.Tensor, " key"] | None) -> 
     if columns is None:
         return None
     return lambda own, source: restore_columns(own, source, columns.to(own.device))
-
-
-# --- resolving what was asked for ----------------------------------------------------------
-
-
-def resolve_heads(
-    model: LensModel,
-    layers: int | Iterable[int] | None,
-    heads: Iterable[int | str | tuple[int, int]] | int | str | None,
-) -> list[tuple[int, int]]:
-    """The (layer, head) pairs that are meant.
-
-    Raises:
-        RequestError: If a head does not exist, lies outside the chosen layers, or is written
-            in an unknown way.
-        ModelError: If a layer is out of range.
-    """
-    chosen = list(range(model.info.n_layers)) if layers is None else _integers(layers, "layer")
-    wanted = [model.check_layer(layer) for layer in chosen]
-    if heads is None:
-        return [(y, x) for y in sorted(set(wanted)) for x in range(model.info.n_heads)]
-    found: list[tuple[int, int]] = []
-    for head in [heads] if isinstance(heads, (int, Integral, str)) else heads:
-        if isinstance(head, str):
-            found.append(parse_head(head))
-        elif isinstance(head, Integral):
-            found += [(y, int(head)) for y in wanted]
-        else:
-            pair = _integers(head, "head")
-            if len(pair) != 2:
-                raise RequestError(f"{head!r} is no head.", "Write it as (layer, head).")
-            found.append((pair[0], pair[1]))
-    for y, x in found:
-        model.check_layer(y)
-        if y not in wanted:
-            raise RequestError(
-                f"The head {head_name(y, x)} is not in the chosen layers.", "Leave layers out."
-            )
-        model.check_head(y, x)
-    if not found:
-        raise RequestError("No head is chosen.", "Name at least one, or leave heads out.")
-    return sorted(set(found))
-
-
-def _layers(model: LensModel, layers: int | Iterable[int] | None) -> list[int]:
-    """The layers that are meant, ascending."""
-    return sorted({layer for layer, _ in resolve_heads(model, layers, None)})
-
-
-def _integers(values: Any, what: str) -> list[int]:
-    """One integer or several (of any integer type) as a list.
-
-    Raises:
-        RequestError: If there is none, or one is not a whole number.
-    """
-    try:
-        found = [index(value) for value in ([values] if isinstance(values, Integral) else values)]
-    except TypeError as error:
-        raise RequestError(f"{values!r} is not a {what} or a list of them.") from error
-    if not found:
-        raise RequestError(f"No {what} is chosen.", "Name at least one, or leave it out.")
-    return found
-
-
-def _settled(places: Any, what: str) -> Any:
-    """Positions in a form that can be read more than once: a word, none, or a list of integers."""
-    return places if places is None or isinstance(places, str) else _integers(places, what)
 
 
 def _questions(
@@ -1035,67 +699,3 @@ def _questions(
     elif isinstance(compare, str):
         compare = [compare]
     return [ask(model, prompt, text) for text in dict.fromkeys([answer, *compare])]
-
-
-def _where(
-    model: LensModel, question: Question, width: int, heads: Sequence[int], queries: Queries
-) -> Bool[torch.Tensor, "head query"]:
-    """The (head, query) pairs to patch in one layer of one sequence."""
-    where = torch.zeros(model.info.n_heads, width, dtype=torch.bool)
-    positions = torch.tensor(_positions(question, queries))
-    where[torch.tensor(heads)[:, None], positions] = True
-    return where
-
-
-def _positions(question: Question, queries: Queries) -> list[int]:
-    length = len(question.prompt)
-    if isinstance(queries, str):
-        check_choice("queries", queries, ("last", "all"))
-        return question.predicting if queries == "last" else list(range(len(question.ids)))
-    positions = []
-    for query in _integers(queries, "query position"):
-        if not -length <= query < length:
-            raise RequestError(
-                f"There is no query position {query} in a prompt of {length} tokens."
-            )
-        positions.append(query % length)
-    return positions
-
-
-# --- in words ------------------------------------------------------------------------------
-
-
-def _describe(
-    model: LensModel,
-    places: Sequence[tuple[int, int]],
-    queries: Queries,
-    columns: Columns,
-    exchange: Exchange,
-) -> str:
-    layers = sorted({y for y, _ in places})
-    if len(places) == len(layers) * model.info.n_heads:
-        where = f"all heads of {_layers_in_words(model, layers)}"
-    else:
-        where = ", ".join(head_name(y, x) for y, x in places)
-    words = f"attention {exchange} of {where}, {_in_words(queries)}"
-    if columns is not None:
-        words += f", key columns {_listed(columns)} (rows renormalised)"
-    return words
-
-
-def _layers_in_words(model: LensModel, layers: Sequence[int]) -> str:
-    if len(layers) == model.info.n_layers:
-        return "all layers"
-    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"layers {layers[0]}-{layers[-1]}"
-    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {list(layers)}"
-
-
-def _in_words(queries: Queries) -> str:
-    if isinstance(queries, str):
-        return {"last": "rows of the last token", "all": "rows of all tokens"}[queries]
-    return f"rows of the positions {_listed(queries)}"
-
-
-def _listed(places: Any) -> str:
-    return places if isinstance(places, str) else ", ".join(map(str, places))

@@ -23,7 +23,7 @@ from oracles import Attention, watched_attention
 import driftlens as dl
 from driftlens import reuse
 from driftlens.interventions import down_out_name, pattern_name, replace_heads, values_name
-from driftlens.patching import Readout, recovered_share
+from driftlens.patch_results import Readout, recovered_share
 from driftlens.scoring import ContinuationScore
 
 PROMPT = "The Eiffel Tower is in"

@@ -58,6 +58,8 @@ ORDER = [
     "editing.grace",
     "editing.methods",
     "drift",
+    "patch_results",
+    "patch_places",
     "patching",
     "viewer.page",
     "viewer",

@@ -18,7 +18,9 @@ from driftlens.attention import head_name
 from driftlens.comparison import Comparison
 from driftlens.errors import DriftLensError, RequestError
 from driftlens.models import LensModel
-from driftlens.patching import PatchExperiment, PatchResult, resolve_heads
+from driftlens.patch_places import resolve_heads
+from driftlens.patch_results import PatchResult
+from driftlens.patching import PatchExperiment
 
 
 def widget(model: LensModel, comparison: Comparison, **options: Any) -> Any:

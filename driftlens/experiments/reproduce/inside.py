@@ -34,7 +34,8 @@ from driftlens.experiments.reproduce.measuring import (
 )
 from driftlens.intervals import ends, with_interval
 from driftlens.models import LensModel
-from driftlens.patching import Component, PatchExperiment, PatchResult
+from driftlens.patch_results import PatchResult
+from driftlens.patching import Component, PatchExperiment
 
 COMPONENTS: tuple[Component, ...] = ("attn_out", "mlp_out", "resid")
 

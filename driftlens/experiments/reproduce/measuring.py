@@ -22,7 +22,8 @@ from driftlens.experiments.reproduce.finding import Failure, Study
 from driftlens.intervals import bootstrap_interval
 from driftlens.journal import Journal, total
 from driftlens.models import LensModel
-from driftlens.patching import Exchange, PatchExperiment, Readout
+from driftlens.patch_results import Exchange, Readout
+from driftlens.patching import PatchExperiment
 from driftlens.records import versions
 
 KINDS: dict[Metric, str] = {"RS": "relation", "DNS": "distract neighbourhood"}
