@@ -867,6 +867,47 @@ def test_what_is_said_of_trade_offs():
     ) in short
 
 
+def test_what_is_said_of_trade_offs_on_gemma():
+    run = run_of("fig7", "gemma-3-270m")
+    text, short = flowing(PAGE), flowing(README)
+    rate = rates_of("fig7", "gemma-3-270m")
+    prob = {(row["arm"], row["metric"]): row["value"] for row in run["probabilities"]}
+    best: dict[str, str] = {}
+    more: dict[tuple[str, str], tuple[float, str]] = {}
+    for method in ("rome", "memit"):
+        (point,) = (point for point in run["points"] if point.startswith(f"{method} (ES"))
+        gains, compared = point.split(" Gamma's less that of ")
+        (best[method],) = re.findall(r"gamma 3\.2 \(of 2\) \+([.\d]+)", gains)
+        for kind, value, ends in re.findall(r"(steps|lr|KL) ([-+.\d]+) (\[[^]]*\])", compared):
+            more[method, kind] = float(value), f"{abs(float(value))} {ends}"
+    assert [value > 0 for value, _ in more.values()] == [True, True, False, True, True]
+    gained = [
+        f"{best[method]} {{}} (by {more[method, 'steps'][1]} and {more[method, 'lr'][1]} more)"
+        for method in ("rome", "memit")
+    ]
+    mean = "points in the mean of NS, RS and DNS with ROME"
+    assert ", ".join(gained).format(mean, "with MEMIT") + ", each at four times" in text
+    less = less_than(run, "rome, gamma 0.8")
+    dns, ns = (
+        "{1:.1f} points [{2:+.1f}, {3:+.1f}] of DNS".format(*less["rome, KL 1", "DNS"]),
+        "{1:.1f} [{2:+.1f}, {3:+.1f}] of NS".format(*less["rome, KL 1", "NS"]),
+    )
+    assert f"at 1 it keeps {dns} and {ns} more than SADR at the tuned gamma" in text
+    assert all(less["rome, KL 1", metric][1] >= 0 for metric in ("ES", "PS"))
+    arms = ("rome, KL 1", "rome, gamma 3.2", "rome")
+    assert "({:.3f} and {:.3f}, from {:.3f})".format(*(prob[arm, "ES"] for arm in arms)) in text
+    price = [rate["memit", metric] - rate["memit, KL 1", metric] for metric in ("ES", "PS")]
+    assert "({:.1f} points of ES and {:.1f} of PS)".format(*price) in text
+    left = [v for (arm, metric), v in rate.items() if arm.startswith("rome") and metric == "NS"]
+    assert len(left) == 7 and max(left) < 56
+    assert f"NS stays below 56, of {rate['unedited', 'NS']:.1f} before." in text
+    assert (
+        f"keeps {more['rome', 'steps'][0]} (ROME) and {more['memit', 'steps'][0]} points (MEMIT) "
+        "more than fewer steps in the mean of NS, RS and DNS, but "
+        f"{-more['rome', 'KL'][0]} less than more of ROME's own KL term."
+    ) in short
+
+
 def test_what_is_said_of_rivals():
     run = run_of("rivals", "smollm2-135m")
     text = flowing(PAGE)
