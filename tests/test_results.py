@@ -339,6 +339,41 @@ def test_page_says_what_else_was_asked():
     ) in flowing(PAGE)
 
 
+def test_page_says_what_else_was_asked_of_the_shipped_facts():
+    run = run_of("table3", "smollm2-135m")
+    rows = {
+        (row["arm"], row["metric"]): row
+        for row in result_rows("table3")
+        if (row["data"], row["model"]) == ("shipped facts", "smollm2-135m")
+    }
+    rate = {place: row["value"] for place, row in rows.items()}
+    asked = ("alias", "reasoning", "commonsense")
+    assert {rows["rome", metric]["cases"] for metric in asked} == {32}
+
+    def ends(metric: str) -> str:
+        values = [rate[method, metric] for method in PAPERS]
+        return f"{min(values):.1f} to {max(values):.1f} % ({rate['unedited', metric]:.1f} before)"
+
+    alias = [rate[method, "alias"] for method in (*PAPERS, "unedited")]
+    text = flowing(PAGE)
+    assert (
+        "behind another name in {:.1f} % after ROME's edit, {:.1f} after MEMIT's and {:.1f} after "
+        "PMET's ({:.1f} before), finds what follows"
+    ).format(*alias) in text
+    assert f"likelier than the old answer in {ends('reasoning')}, and chooses" in text
+    assert f"chooses sense in {ends('commonsense')}; SADR moves none" in text
+    moved = [abs(rate[f"{m} + sadr", metric] - rate[m, metric]) for m in PAPERS for metric in asked]
+    assert max(moved) < 3.2 and max(moved) == 100 / 32
+    prob = {row["arm"]: row["value"] for row in run["probabilities"] if row["metric"] == "ES"}
+    steps = {arm["name"]: arm["steps_per_edit"] for arm in run["arms"]}
+    assert steps["pmet"] == steps["pmet + sadr"] == 4
+    told = [f"{prob[m]:.3f} to {prob[f'{m} + sadr']:.3f}" for m in PAPERS]
+    assert (
+        f"pays {told[0]} of P(new target) with ROME and {told[1]} with MEMIT, on SmolLM2; PMET, "
+        f"which stops after 4 steps in the median, pays nothing ({told[2]})."
+    ) in text
+
+
 def test_what_is_said_of_the_shipped_facts_in_the_page_on_metrics():
     text = flowing((REPOSITORY / "docs/concepts/metrics.md").read_text(encoding="utf-8"))
     facts = {case.id: case for case in read_cases(asset("facts.jsonl"))}
