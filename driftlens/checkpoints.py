@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from driftlens import bundled
-from driftlens.errors import ModelError
+from driftlens.errors import ModelError, first_line
 from driftlens.parameters import named_parameters
 
 QUANTISATION_FILE = "gguf_quantisation.txt"
@@ -205,8 +205,3 @@ def write_checkpoint(
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in a line; its type if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

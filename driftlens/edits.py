@@ -19,10 +19,10 @@ import torch
 
 from driftlens import figures
 from driftlens.bundled import expanded
-from driftlens.checkpoints import first_line, read_weights
+from driftlens.checkpoints import read_weights
 from driftlens.codebook import Codebook
 from driftlens.disk import make_folder, write_both
-from driftlens.errors import DataError, EditError, ModelError
+from driftlens.errors import DataError, EditError, ModelError, first_line
 from driftlens.facts import EditRequest
 from driftlens.journal import CHECKSUM, digest
 from driftlens.models import LensModel

@@ -72,3 +72,8 @@ def check_count(what: str, given: int) -> None:
     """
     if given < 0:
         raise RequestError(f"{what} is {given}.", "Give 0 or more.")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line; its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -10,7 +10,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from driftlens.checkpoints import is_hub_name, read
-from driftlens.errors import ModelError
+from driftlens.errors import ModelError, first_line
 from driftlens.models import LensModel, ModelInfo, is_loaded, kept_on
 from driftlens.parameters import DownProjection, find_down_projection, named_parameters
 from driftlens.probing import probe_interventions
@@ -122,7 +122,7 @@ def _check_device(device: str | torch.device | None) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise ModelError(
-            f"There is no device {str(device)!r} here: {str(error).splitlines()[0]}",
+            f"There is no device {str(device)!r} here: {first_line(error)}",
             "Leave it out for the CPU.",
         ) from error
 

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
 
 from driftlens.attention import head_name
-from driftlens.checkpoints import first_line, write_checkpoint
+from driftlens.checkpoints import write_checkpoint
 from driftlens.codebook import Codebook
-from driftlens.errors import ModelError, RequestError
+from driftlens.errors import ModelError, RequestError, first_line
 from driftlens.interventions import Hook, keys_name, rotated_keys_name
 from driftlens.journal import digest
 from driftlens.parameters import (

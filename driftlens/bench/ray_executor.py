@@ -13,7 +13,7 @@ import torch
 
 from driftlens.bench.units import Job, JobRunner, Setting
 from driftlens.cases import Case
-from driftlens.errors import DriftLensError, ModelError, RequestError
+from driftlens.errors import DriftLensError, ModelError, RequestError, first_line
 from driftlens.models import LensModel
 
 Record = dict[str, Any]
@@ -207,7 +207,7 @@ class RayExecutor:
             if len(alone) > 1:  # which of them is it?
                 part.jobs.extendleft(reversed(alone))
             else:
-                reason = f"{part.attempts} workers died of it: {str(error).splitlines()[0]}"
+                reason = f"{part.attempts} workers died of it: {first_line(error)}"
                 for job in alone:
                     yield job, _case(job, *job.missing), {"error": reason}
                 part.attempts = 0
