@@ -36,6 +36,7 @@ from driftlens import (
     probing,
     weights,
 )
+from driftlens.errors import first_line
 from driftlens.interventions import pattern_name, replace_heads, values_name, z_name
 from driftlens.tokens import Tokens
 
@@ -1017,3 +1018,15 @@ def test_replacing_heads_leaves_other_heads_and_positions_alone(architecture: st
     left = model.record(ids, [z_name(1)], hooks)[z_name(1)]
     changed = (left != seen[names[1]]).any(-1).nonzero().tolist()
     assert changed == [[0, 6, 2], [1, 3, 0]]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("\nfirst\nsecond"), "first"),
+        (ValueError(), "ValueError"),
+        (OSError(" "), "OSError"),
+    ],
+)
+def test_an_error_is_told_in_a_line(error: Exception, told: str):
+    assert first_line(error) == told
