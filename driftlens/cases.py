@@ -164,33 +164,36 @@ class Case:
             "commonsense": [choice._asdict() for choice in self.commonsense],
         }
 
-    def probes(self, metrics: Collection[Metric] = METRICS) -> list[Probe]:
+    def probes(self, metrics: Collection[Metric] = METRICS, separator: str = " ") -> list[Probe]:
         """What is asked (paper section 3; the benchmarks' usual definitions).
 
         Args:
             metrics: Which of `ALL_METRICS`.
+            separator: What stands between the edited prompt and the new target, and between a
+                sentence in front and the prompt: that of the model that is asked
+                (``model.tokens.separator``).
 
         Raises:
             RequestError: If one is none of them.
         """
         check_metrics(metrics, ALL_METRICS)
         new, true = self.request.target_new, self.request.target_true
-        edited = f"{self.request.text} {new}."
-        lead = UNRELATED[int(self.draw() * 2**32) % len(UNRELATED)]
+        edited = f"{self.request.text}{separator}{new}.{separator}"
+        lead = UNRELATED[int(self.draw() * 2**32) % len(UNRELATED)] + separator
         everything = [
             Probe("ES", self.request.text, new, true),
             *(Probe("PS", prompt, new, true) for prompt in self.paraphrases),
             *(Probe("NS", prompt, answer, new) for prompt, answer in self.neighbours),
             *(Probe("RS", prompt, answer, new) for prompt, answer in self.relations),
-            *(Probe("DNS", f"{edited} {p}", answer, new) for p, answer in self.neighbours),
+            *(Probe("DNS", edited + p, answer, new) for p, answer in self.neighbours),
             *(Probe("alias", prompt, answer, true) for prompt, answer in self.aliases),
             *(Probe("reasoning", prompt, answer, true) for prompt, answer in self.reasoning),
             *(Probe("distractor", prompt, answer, new) for prompt, answer in self.distractors),
-            *(Probe("distract-relation", f"{edited} {p}", a, new) for p, a in self.relations),
+            *(Probe("distract-relation", edited + p, a, new) for p, a in self.relations),
             *(Probe("commonsense", *choice) for choice in self.commonsense),
-            *(Probe("distract-commonsense", f"{edited} {p}", *two) for p, *two in self.commonsense),
-            *(Probe("lead-neighbour", f"{lead} {p}", a, new) for p, a in self.neighbours),
-            *(Probe("lead-relation", f"{lead} {p}", a, new) for p, a in self.relations),
+            *(Probe("distract-commonsense", edited + p, *two) for p, *two in self.commonsense),
+            *(Probe("lead-neighbour", lead + p, a, new) for p, a in self.neighbours),
+            *(Probe("lead-relation", lead + p, a, new) for p, a in self.relations),
         ]
         return [probe for probe in everything if probe.metric in metrics]
 

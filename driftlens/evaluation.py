@@ -82,7 +82,7 @@ def answers(model: LensModel, case: Case, metrics: Collection[Metric] = METRICS)
     Args:
         metrics: What to ask, of `ALL_METRICS`.
     """
-    probes = case.probes(metrics)
+    probes = case.probes(metrics, model.tokens.separator)
     asked = [(p.prompt, text) for p in probes for text in (p.right, p.wrong) if text is not None]
     questions = [ask(model, prompt, text) for prompt, text in asked]
     scores = dict(zip(asked, score_questions(model, questions), strict=True))

@@ -324,7 +324,7 @@ def _prompts(
     if any(case.id not in of_arm for of_arm in answers.values()):
         return
     found = {name: of_arm[case.id] for name, of_arm in answers.items()}
-    for i, probe in enumerate(case.probes(result.plan["setting"]["metrics"])):
+    for i, probe in enumerate(result.probes(case)):
         if probe.metric in ABOUT_THE_SUBJECT:
             yield Telling(
                 case, probe, arm, held,

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import driftlens as dl
 from driftlens.assets import asset
-from driftlens.bench import Setting, make_arms
+from driftlens.bench import Arm, Setting, make_arms, run_bench
 from driftlens.cases import (
     ALL_METRICS,
     BEGINNINGS,
@@ -58,6 +58,7 @@ from driftlens.intervals import with_interval
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
 from driftlens.records import write_result
+from driftlens.scoring import score_details
 
 DATA = Path(__file__).parent.parent.parent / "shared/data/counterfact_wikidata_dev.json"
 RECORD: dict[str, Any] = {
@@ -214,6 +215,38 @@ def test_everything_that_is_asked() -> None:
     assert asked["lead-neighbour"] == (f"{lead} Notre-Dame is in", "Paris", "Rome")
     assert asked["lead-relation"] == (f"{lead} The Louvre is a", "museum", "Rome")
     assert [p.metric for p in case.probes(("DNS", "RS"))] == ["RS", "DNS"]
+
+
+def test_sentences_are_joined_as_the_model_separates_words() -> None:
+    case = Case(
+        "x",
+        dl.EditRequest("{}位于", "卢浮宫", "罗马", "巴黎"),
+        neighbours=(Cloze("圣母院位于", "巴黎"),),
+        relations=(Cloze("卢浮宫是", "博物馆"),),
+        commonsense=(Commonsense("要读书，", "就打开书。", "就吃掉书。"),),
+    )
+    about = {p.metric: p.prompt for p in case.probes(tuple(ALL_METRICS), separator="")}
+    assert about["DNS"] == "卢浮宫位于罗马.圣母院位于"
+    assert about["distract-relation"] == "卢浮宫位于罗马.卢浮宫是"
+    assert about["distract-commonsense"] == "卢浮宫位于罗马.要读书，"
+    assert about["lead-neighbour"].removesuffix("圣母院位于") in UNRELATED
+    assert about["lead-relation"].removesuffix("卢浮宫是") in UNRELATED
+
+
+def test_what_is_asked_is_joined_as_the_model_separates_words(tmp_path: Path) -> None:
+    model = dl.load_model(tiny.hf_model("gpt2"), tiny.tokenizer(), separator="")
+    (case,) = read_cases(write(tmp_path / "data.json", RECORD))
+    (found,) = answers(model, case, ("DNS",))
+    prompt = "The Louvre is in the city ofRome.The Eiffel Tower is in"
+    expected = score_details(model, prompt, ["Paris", "Rome"])
+    assert found.right == pytest.approx(expected["Paris"].mean_logprob, abs=1e-5)
+    assert found.wrong == pytest.approx(expected["Rome"].mean_logprob, abs=1e-5)
+    result = run_bench(
+        model, [case], [Arm("unedited")], tmp_path / "out",
+        setting=Setting(("DNS",)), progress=False,
+    )  # fmt: skip
+    assert [probe.prompt for probe in result.probes(case)] == [prompt]
+    assert set(result.to_dataframe()["prompt"]) == {prompt}
 
 
 def test_texts_begin_as_the_data_says_or_with_the_subject() -> None:

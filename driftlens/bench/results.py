@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from driftlens.bench.units import UNEDITED
-from driftlens.cases import METRICS, TEXT_METRICS, Case, Metric, TextMetric
+from driftlens.cases import METRICS, TEXT_METRICS, Case, Metric, Probe, TextMetric
 from driftlens.errors import DataError, RequestError
 from driftlens.evaluation import (
     Answer,
@@ -307,14 +307,18 @@ class BenchResult:
         the unedited model."""
         return _median(r["steps"] for r in self._of(arm).values() if "steps" in r)
 
+    def probes(self, case: Case) -> list[Probe]:
+        """What the run asked about a case, in the order of its answers."""
+        of_all = self.plan["units"][0]["identity"]  # all are of one model
+        return case.probes(self.plan["setting"]["metrics"], of_all["separator"])
+
     def to_dataframe(self) -> pd.DataFrame:
         """A row for each prompt of each unit: arm, case, metric, texts, and what was answered."""
-        metrics = self.plan["setting"]["metrics"]
         rows: list[dict[str, Any]] = []
         for arm in self.arms:
             for name, found in self.answers(arm).items():
                 case = self.cases[name]
-                for probe, answer in zip(case.probes(metrics), found, strict=True):
+                for probe, answer in zip(self.probes(case), found, strict=True):
                     rows.append(
                         {
                             "arm": arm,

@@ -163,10 +163,11 @@ def identity(model: Mapping[str, Any], case: Case, arm: Arm, setting: Setting) -
         arm: The condition.
         setting: What all units have in common.
     """
+    probes = case.probes(setting.metrics, model["separator"])
     found: dict[str, Any] = {
         **model,
         "case": case.id,
-        "asked": digest([case.request.to_dict(), *map(astuple, case.probes(setting.metrics))]),
+        "asked": digest([case.request.to_dict(), *map(astuple, probes)]),
         **arm.to_dict(),
     }
     if arm.method is not None:

@@ -60,20 +60,22 @@ class Probe:
     answer: str
 
 
-def probes_of(case: Case) -> list[Probe]:
-    """All prompts of a case that the edit must not change."""
-    edited = f"{case.request.text} {case.request.target_new}."
+def probes_of(case: Case, separator: str) -> list[Probe]:
+    """All prompts of a case that the edit must not change; the model's separator stands where
+    a space else would."""
+    edited = f"{case.request.text}{separator}{case.request.target_new}.{separator}"
     return [
         *(Probe("relation", *query) for query in case.relations),
         *(Probe("distractor", *query) for query in case.distractors),
-        *(Probe("distract neighbourhood", f"{edited} {p}", a) for p, a in case.neighbours),
+        *(Probe("distract neighbourhood", edited + p, a) for p, a in case.neighbours),
     ]
 
 
 def survey_case(model: dl.LensModel, case: Case, gamma: float) -> dict[str, Any]:
     """Everything measured for one edit."""
     request = case.request
-    known = [p for p in probes_of(case) if _is_known(model, p)]
+    asked = probes_of(case, model.tokens.separator)
+    known = [p for p in asked if _is_known(model, p)]
     edit = dl.edit(model, request, progress=False)
     cured = dl.edit(model, request, penalty=dl.SADR(gamma=gamma), progress=False)
     record: dict[str, Any] = {
@@ -82,7 +84,7 @@ def survey_case(model: dl.LensModel, case: Case, gamma: float) -> dict[str, Any]
             "edited": _prob(model, request.text, request.target_new, edit),
             "sadr": _prob(model, request.text, request.target_new, cured),
         },
-        "asked": len(probes_of(case)),
+        "asked": len(asked),
         "probes": [],
     }
     for probe in known:

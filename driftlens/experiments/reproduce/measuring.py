@@ -121,8 +121,10 @@ def _units(study: Study, arm: Arm, per_kind: int) -> list[dict[str, Any]]:
 def _of_case(
     study: Study, case: Case, arm: Arm, measure: Measure, per_kind: int
 ) -> Iterator[dict[str, Any]]:
+    separator = study.model.tokens.separator
     for metric, kind in KINDS.items():
-        about = [p for p in case.probes((metric,)) if case.request.subject in p.prompt]
+        probes = case.probes((metric,), separator)
+        about = [p for p in probes if case.request.subject in p.prompt]
         for probe in about[:per_kind]:
             found = measure(study.model, study.edit(case, arm), probe)
             yield {"case": case.id, "kind": kind, "prompt": probe.prompt, **found}
@@ -166,7 +168,7 @@ def with_lengths(study: Study, prompts: Sequence[dict[str, Any]]) -> list[dict[s
             "answer": count(probe.right), "new": count(case.request.target_new)
         }
         for case in study.cases
-        for probe in case.probes(tuple(KINDS))
+        for probe in case.probes(tuple(KINDS), study.model.tokens.separator)
     }  # fmt: skip
     return [{**p, "tokens": found[p["case"], p["prompt"]]} for p in prompts]
 
