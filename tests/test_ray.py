@@ -52,10 +52,14 @@ def cluster() -> Iterator[Any]:
     cluster = Cluster()
     for _ in range(2):
         cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    join(cluster)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+def join(cluster: Any) -> None:
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
 
 
 @pytest.fixture(scope="module")
@@ -240,11 +244,13 @@ def test_without_ray(model: dl.LensModel, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_ray_on_the_command_line(
     cluster: Any,
+    model: dl.LensModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Workers load the model by its name; results are those of a run in this process."""
+    """The run joins a cluster and leaves it; workers load the model by its name; results are those
+    of a run in this process."""
     from driftlens import cli
 
     folder, plan = tmp_path / "model", tmp_path / "slow.toml"
@@ -262,7 +268,15 @@ def test_ray_on_the_command_line(
         assert "| slow |" in capsys.readouterr().out
         return BenchResult(tmp_path / out)
 
-    spread = run("ray", "--executor", "ray", "--workers", "1", "--ray-address", cluster.address)
+    ray.shutdown()  # as in a process that knows of no cluster
+    try:
+        with pytest.raises(RequestError, match="cannot be reached at nowhere: .* leave the addr"):
+            RayExecutor(lambda: model, {}, address="nowhere")._connect()
+        spread = run("ray", "--executor", "ray", "--workers", "1", "--ray-address", cluster.address)
+        assert not ray.is_initialized()  # left as it was
+    finally:
+        join(cluster)
+    assert sum(node["Alive"] for node in ray.nodes()) == 2
     assert spread.is_complete and not spread.failed
     local = run("local")
     for arm, found in records(local).items():
