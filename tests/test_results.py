@@ -340,40 +340,62 @@ def test_page_says_what_else_was_asked():
 
 
 def test_page_says_what_else_was_asked_of_the_shipped_facts():
-    run = run_of("table3", "smollm2-135m")
-    rows = {
-        (row["arm"], row["metric"]): row
-        for row in result_rows("table3")
-        if (row["data"], row["model"]) == ("shipped facts", "smollm2-135m")
-    }
-    rate = {place: row["value"] for place, row in rows.items()}
     asked = ("alias", "reasoning", "commonsense")
-    assert {rows["rome", metric]["cases"] for metric in asked} == {32}
+    rate: dict[str, dict[tuple[str, str], float]] = {"smollm2-135m": {}, "gemma-3-270m": {}}
+    for row in result_rows("table3"):
+        if row["data"] == "shipped facts" and row["metric"] in asked:
+            assert row["cases"] == 32
+            rate[row["model"]][row["arm"], row["metric"]] = row["value"]
 
-    def ends(metric: str) -> str:
-        values = [rate[method, metric] for method in PAPERS]
-        return f"{min(values):.1f} to {max(values):.1f} % ({rate['unedited', metric]:.1f} before)"
+    def ends(model: str, metric: str) -> str:
+        found = rate[model]
+        values = [found[method, metric] for method in PAPERS]
+        return f"{min(values):.1f} to {max(values):.1f} % ({found['unedited', metric]:.1f} before)"
 
-    alias = [rate[method, "alias"] for method in (*PAPERS, "unedited")]
     text = flowing(PAGE)
+    small, gemma = rate.values()
+    alias = [small[method, "alias"] for method in (*PAPERS, "unedited")]
     assert (
-        "behind another name in {:.1f} % after ROME's edit, {:.1f} after MEMIT's and {:.1f} after "
-        "PMET's ({:.1f} before), finds what follows"
+        "SmolLM2 gives the new target behind another name in {:.1f} % after ROME's edit, {:.1f} "
+        "after MEMIT's and {:.1f} after PMET's ({:.1f} before), finds what follows"
     ).format(*alias) in text
-    assert f"likelier than the old answer in {ends('reasoning')}, and chooses" in text
-    assert f"chooses sense in {ends('commonsense')}; SADR moves none" in text
-    moved = [abs(rate[f"{m} + sadr", metric] - rate[m, metric]) for m in PAPERS for metric in asked]
+    assert f"the old answer in {ends('smollm2-135m', 'reasoning')}, and chooses" in text
+    assert f"chooses sense in {ends('smollm2-135m', 'commonsense')}. Gemma gives" in text
+    assert gemma["rome", "alias"] == gemma["pmet", "alias"]
+    alias = [gemma[method, "alias"] for method in ("rome", "memit", "unedited")]
+    assert (
+        "Gemma gives the new target behind another name in {:.1f} % after ROME's and PMET's edits "
+        "and {:.1f} after MEMIT's ({:.1f} before), finds what follows"
+    ).format(*alias) in text
+    assert f"finds what follows likelier in {ends('gemma-3-270m', 'reasoning')}, and" in text
+    (sense,) = {gemma[arm, metric] for arm, metric in gemma if metric == "commonsense"}
+    assert f"chooses sense in {sense:.1f} %, before and after." in text
+    moved = [
+        abs(found[f"{m} + sadr", metric] - found[m, metric])
+        for found in rate.values()
+        for m in PAPERS
+        for metric in asked
+    ]
     assert max(moved) == 100 / 32
     assert f"SADR moves none of these by more than {max(moved):.1f} points, one answer of" in text
-    prob = {row["arm"]: row["value"] for row in run["probabilities"] if row["metric"] == "ES"}
-    steps = {arm["name"]: arm["steps_per_edit"] for arm in run["arms"]}
-    assert steps["pmet"] == steps["pmet + sadr"] == 4
-    told = [f"from {prob[m]:.3f} to {prob[f'{m} + sadr']:.3f}" for m in PAPERS]
-    assert prob["pmet + sadr"] > prob["pmet"]
+
+
+def test_page_says_what_sadr_costs_by_probability():
+    told: dict[str, list[str]] = {}
+    steps: dict[str, dict[str, float]] = {}
+    for model in ("smollm2-135m", "gemma-3-270m"):
+        run = run_of("table3", model)
+        prob = {row["arm"]: row["value"] for row in run["probabilities"] if row["metric"] == "ES"}
+        assert prob["pmet + sadr"] > prob["pmet"]
+        told[model] = [f"from {prob[m]:.3f} to {prob[f'{m} + sadr']:.3f}" for m in PAPERS]
+        steps[model] = {arm["name"]: arm["steps_per_edit"] for arm in run["arms"]}
+    small, gemma = told.values()
     assert (
-        f"falls with SADR {told[0]} (ROME) and {told[1]} (MEMIT) on SmolLM2, and not with PMET "
-        f"({told[2]}), which stops after 4 steps in the median."
-    ) in text
+        f"falls with SADR {small[0]} (ROME) and {small[1]} (MEMIT) on SmolLM2, {gemma[0]} and "
+        f"{gemma[1]} on Gemma, and not with PMET ({small[2]} and {gemma[2]}), which stops after 4 "
+        "steps in the median (after 5 with SADR on Gemma)."
+    ) in flowing(PAGE)
+    assert [(found["pmet"], found["pmet + sadr"]) for found in steps.values()] == [(4, 4), (4, 5)]
 
 
 def test_what_is_said_of_the_shipped_facts_in_the_page_on_metrics():
