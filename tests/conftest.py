@@ -23,9 +23,9 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile("driftlens", deadline=None)  # a busy machine is no error
 settings.load_profile("driftlens")
 
-LONG = ("test_real_editors.py", "test_real_engines.py", "test_editors.py", "test_engines.py",
-        "test_ray.py", "test_documentation.py", "test_site.py", "test_bench.py",
-        "test_reproduce.py")  # fmt: skip
+LONG = ("test_real_reproduce.py", "test_notebooks.py", "test_real_editors.py",
+        "test_real_engines.py", "test_editors.py", "test_engines.py", "test_ray.py",
+        "test_documentation.py", "test_site.py", "test_bench.py", "test_reproduce.py")  # fmt: skip
 """Files of long tests: they begin first, so that no process is left alone with one."""
 
 
