@@ -10,10 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from driftlens.attention import head_name
 from driftlens.cases import METRICS
 from driftlens.evaluation import rate_cells, with_failures
 from driftlens.experiments.paper import TABLE_3
 from driftlens.intervals import with_interval
+
+NAMED_HEADS = 3
+"""How many heads a table names."""
 
 
 def told_markdown(record: Mapping[str, Any]) -> str:
@@ -118,6 +122,18 @@ def restored_markdown(record: Mapping[str, Any]) -> str:
     return _table(head, lines)
 
 
+def single_heads_markdown(record: Mapping[str, Any]) -> str:
+    """The heads whose original pattern, or values, bring back most of P(answer), in points, and
+    those that drift most to the subject."""
+    exchanges = [what for what in ("pattern", "values") if what in record["rows"][0]]
+    lines = []
+    for place, rows in _by(record, "data", "model", "kind"):
+        best = [_best_heads(rows, what, 100, 2) for what in exchanges]
+        drift = _best_heads(rows, "drift", 1, 3)
+        lines.append((*place, str(rows[0]["prompts"]), *best, drift))
+    return _table(["data", "model", "prompts", "number", *exchanges, "drift to the subject"], lines)
+
+
 def controlled_markdown(record: Mapping[str, Any]) -> str:
     """Table 1: success with the controls, the same prompts behind another sentence."""
     behind = ("lead-neighbour", "DNS", "RS", "lead-relation", "distract-relation")
@@ -162,6 +178,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "fig3": substituted_markdown,
     "fig4": correlated_markdown,
     "fig5": restored_markdown,
+    "heads": single_heads_markdown,
     "fig6": restricted_markdown,
     "fig7": restricted_markdown,
     "steps": restricted_markdown,
@@ -252,6 +269,20 @@ def _taken_off(row: Mapping[str, Any]) -> str:
     if row["taken off, %"] is None:
         return f"{row['without']:.3g}, {row['with']:.3g}"
     return with_interval(row["taken off, %"], row["low"], row["high"], digits=0, unit=" %")
+
+
+def _best_heads(rows: Sequence[Mapping[str, Any]], what: str, unit: float, digits: int) -> str:
+    """The heads with the largest values, which are given in a unit, with their intervals."""
+    best = sorted(rows, key=lambda row: row[what], reverse=True)[:NAMED_HEADS]
+    return "; ".join(
+        f"{head_name(row['layer'], row['head'])} "
+        + with_interval(
+            *(None if row[end] is None else unit * row[end]
+              for end in (what, f"{what} low", f"{what} high")),
+            digits=digits, sign="+",
+        )
+        for row in best
+    )  # fmt: skip
 
 
 def _share(row: Mapping[str, Any]) -> str:
