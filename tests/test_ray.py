@@ -270,8 +270,10 @@ def test_ray_on_the_command_line(
 
     ray.shutdown()  # as in a process that knows of no cluster
     try:
-        with pytest.raises(RequestError, match="cannot be reached at nowhere: .* leave the addr"):
-            RayExecutor(lambda: model, {}, address="nowhere")._connect()
+        for nowhere in ("nowhere", "127.0.0.1:1", "ray://localhost:1", "localhost:99999"):
+            text = f"cannot be reached at {nowhere}: .* leave the address out"
+            with pytest.raises(RequestError, match=text):
+                RayExecutor(lambda: model, {}, address=nowhere)._connect()
         spread = run("ray", "--executor", "ray", "--workers", "1", "--ray-address", cluster.address)
         assert not ray.is_initialized()  # left as it was
     finally:

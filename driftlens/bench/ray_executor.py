@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +19,9 @@ from driftlens.errors import DriftLensError, ModelError, RequestError, first_lin
 from driftlens.models import LensModel
 
 Record = dict[str, Any]
+
+KNOCK_SECONDS = 10
+"""How long a cluster's machine may take to answer."""
 
 
 @dataclass
@@ -184,15 +189,30 @@ class RayExecutor:
 
     def _connect(self) -> None:
         try:
+            self._knock()
             self._ray.init(
                 address=self._address, include_dashboard=False, log_to_driver=False,
                 logging_level="error",
             )  # fmt: skip
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
             raise RequestError(
-                f"Ray cannot be reached at {self._address or 'this machine'}: {error}.",
+                f"Ray cannot be reached at {self._address or 'this machine'}: {first_line(error)}.",
                 "Start a cluster (`ray start --head`), or leave the address out.",
             ) from error
+
+    def _knock(self) -> None:
+        """Find out soon whether anything listens at the address: Ray tries for minutes."""
+        host, _, port = (self._address or "").removeprefix("ray://").rpartition(":")
+        if not port.isdigit():  # none, "auto", or something that Ray refuses at once
+            return
+        names = [host.strip("[]")]
+        if names[0] in ("localhost", "127.0.0.1"):  # Ray takes the node's own address for it
+            names.append(self._ray.util.get_node_ip_address())
+        for name in names:
+            with suppress(OSError, OverflowError):
+                socket.create_connection((name, int(port)), timeout=KNOCK_SECONDS).close()
+                return
+        raise ConnectionError("nothing listens there")
 
     def _recover(
         self, lost: _Running, error: Exception, waiting: deque[_Part]
