@@ -304,22 +304,26 @@ def test_tables_of_what_is_inside() -> None:
         {"data": "facts", "model": "small", "kind": "relation", "prompts": 7, "layer": layer,
          "head": head, "pattern": 0.01 * layer, "pattern low": -0.02, "pattern high": None,
          "values": 0.002 * head, "values low": 0.0, "values high": 0.5,
+         "lost P(answer)": 0.05, "lost low": 0.025, "lost high": None,
          "drift": -0.1 * layer - 0.0125 * head, "drift low": -0.5, "drift high": 0.25}
         for layer in range(2) for head in range(3)
     ]  # fmt: skip
     table = tables.single_heads_markdown({"rows": heads}).splitlines()
     assert table[0] == (
-        "| data | model | prompts | number | pattern | values | drift to the subject |"
+        "| data | model | prompts | number | P(answer) lost | pattern | values | drift to the "
+        "subject |"
     )
     assert table[2:] == [
-        "| facts | small | relation | 7 | "
+        "| facts | small | relation | 7 | 5.00 [2.50, -] | "
         "L1H0 +1.00 [-2.00, -]; L1H1 +1.00 [-2.00, -]; L1H2 +1.00 [-2.00, -] | "
         "L0H2 +0.40 [+0.00, +50.00]; L1H2 +0.40 [+0.00, +50.00]; L0H1 +0.20 [+0.00, +50.00] | "
         "L0H0 +0.000 [-0.500, +0.250]; L0H1 -0.013 [-0.500, +0.250]; "
         "L0H2 -0.025 [-0.500, +0.250] |"
     ]
     only = [{key: value for key, value in row.items() if "values" not in key} for row in heads]
-    assert "| number | pattern | drift to the" in tables.single_heads_markdown({"rows": only})
+    assert "| P(answer) lost | pattern | drift to the" in tables.single_heads_markdown(
+        {"rows": only}
+    )
     table = tables.substituted_markdown({"rows": rows}).splitlines()
     assert table[0] == "| data | model | prompts | component | layers | P(answer) | P(new target) |"
     assert table[2:] == [

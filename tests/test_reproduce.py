@@ -212,10 +212,16 @@ def test_heads_are_patched_as_single_calls_patch_them(study: Study) -> None:
     info, kinds = study.model.info, measuring.KINDS
     assert len(rows) == len(kinds) * info.n_layers * info.n_heads
     found: dict[tuple[str, str], list[np.ndarray]] = {}
+    losses: dict[str, list[float]] = {}
     for case in study.cases:
         edit = dl.edit(study.model, case.request, "rome", progress=False)
         for metric, kind in kinds.items():
             about = [p for p in case.probes((metric,)) if case.request.subject in p.prompt]
+            asked = (study.model, about[0].prompt, [about[0].right])
+            before = dl.score_details(*asked)[about[0].right].prob
+            with edit.applied(study.model):
+                after = dl.score_details(*asked)[about[0].right].prob
+            losses.setdefault(kind, []).append(before - after)
             for what in ("pattern", "values", "both"):
                 gains = _gains_of_heads(study.model, edit, about[0], what)
                 found.setdefault((kind, what), []).append(gains)
@@ -245,6 +251,9 @@ def test_heads_are_patched_as_single_calls_patch_them(study: Study) -> None:
         gained = np.mean(found[kind, "values"], axis=0)
         expected = stats.spearmanr(drift[reached], gained[reached]).statistic
         told = said[kind]
+        lost = np.mean(losses[kind])
+        assert rows.loc[kind, "lost P(answer)"].to_numpy() == pytest.approx(lost, abs=1e-6)
+        assert f"{kind}: P(answer) lost {100 * lost:.2f} [" in "".join(finding.points)
         assert f"values {expected:z.2f} [" in told
 
 
@@ -271,11 +280,14 @@ def test_heads_are_correlated_by_rank_as_resampled_cases_are() -> None:
 
 def test_an_edit_without_drift_is_said_to_have_none() -> None:
     nothing = np.zeros((3, 2)).tolist()
-    prompts = [{"case": name, "heads": {"pattern": nothing, "drift": nothing}} for name in "ab"]
+    states = {"original": {"answer": 0.75}, "edited": {"answer": 0.5}}
+    heads = {"heads": {"pattern": nothing, "drift": nothing}}
+    prompts = [{"case": name, **states, **heads} for name in "ab"]
     rows = pd.DataFrame(single_heads._rows("relation", prompts))
     told = list(single_heads._told("relation", prompts, rows, 0))
-    assert told[0].startswith("relation, pattern: L0H0 +0.00 [+0.00, +0.00], ")
-    assert told[1:] == ["relation: no head drifts."]
+    assert told[0] == "relation: P(answer) lost 25.00 [25.00, 25.00] points."
+    assert told[1].startswith("relation, pattern: L0H0 +0.00 [+0.00, +0.00], ")
+    assert told[2:] == ["relation: no head drifts."]
 
 
 def _gains_of_heads(model: dl.LensModel, edit: dl.Edit, probe: Probe, exchange: Any) -> np.ndarray:

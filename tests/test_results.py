@@ -17,6 +17,7 @@ from driftlens.experiments import gather, many, sadr_search
 from driftlens.experiments.reproduce import EXPERIMENTS
 from driftlens.experiments.reproduce.editors import PAPERS
 from driftlens.experiments.survey import markdown, paired_markdown
+from driftlens.intervals import with_interval
 from driftlens.journal import digest
 from driftlens.readers import read_cases
 
@@ -124,7 +125,7 @@ def test_pictures_are_of_these_results():
         assert f"]({picture})" in README or f"](../{picture})" in PAGE
 
 
-NOT_GATHERED = {"fluency", "heads", "steps"}
+NOT_GATHERED = {"fluency", "steps"}
 
 
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - NOT_GATHERED))
@@ -204,6 +205,49 @@ def test_page_says_that_pmet_is_no_different_inside():
         f"{share['rome']}), and make the answer likelier than the new target on "
         "{} % of the prompts instead of {} % on relations (ROME: {} instead of {} %)."
     ).format(*likelier["pmet"], *likelier["rome"]) in text
+
+
+def test_page_and_readme_say_which_heads_bring_answers_back():
+    (run,) = json.loads((REPOSITORY / "assets/results/heads.json").read_text())["runs"]
+    assert (run["data"], run["model"]["name"]) == ("counterfact_wikidata_dev", "smollm2-135m")
+    own = {
+        kind: [row for row in result_rows("heads") if row["kind"] == kind]
+        for kind in ("distract neighbourhood", "relation")
+    }
+    near, about = own.values()
+    assert len(near) == len(about) == 270
+
+    def best(rows: list[dict[str, Any]], what: str) -> list[tuple[str, float]]:
+        ordered = sorted(rows, key=lambda row: row[what], reverse=True)
+        return [(f"L{row['layer']}H{row['head']}", row[what]) for row in ordered]
+
+    (first, most), (second, more), (_, next_most), *_ = best(near, "pattern")
+    drifting = [name for name, _ in best(near, "drift")[:3]]
+    assert (first, second) == ("L23H4", "L23H5")
+    assert drifting == ["L21H6", second, first]
+    text, lost = flowing(PAGE), 100 * near[0]["lost P(answer)"]
+    assert (
+        f"By its pattern {first} alone brings back {100 * most:.2f} of the {lost:.2f} points that "
+        f"P(answer) lost, {second} {100 * more:.2f}, and the next head {100 * next_most:.2f}."
+    ) in text
+    assert f"brings back {100 * dict(best(near, 'pattern'))['L21H6']:.2f}; over all heads" in text
+    told = next(point for point in run["points"] if "distract neighbourhood: over heads" in point)
+    pattern, values = re.findall(r"(?:pattern|values) (-?[\d.]+ \[.+?\])", told)
+    assert (
+        f"patterns bring back (Spearman {pattern}), and hardly with what values do ({values})"
+        in text
+    )
+    lost_about = with_interval(
+        *(100 * about[0][name] for name in ("lost P(answer)", "lost low", "lost high")),
+        digits=2, unit=" points",
+    )  # fmt: skip
+    assert f"next to nothing ({lost_about}), and no head" in text
+    assert f"more than {100 * best(about, 'pattern')[0][1]:.2f} by its pattern." in text
+    assert (
+        f"the original pattern of {first} alone brings back {100 * most:.2f} of the {lost:.2f} "
+        f"points of P(answer) that SmolLM2 lost, that of {second} {100 * more:.2f}, that of any "
+        f"other at most {100 * next_most:.2f}. Both are among the three heads"
+    ) in flowing(README)
 
 
 def test_page_says_of_substitution_and_drift_what_was_measured():

@@ -123,15 +123,18 @@ def restored_markdown(record: Mapping[str, Any]) -> str:
 
 
 def single_heads_markdown(record: Mapping[str, Any]) -> str:
-    """The heads whose original pattern, or values, bring back most of P(answer), in points, and
-    those that drift most to the subject."""
+    """What P(answer) lost, the heads whose original pattern, or values, bring back most of it, in
+    points, and those that drift most to the subject."""
     exchanges = [what for what in ("pattern", "values") if what in record["rows"][0]]
     lines = []
     for place, rows in _by(record, "data", "model", "kind"):
         best = [_best_heads(rows, what, 100, 2) for what in exchanges]
         drift = _best_heads(rows, "drift", 1, 3)
-        lines.append((*place, str(rows[0]["prompts"]), *best, drift))
-    return _table(["data", "model", "prompts", "number", *exchanges, "drift to the subject"], lines)
+        ends = (rows[0][f"lost {end}"] for end in ("P(answer)", "low", "high"))
+        lost = with_interval(*(None if end is None else 100 * end for end in ends), digits=2)
+        lines.append((*place, str(rows[0]["prompts"]), lost, *best, drift))
+    head = ["data", "model", "prompts", "number", "P(answer) lost", *exchanges]
+    return _table([*head, "drift to the subject"], lines)
 
 
 def controlled_markdown(record: Mapping[str, Any]) -> str:

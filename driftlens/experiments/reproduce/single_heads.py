@@ -94,8 +94,13 @@ def _grid(prompts: Sequence[dict[str, Any]], what: str) -> np.ndarray:
 
 
 def _rows(kind: str, prompts: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of each head, the mean of what it brings back and of its drift, with intervals."""
+    """Of each head, the mean of what it brings back and of its drift, with intervals, beside what
+    P(answer) lost."""
     cases = [p["case"] for p in prompts]
+    lost = np.array([p["original"]["answer"] - p["edited"]["answer"] for p in prompts])
+    low, high = interval_of(cases, lost)
+    common = {"lost P(answer)": float(lost.mean()), "lost low": low, "lost high": high}
+    common |= {"prompts": len(prompts)}
     grids = {what: _grid(prompts, what) for what in prompts[0]["heads"]}
     _, n_layers, n_heads = grids["drift"].shape
     for layer in range(n_layers):
@@ -105,7 +110,7 @@ def _rows(kind: str, prompts: Sequence[dict[str, Any]]) -> Iterator[dict[str, An
                 own = grid[:, layer, head]
                 row[what] = float(own.mean())
                 row[f"{what} low"], row[f"{what} high"] = interval_of(cases, own)
-            yield row | {"prompts": len(prompts)}
+            yield row | common
 
 
 def _told(
@@ -113,6 +118,9 @@ def _told(
 ) -> Iterator[str]:
     """The heads that bring back most, and whether those that drift do."""
     own = rows[rows["kind"] == kind]
+    names = ("lost P(answer)", "lost low", "lost high")
+    lost = with_interval(*(100 * own.iloc[0][name] for name in names), digits=2)
+    yield f"{kind}: P(answer) lost {lost} points."
     exchanges = [what for what in prompts[0]["heads"] if what != "drift"]
     for exchange in exchanges:
         best = own.nlargest(TOLD, exchange).to_dict("records")
