@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 import driftlens as dl
 from driftlens.assets import asset
 from driftlens.bench.units import COVARIANCE, content_digest
-from driftlens.cases import Case
+from driftlens.cases import Case, Metric
 from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import resolve_config
 from driftlens.errors import DataError, DriftLensError, RequestError
@@ -51,6 +51,14 @@ RESTORATIONS: dict[str, dict[str, Any]] = {
 """What of the original's attention is put back, in all layers and heads."""
 
 
+KINDS: dict[Metric, str] = {
+    "RS": "relation",
+    "distractor": "distractor",
+    "DNS": "distract neighbourhood",
+}
+"""Metrics that ask what the edit must not change, and what their prompts are called."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """One prompt whose answer the edit must not change."""
@@ -61,13 +69,11 @@ class Probe:
 
 
 def probes_of(case: Case, separator: str) -> list[Probe]:
-    """All prompts of a case that the edit must not change; the model's separator stands where
-    a space else would."""
-    edited = f"{case.request.text}{separator}{case.request.target_new}.{separator}"
+    """All prompts of a case that the edit must not change, as a benchmark asks them."""
     return [
-        *(Probe("relation", *query) for query in case.relations),
-        *(Probe("distractor", *query) for query in case.distractors),
-        *(Probe("distract neighbourhood", edited + p, a) for p, a in case.neighbours),
+        Probe(kind, probe.prompt, probe.right)
+        for metric, kind in KINDS.items()
+        for probe in case.probes((metric,), separator)
     ]
 
 

@@ -7,7 +7,7 @@ it in TABLES.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from driftlens.attention import head_name
@@ -131,7 +131,7 @@ def single_heads_markdown(record: Mapping[str, Any]) -> str:
         best = [_best_heads(rows, what, 100, 2) for what in exchanges]
         drift = _best_heads(rows, "drift", 1, 3)
         ends = (rows[0][f"lost {end}"] for end in ("P(answer)", "low", "high"))
-        lost = with_interval(*(None if end is None else 100 * end for end in ends), digits=2)
+        lost = with_interval(*_times(100, ends), digits=2)
         lines.append((*place, str(rows[0]["prompts"]), lost, *best, drift))
     head = ["data", "model", "prompts", "number", "P(answer) lost", *exchanges]
     return _table([*head, "drift to the subject"], lines)
@@ -264,7 +264,7 @@ def _correlations(row: Mapping[str, Any]) -> str:
 def _points(row: Mapping[str, Any], of: str = "P(answer)") -> str:
     ends = ("low", "high") if of == "P(answer)" else ("new low", "new high")
     found = (row[name] for name in (f"change of {of}", *ends))
-    return with_interval(*(None if end is None else 100 * end for end in found), sign="+")
+    return with_interval(*_times(100, found), sign="+")
 
 
 def _taken_off(row: Mapping[str, Any]) -> str:
@@ -276,16 +276,17 @@ def _taken_off(row: Mapping[str, Any]) -> str:
 
 def _best_heads(rows: Sequence[Mapping[str, Any]], what: str, unit: float, digits: int) -> str:
     """The heads with the largest values, which are given in a unit, with their intervals."""
-    best = sorted(rows, key=lambda row: row[what], reverse=True)[:NAMED_HEADS]
-    return "; ".join(
-        f"{head_name(row['layer'], row['head'])} "
-        + with_interval(
-            *(None if row[end] is None else unit * row[end]
-              for end in (what, f"{what} low", f"{what} high")),
-            digits=digits, sign="+",
-        )
-        for row in best
-    )  # fmt: skip
+    told = []
+    for row in sorted(rows, key=lambda row: row[what], reverse=True)[:NAMED_HEADS]:
+        found = _times(unit, (row[end] for end in (what, f"{what} low", f"{what} high")))
+        name = head_name(row["layer"], row["head"])
+        told.append(f"{name} {with_interval(*found, digits=digits, sign='+')}")
+    return "; ".join(told)
+
+
+def _times(unit: float, values: Iterable[float | None]) -> Iterator[float | None]:
+    """Values in a unit; what is not known stays so."""
+    return (None if value is None else unit * value for value in values)
 
 
 def _share(row: Mapping[str, Any]) -> str:
