@@ -305,6 +305,19 @@ def _gains_of_heads(model: dl.LensModel, edit: dl.Edit, probe: Probe, exchange: 
     return np.array([[one.patched.prob - one.edited.prob for one in row] for row in found])
 
 
+def test_prompts_are_joined_as_the_model_separates_words(study: Study, tmp_path: Path) -> None:
+    inner, tokenizer = study.model.hf_model, study.model.tokenizer
+    unspaced = dl.load_model(inner, tokenizer, name="tiny", separator="")
+    case = next(case for case in study.cases if case.neighbours)
+    one = replace(study, model=unspaced, cases=[case], out=tmp_path)
+    found, *_ = measuring.measured(one, "asked", lambda *_: {})
+    edited = f"{case.request.text}{case.request.target_new}."
+    assert [p["prompt"] for p in found if p["kind"] == measuring.KINDS["DNS"]] == [
+        f"{edited}{prompt}" for prompt, _ in case.neighbours[: measuring.PER_KIND]
+    ]
+    assert len(measuring.with_lengths(one, found)) == len(found)
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_windows_hold_every_layer(quick: bool) -> None:
     for n_layers in range(1, 90):
