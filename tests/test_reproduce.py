@@ -249,33 +249,52 @@ def test_heads_are_patched_as_single_calls_patch_them(study: Study) -> None:
         assert reached[2:].all()
         assert not reached[:2].any()
         gained = np.mean(found[kind, "values"], axis=0)
-        expected = stats.spearmanr(drift[reached], gained[reached]).statistic
         told = said[kind]
         lost = np.mean(losses[kind])
         assert rows.loc[kind, "lost P(answer)"].to_numpy() == pytest.approx(lost, abs=1e-6)
         assert f"{kind}: P(answer) lost {100 * lost:.2f} [" in "".join(finding.points)
-        assert f"values {expected:z.2f} [" in told
+        for name, measure in (("Pearson", stats.pearsonr), ("Spearman", stats.spearmanr)):
+            expected = measure(drift[reached], gained[reached]).statistic
+            (told,) = (p for p in finding.points if f"{kind}: over heads" in p and name in p)
+            assert f"values {expected:z.2f} [" in told
 
 
-def test_heads_are_correlated_by_rank_as_resampled_cases_are() -> None:
+def test_heads_are_chosen_on_some_cases_and_measured_on_others() -> None:
+    grids = np.zeros((4, 2, 3))
+    grids[[0, 2], 1, 2] = 0.5  # the best of the first and third case ...
+    grids[[1, 3], 1, 2] = 0.1, 0.3  # ... is worth 0.2 on the others
+    grids[[1, 3], 0, 0] = 0.9
+    prompts = [{"case": name, "heads": {"values": grid}}
+               for name, grid in zip("abcd", grids.tolist(), strict=True)]  # fmt: skip
+    told = single_heads._chosen_on_others(prompts, "values")
+    assert told.startswith("L1H2 +20.00 [+10.00, +30.00], L0H0 +90.00 [")
+    assert single_heads._chosen_on_others(prompts[:1], "values") == ""
+    # Of prompts of one case, all are on one side.
+    same = single_heads._chosen_on_others([prompts[0], *prompts], "values")
+    assert same.startswith("L1H2 +20.00 [+10.00, +30.00], ")
+
+
+@pytest.mark.parametrize("by_rank", [False, True])
+def test_heads_are_correlated_as_resampled_cases_are(by_rank: bool) -> None:
+    measure = stats.spearmanr if by_rank else stats.pearsonr
     rng = np.random.default_rng(5)
     drift = rng.normal(size=(20, 3, 2)) * np.array([0.0, 1.0, 1.0])[:, None]  # layer 0: no drift
     gained = drift + rng.normal(size=drift.shape)
     cases = [str(i // 2) for i in range(20)]
-    found = single_heads._rank_correlation(cases, drift, gained, 7)
+    found = single_heads._correlation(cases, drift, gained, 7, by_rank)
 
     def correlation(rows: np.ndarray) -> float:
         means = (grid[rows, 1:].mean(0).ravel() for grid in (drift, gained))
-        return float(stats.spearmanr(*means).statistic)
+        return float(measure(*means).statistic)
 
     chosen = np.random.default_rng(7).integers(0, 10, (2000, 10))
     drawn = [correlation(np.concatenate([[2 * c, 2 * c + 1] for c in row])) for row in chosen]
     expected = (correlation(np.arange(20)), *np.quantile(drawn, [0.025, 0.975]))
     assert found == pytest.approx(expected)
-    value, low, high = single_heads._rank_correlation(["a"] * 20, drift, gained, 0)
+    value, low, high = single_heads._correlation(["a"] * 20, drift, gained, 0, by_rank)
     assert value == pytest.approx(expected[0])
     assert np.isnan([low, high]).all()
-    assert np.isnan(single_heads._rank_correlation(cases, 0 * drift, gained, 0)).all()
+    assert np.isnan(single_heads._correlation(cases, 0 * drift, gained, 0, by_rank)).all()
 
 
 def test_an_edit_without_drift_is_said_to_have_none() -> None:
@@ -287,7 +306,10 @@ def test_an_edit_without_drift_is_said_to_have_none() -> None:
     told = list(single_heads._told("relation", prompts, rows, 0))
     assert told[0] == "relation: P(answer) lost 25.00 [25.00, 25.00] points."
     assert told[1].startswith("relation, pattern: L0H0 +0.00 [+0.00, +0.00], ")
-    assert told[2:] == ["relation: no head drifts."]
+    assert told[2].startswith(
+        "relation, pattern, chosen on half of the cases, on the others: L0H0 "
+    )
+    assert told[3:] == ["relation: no head drifts."]
 
 
 def _gains_of_heads(model: dl.LensModel, edit: dl.Edit, probe: Probe, exchange: Any) -> np.ndarray:

@@ -230,13 +230,25 @@ def test_page_and_readme_say_which_heads_bring_answers_back():
         f"By its pattern {first} alone brings back {100 * most:.2f} of the {lost:.2f} points that "
         f"P(answer) lost, {second} {100 * more:.2f}, and the next head {100 * next_most:.2f}."
     ) in text
-    assert f"brings back {100 * dict(best(near, 'pattern'))['L21H6']:.2f}; over all heads" in text
-    told = next(point for point in run["points"] if "distract neighbourhood: over heads" in point)
-    pattern, values = re.findall(r"(?:pattern|values) (-?[\d.]+ \[.+?\])", told)
     assert (
-        f"patterns bring back (Spearman {pattern}), and hardly with what values do ({values})"
-        in text
+        f"which drifts most, brings back {100 * dict(best(near, 'pattern'))['L21H6']:.2f}." in text
     )
+    told = {}
+    for measure in ("Pearson", "Spearman"):
+        (point,) = (p for p in run["points"]
+                    if "distract neighbourhood: over heads" in p and measure in p)  # fmt: skip
+        told[measure] = re.findall(r"(?:pattern|values) (-?[\d.]+ \[.+?\])", point)
+    (pattern, values), by_rank = told["Pearson"], told["Spearman"]
+    assert (
+        f"patterns bring back at {pattern} (Pearson), and with what values do at {values}." in text
+    )
+    assert "(Spearman {}, values {})".format(*by_rank) in text
+    (point,) = (p for p in run["points"]
+                if p.startswith("distract neighbourhood, pattern, chosen on half"))  # fmt: skip
+    halves = re.findall(rf"({first}|{second}) \+([\d.]+) \[\+([\d.]+), \+([\d.]+)\]", point)
+    assert [name for name, *_ in halves] == [first, second]
+    told_halves = [f"{value} [{low}, {high}]" for _, value, low, high in halves]
+    assert "bring back {} and {} on the other half".format(*told_halves) in text
     lost_about = with_interval(
         *(100 * about[0][name] for name in ("lost P(answer)", "lost low", "lost high")),
         digits=2, unit=" points",
@@ -246,7 +258,8 @@ def test_page_and_readme_say_which_heads_bring_answers_back():
     assert (
         f"the original pattern of {first} alone brings back {100 * most:.2f} of the {lost:.2f} "
         f"points of P(answer) that SmolLM2 lost, that of {second} {100 * more:.2f}, that of any "
-        f"other at most {100 * next_most:.2f}. Both are among the three heads"
+        f"other at most {100 * next_most:.2f}; chosen on half of the cases, they bring back "
+        "{} and {} on the other half.".format(*(value for _, value, *_ in halves))
     ) in flowing(README)
 
 

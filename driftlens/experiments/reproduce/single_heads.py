@@ -126,6 +126,8 @@ def _told(
         best = own.nlargest(TOLD, exchange).to_dict("records")
         named = ", ".join(f"{_name(row)} {_points(row, exchange)}" for row in best)
         yield f"{kind}, {exchange}: {named}."
+        if found := _chosen_on_others(prompts, exchange):
+            yield f"{kind}, {exchange}, chosen on half of the cases, on the others: {found}."
     cases, drift = [p["case"] for p in prompts], _grid(prompts, "drift")
     if not np.any(drift):
         yield f"{kind}: no head drifts."
@@ -137,22 +139,42 @@ def _told(
         for row in most
     )
     yield f"{kind}, drift to the subject: {named}."
-    told = [
-        f"{exchange} {with_interval(*found, digits=2)}"
-        for exchange in exchanges
-        for found in (_rank_correlation(cases, drift, _grid(prompts, exchange), seed),)
-    ]
-    yield (
-        f"{kind}: over heads, mean drift goes with what is brought back at (Spearman) "
-        f"{', '.join(told)}."
-    )
+    for name, by_rank in (("Pearson", False), ("Spearman", True)):
+        told = [
+            f"{exchange} {with_interval(*found, digits=2)}"
+            for exchange in exchanges
+            for found in (_correlation(cases, drift, _grid(prompts, exchange), seed, by_rank),)
+        ]
+        yield (
+            f"{kind}: over heads, mean drift goes with what is brought back at ({name}) "
+            f"{', '.join(told)}."
+        )
 
 
-def _rank_correlation(
-    cases: Sequence[str], drift: np.ndarray, gained: np.ndarray, seed: int
+def _chosen_on_others(prompts: Sequence[dict[str, Any]], what: str) -> str:
+    """The heads that bring back most on every second case, and what they bring back on the rest;
+    nothing of one case."""
+    names = list(dict.fromkeys(p["case"] for p in prompts))
+    if len(names) < 2:
+        return ""
+    choosing = set(names[::2])
+    chosen = _grid([p for p in prompts if p["case"] in choosing], what).mean(0)
+    rest = [p for p in prompts if p["case"] not in choosing]
+    cases, asked = [p["case"] for p in rest], _grid(rest, what)
+    told = []
+    for place in np.argsort(-chosen, axis=None, kind="stable")[:TOLD]:
+        layer, head = np.unravel_index(place, chosen.shape)
+        own = 100 * asked[:, layer, head]
+        found = with_interval(float(own.mean()), *interval_of(cases, own), digits=2, sign="+")
+        told.append(f"{head_name(int(layer), int(head))} {found}")
+    return ", ".join(told)
+
+
+def _correlation(
+    cases: Sequence[str], drift: np.ndarray, gained: np.ndarray, seed: int, by_rank: bool
 ) -> tuple[float, float, float]:
-    """Spearman's correlation over heads of two means over prompts, with its interval by bootstrap
-    over cases; of heads that the edit can reach, not a number where there is none.
+    """The correlation over heads of two means over prompts, with its interval by bootstrap over
+    cases; of heads that the edit can reach, not a number where there is none.
 
     Means of resampled cases are noisier than those of all, and noise correlates with nothing: the
     interval lies lower than the value, and need not hold it.
@@ -162,17 +184,18 @@ def _rank_correlation(
         drift: ``[prompt, layer, head]``
         gained: The same.
         seed: Of the bootstrap.
+        by_rank: Spearman's, which asks all heads alike, instead of Pearson's, which is that of the
+            few heads that stand out.
     """
     reached = np.abs(drift).max(0) > 0
     if not reached.any():
         return (float("nan"),) * 3
     weights = case_draws(cases, seed, 2000)
     of_weights = weights / weights.sum(-1, keepdims=True)
-    ranks = [
-        pd.DataFrame(of_weights @ values[:, reached]).rank(axis=1).to_numpy()
-        for values in (drift, gained)
-    ]
-    x, y = (r - r.mean(-1, keepdims=True) for r in ranks)
+    means = [of_weights @ values[:, reached] for values in (drift, gained)]
+    if by_rank:
+        means = [pd.DataFrame(mean).rank(axis=1).to_numpy() for mean in means]
+    x, y = (mean - mean.mean(-1, keepdims=True) for mean in means)
     spread = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
     found = np.divide((x * y).sum(-1), spread, out=np.full(len(x), np.nan), where=spread > 0)
     drawn = found[1:][np.isfinite(found[1:])]
