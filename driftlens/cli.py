@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -379,8 +380,6 @@ def _tell_what_is_missing(chosen: Any, wanted: int, setting: Any, everything: bo
         _note(f"There are {len(chosen)} cases, not {wanted}.")
     asked = {probe.metric for case in chosen for probe in case.probes(setting.metrics)}
     missing = [] if everything else [name for name in setting.metrics if name not in asked]
-    if "reference" in setting.texts and not any(case.references for case in chosen):
-        missing.append("reference")
     if missing:
         _note(f"No case has anything to ask for {', '.join(missing)}.")
 
@@ -880,15 +879,22 @@ def _stop(*_: Any) -> None:
     raise _Stopped
 
 
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning, without the line of code that it came from."""
+    _note(f"Warning: {message}")
+
+
 def main() -> None:
-    """Entry point: one line for an error, no traceback."""
+    """Entry point: one line for an error or a warning, no traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # a caller may have it ignored
         signal.signal(signal.SIGINT, _stop)
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            app()
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
     except _Stopped:

@@ -130,6 +130,25 @@ def read_cases(
     return CaseList(cases, skipped, source, chosen)
 
 
+def check_case(case: Case) -> None:
+    """Raise `RequestError` unless a case is one that can be written down and read back as it is:
+    a case made in Python may have an empty answer, or white space at an end that readers strip."""
+    try:
+        found = _case(DriftLens, case.to_record(), case.id)
+    except _NoCase as problem:
+        raise RequestError(
+            f"The case {case.id!r} cannot be kept: {problem.field}: {problem.reason}.",
+            "Mend that field.",
+        ) from None
+    for name, value in vars(case).items():
+        if getattr(found, name) != value:
+            raise RequestError(
+                f"The case {case.id!r} cannot be kept as it is: its {name} would be read back "
+                "otherwise.",
+                "Leave out white space at the ends of texts.",
+            )
+
+
 # --- records ----------------------------------------------------------------------------------
 
 

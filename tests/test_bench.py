@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -231,7 +232,7 @@ def test_texts_that_are_written_together_are_those_of_each_case(
     setting = Setting(("ES",), texts=("FL",), text_length=20)
     writing = [
         replace(cases[0], generation=("The Louvre is", "Paris")),
-        replace(cases[1], generation=("A beginning that is much longer than the text " * 2,)),
+        replace(cases[1], generation=(" ".join(["A beginning that is much longer than the text"] * 2),)),
         replace(cases[2], generation=("Mount Fuji is",)),
         cases[3],
     ]
@@ -250,7 +251,10 @@ def test_texts_that_are_written_together_are_those_of_each_case(
     assert calls == [3, 3]  # GRACE's adapters are applied one by one
     for arm in arms:
         told = found[arm.name]
-        assert "The prompt 'A beginning" in told[cases[1].id]["error"]
+        unwritten = told[cases[1].id]
+        assert unwritten["error"].startswith("texts: RequestError: The prompt 'A beginning")
+        assert "texts" not in unwritten
+        assert [answer["metric"] for answer in unwritten["answers"]] == ["ES"]  # all the same
         assert told[cases[3].id]["texts"] == {}
         for case in (writing[0], writing[2]):
             if arm.method is None:
@@ -299,7 +303,8 @@ def test_texts_are_told_beside_answers(
     assert means["FL"].value == pytest.approx(
         np.mean([told["ft"][case.id]["FL"] for case in writing[:2]])
     )
-    assert means["FL"].cases == 2
+    assert (means["FL"].cases, means["FL"].prompts) == (2, 2)
+    assert (means["perplexity"].cases, means["perplexity"].prompts) == (3, 24)
     geometric = np.exp(np.mean([np.log(t["perplexity"]) for t in told["ft"].values()]))
     assert means["perplexity"].value == pytest.approx(geometric)
     assert means["perplexity"].low <= geometric <= means["perplexity"].high
@@ -562,6 +567,16 @@ def test_bad_requests(
         run_bench(model, cases, [ARMS[0], ARMS[0]], tmp_path)
     with pytest.raises(RequestError, match="no penalty 'x'"):
         make_arms(model, ["ft-m"], ["x"])
+    for setting, problem in (
+        (Setting(()), "Nothing is asked of the cases"),
+        (Setting(texts=("FL",)), "No case has beginnings .*with_beginnings adds"),
+        (Setting(texts=("perplexity",), text_length=10**6), "Texts of 1000000 tokens are longer"),
+    ):
+        with pytest.raises(RequestError, match=problem):
+            bench(model, cases, tmp_path, setting=setting)
+    begun = [replace(cases[0], generation=("The Louvre is",))]
+    with pytest.warns(UserWarning, match="No case has references"):
+        bench(model, begun, tmp_path / "texts", setting=Setting(texts=("reference",)))
     edit = dl.edit(model, cases[0].request, "ft-m", config=QUICK, progress=False)
     with edit.applied(model), pytest.raises(ModelError, match="An edit is applied"):
         bench(model, cases, tmp_path)
@@ -579,6 +594,26 @@ def test_bad_requests(
         (tmp_path / PLAN).write_text(damaged)
         with pytest.raises(DataError, match="is damaged"):
             BenchResult(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"relations": (Cloze("It is", ""),)}, "'x' cannot be kept: relations.0.answer: it is em"),
+        ({"paraphrases": ("{} is in",)}, "cannot be kept: paraphrases.0: it holds {}"),
+        ({"paraphrases": ("\n\nQ: which city? A:",)}, "kept as it is: its paraphrases would be"),
+        ({"id": "x "}, "'x ' cannot be kept as it is: its id would be"),
+        ({"request": dl.EditRequest(" {} is in", "It", "Rome", "Paris")}, "its request would be"),
+        ({"request": dl.EditRequest("{} is in", "It", "Rome", "Rome")}, "it is the true answer"),
+    ],
+)
+def test_a_case_that_its_file_could_not_hold_is_refused_before_the_work(
+    model: dl.LensModel, tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
+    fine = Case("x", dl.EditRequest("{} is in", "It", "Rome", "Paris"))
+    with pytest.raises(RequestError, match=re.escape(problem)):
+        bench(model, [replace(fine, **change)], tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_files_of_different_runs(
@@ -788,7 +823,8 @@ def test_bench_on_the_command_line(
     ]
     more = ["--out", str(tmp_path / "c"), "--data", str(data), "--skip-bad", "--cases", "1"]
     shown = run(*more, "--metrics", "ES,alias,reasoning", "--texts", "FL,reference")
-    assert "No case has anything to ask for alias, reasoning, reference." in notes[-1]
+    assert "No case has anything to ask for alias, reasoning." in notes[-1].splitlines()
+    assert "Warning: No case has references to compare texts with." in notes[-1].splitlines()
     assert "--split held-back" in notes[-1]
     data.write_text(json.dumps(held_back[0].to_record()) + "\n{}\n")
     run(*more, "--metrics", "ES")

@@ -32,6 +32,7 @@ from driftlens.evaluation import (
     rates,
     with_failures,
 )
+from driftlens.generation import PERPLEXITY_TEXTS
 from driftlens.intervals import bootstrap_interval
 from driftlens.journal import Journal, total
 from driftlens.readers import read_cases
@@ -162,16 +163,23 @@ class BenchResult:
         The mean perplexity is geometric: that of the logarithms.
         """
         found: dict[TextMetric, Rate] = {}
-        told = [record["texts"] for record in self._of(arm).values() if "texts" in record]
+        told = {
+            case: record["texts"] for case, record in self._of(arm).items() if "texts" in record
+        }
         for metric in TEXT_METRICS:
-            values = np.array([texts[metric] for texts in told if metric in texts], dtype=float)
+            own = {case: texts[metric] for case, texts in told.items() if metric in texts}
+            values = np.array([*own.values()], dtype=float)
             if not len(values):
                 continue
+            written = sum(
+                PERPLEXITY_TEXTS if metric == "perplexity" else len(self.cases[case].generation)
+                for case in own
+            )
             is_geometric = metric == "perplexity"
             values = np.log(values) if is_geometric else values
             ends = [values.mean(), *bootstrap_interval(values, np.ones_like(values))]
             mean, low, high = (float(np.exp(v) if is_geometric else v) for v in ends)
-            found[metric] = Rate(mean, low, high, len(values), len(values))
+            found[metric] = Rate(mean, low, high, written, len(values))
         return found
 
     def compare(

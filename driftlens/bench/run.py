@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,8 +28,10 @@ from driftlens.bench.units import (
 )
 from driftlens.cases import Case
 from driftlens.errors import DataError, ModelError, RequestError
+from driftlens.generation import are_written
 from driftlens.journal import Journal
 from driftlens.models import LensModel
+from driftlens.readers import check_case
 from driftlens.records import versions, write_result
 
 
@@ -60,12 +63,15 @@ def run_bench(
         progress: Whether to show a bar with the time to go.
 
     Raises:
-        RequestError: If there is nothing to run, or two arms or cases have one name.
+        RequestError: If there is nothing to run, or nothing is asked; if two arms or cases have
+            one name; if a case could not be read back from its file; or if texts have no
+            beginnings, or are to be longer than the model's context.
         ModelError: If an edit is applied to the model, or its weights changed on the way.
         DataError: If the folder cannot be written, or another run is writing to it.
     """
     setting = Setting() if setting is None else setting
     _check(model, cases, arms)
+    _check_asked(model, cases, setting)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +120,28 @@ def _check(model: LensModel, cases: Sequence[Case], arms: Sequence[Arm]) -> None
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise RequestError(f"Two {what} are called {twice[0]!r}.", "Give each its own name.")
+    for case in cases:
+        check_case(case)
+
+
+def _check_asked(model: LensModel, cases: Sequence[Case], setting: Setting) -> None:
+    """What a setting asks must be there, before hours are spent on edits."""
+    if not setting.metrics and not setting.texts:
+        raise RequestError("Nothing is asked of the cases.", "Give metrics, or measures of texts.")
+    if "FL" in setting.texts and not any(case.generation for case in cases):
+        raise RequestError(
+            "No case has beginnings of texts (generation), so that FL cannot be told.",
+            "Give some; driftlens.cases.with_beginnings adds the project's own.",
+        )
+    if "reference" in setting.texts and not any(are_written(c, ("reference",)) for c in cases):
+        warnings.warn("No case has references to compare texts with.", stacklevel=3)
+    length = setting.text_length
+    if setting.texts and length > model.info.n_ctx:
+        raise RequestError(
+            f"Texts of {length} tokens are longer than the {model.info.n_ctx} of "
+            f"{model.info.name}.",
+            "Give a smaller text_length.",
+        )
 
 
 def _jobs(

@@ -340,7 +340,8 @@ def _asked(
 def _told(
     model: LensModel, case: Case, setting: Setting, written: list[str] | None
 ) -> dict[str, Any]:
-    """Answers and texts of the model as it is now.
+    """Answers and texts of the model as it is now; without texts, an ``error`` beside the answers
+    if they cannot be written.
 
     Args:
         written: The texts, if they have been written already.
@@ -348,10 +349,15 @@ def _told(
     found: dict[str, Any] = {
         "answers": [a.to_dict() for a in answers(model, case, setting.metrics)]
     }
-    texts = measure_texts(
-        model, case, setting.texts, setting.text_length, setting.seed, written
-    )  # fmt: skip
-    return found | ({"texts": texts} if setting.texts else {})
+    if not setting.texts:
+        return found
+    try:
+        texts = measure_texts(
+            model, case, setting.texts, setting.text_length, setting.seed, written
+        )  # fmt: skip
+    except FAILURES as error:  # the answers are told all the same
+        return found | {"error": f"texts: {reason(error)}"}
+    return found | {"texts": texts}
 
 
 class Executor(Protocol):
