@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -349,8 +349,15 @@ def _executor(
         return None
     from driftlens.bench.ray_executor import RayExecutor
 
-    load = functools.partial(_load, model, device)
+    load = functools.partial(_load_for_worker, model, device)
     return RayExecutor(load, lens.identity(), workers=workers, address=address)
+
+
+def _load_for_worker(name: str, device: str | None) -> Any:
+    """On the worker's GPU, if it was given one."""
+    import torch
+
+    return _load(name, device or ("cuda" if torch.cuda.is_available() else None))
 
 
 def _note(text: object) -> None:
@@ -358,26 +365,35 @@ def _note(text: object) -> None:
     print(text, file=sys.stderr)
 
 
+def _listed(given: str) -> list[str]:
+    """Names that stand with commas between them."""
+    return [name for part in given.split(",") if (name := part.strip())]
+
+
 def _named(given: str, known: Mapping[Any, str], what: str) -> Any:
     """Names from a list with commas, in the known order; ``all`` stands for all of them."""
-    names = list(known) if given == "all" else [name for name in given.split(",") if name]
+    names = list(known) if given == "all" else _listed(given)
     for name in names:
         if name not in known:
             raise RequestError(f"There is no {what} {name!r}.", f"Choose of {', '.join(known)}.")
     return tuple(name for name in known if name in names)
 
 
-def _tell_what_is_missing(chosen: Any, wanted: int, setting: Any, everything: bool) -> None:
+def _tell_of_fewer(chosen: Any, wanted: int | None) -> None:
+    if wanted is not None and len(chosen) < wanted:
+        _note(f"There are {len(chosen)} cases, not {wanted}.")
+
+
+def _tell_what_is_missing(chosen: Any, wanted: int | None, setting: Any, everything: bool) -> None:
     """What was asked for and is not in the data.
 
     Args:
         chosen: The cases.
-        wanted: How many were asked for.
+        wanted: How many were asked for, if that was said.
         setting: What is asked of them.
         everything: Whether all metrics are, so that nobody expects each of them.
     """
-    if len(chosen) < wanted:
-        _note(f"There are {len(chosen)} cases, not {wanted}.")
+    _tell_of_fewer(chosen, wanted)
     asked = {probe.metric for case in chosen for probe in case.probes(setting.metrics)}
     missing = [] if everything else [name for name in setting.metrics if name not in asked]
     if missing:
@@ -405,7 +421,9 @@ def bench(
         str,
         typer.Option(help="'all', 'held-back' (not for tuning) or 'tuning': a quarter, by hash."),
     ] = "all",
-    cases: Annotated[int, typer.Option(help="How many of them.")] = 200,
+    cases: Annotated[
+        int | None, typer.Option(help="How many of them; 200, or all if there are fewer.")
+    ] = None,
     metrics: Annotated[
         str, typer.Option(help="What is asked, e.g. 'ES,PS,NS,RS,DNS', or 'all'.")
     ] = "all",
@@ -447,9 +465,9 @@ def bench(
     splits = {"all": found, "tuning": tuning, "held-back": held_back}
     if split not in splits:
         raise RequestError(f"There is no split {split!r}.", f"Choose one of {', '.join(splits)}.")
-    if cases < 1:
+    if cases is not None and cases < 1:
         raise RequestError(f"--cases is {cases}.", "Give at least 1.")
-    chosen = balanced(splits[split], cases)
+    chosen = balanced(splits[split], 200 if cases is None else cases)
     setting = Setting(
         metrics=_named(metrics, ALL_METRICS, "metric"),
         seed=seed,
@@ -464,8 +482,8 @@ def bench(
     _tell_what_is_missing(chosen, cases, setting, metrics == "all")
     lens = _load(model, device, quiet)
     runs = _executor(executor, lens, model, device, workers, ray_address)
-    named = list(METHODS) if methods == "all" else [m for m in methods.split(",") if m]
-    arms = make_arms(lens, named, [p for p in penalties.split(",") if p])
+    named = list(METHODS) if methods == "all" else _listed(methods)
+    arms = make_arms(lens, named, _listed(penalties))
     for path in config or []:
         plan = dl.read_config(path)
         method = plan.method or "rome"
@@ -557,6 +575,14 @@ def reproduce(
     method: Annotated[
         str, typer.Option(help="The editor of fig3 to fig6, heads, rules and rivals.")
     ] = "rome",
+    config: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--config",
+            help="A TOML file with an editor's hyperparameters, and SADR, instead of the model's "
+            "defaults; may be repeated.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampled contexts.")] = 0,
     retry_failed: Annotated[bool, typer.Option(help="Try again what failed before.")] = False,
     device: DeviceOption = None,
@@ -584,9 +610,11 @@ def reproduce(
         held_back = _read_cases(asset("facts.jsonl"))
     else:
         _, held_back = tuning_split(_read_cases(data, data_format, skip_bad))
+    chosen = balanced(held_back, wanted)
+    _tell_of_fewer(chosen, cases)
     study = Study(
         _load(model, device, quiet),
-        balanced(held_back, wanted),
+        chosen,
         out,
         data="shipped facts" if data is None else data.stem,
         quick=quick,
@@ -595,6 +623,7 @@ def reproduce(
         progress=not quiet,
         command=" ".join(["driftlens", *sys.argv[1:]]),
         method=method,
+        plans=_plans(config or []),
     )
     for finding in run(study, experiments):
         lines = [finding.summary, *finding.points, f"The paper: {finding.paper}"]
@@ -714,6 +743,20 @@ def _read_cases(source: Path, data_format: str | None = None, skip_bad: bool = F
     for skipped in found.skipped:
         _note(skipped)
     return list(found)
+
+
+def _plans(paths: Sequence[Path]) -> dict[str, Any]:
+    """Plans by editor."""
+    import driftlens as dl
+
+    found: dict[str, Any] = {}
+    for path in paths:
+        plan = dl.read_config(path)
+        if plan.method is None or plan.method in found:
+            what = "names no method" if plan.method is None else f"is a second one of {plan.method}"
+            raise RequestError(f"The configuration {path} {what}.", "Give one for each editor.")
+        found[plan.method] = plan
+    return found
 
 
 def _load(name: str, device: str | None = None, quiet: bool = False) -> LensModel:

@@ -170,13 +170,16 @@ def _records(source: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"The cases {source} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"The cases {source} are no UTF-8 text: {error.reason}.") from error
-    if source.suffix == ".jsonl":
-        for number, line in enumerate(filter(str.strip, text.split("\n"))):
-            yield number, _loads(line)
+    lines = [line for line in text.split("\n") if line.strip()]
+    if source.suffix in (".jsonl", ".ndjson"):
+        yield from enumerate(map(_loads, lines))
         return
     content = _loads(text)
     if isinstance(content, _Unreadable):
-        raise DataError(f"The cases {source} are no JSON: {content.reason}.")
+        if len(lines) > 1 and all(isinstance(_loads(line), dict) for line in lines):
+            yield from enumerate(map(_loads, lines))  # JSON lines under another name
+            return
+        raise DataError(f"The cases {source} cannot be read: {content.reason}.")
     if not isinstance(content, list):
         raise DataError(f"The cases {source} are no list of records.")
     yield from enumerate(content)
@@ -188,7 +191,7 @@ def _loads(text: str) -> Any:
     except ValueError as error:
         return _Unreadable(f"no JSON, {error}")
     except RecursionError:
-        return _Unreadable("nested too deeply")
+        return _Unreadable("no JSON, nested too deeply")
 
 
 def _named_once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -441,6 +444,15 @@ class _KnowEditQuery(pydantic.BaseModel):
         return Cloze(self.prompt, self.ground_truth)
 
 
+def _none_is_nothing(value: Any) -> Any:
+    """A group that is null, or holds null, as some files have it, has no prompts."""
+    if value is None:
+        return {}
+    if isinstance(value, dict):
+        return {name: [] if group is None else group for name, group in value.items()}
+    return value
+
+
 class _Groups(pydantic.BaseModel):
     """Prompts by what they ask for."""
 
@@ -485,8 +497,10 @@ class KnowEdit(_Schema):
             validation_alias=pydantic.AliasChoices("rephrase", "rephrase_prompt"),
         ),
     ] = None
-    portability: _Portability = _Portability()
-    locality: _Locality = _Locality()
+    portability: Annotated[_Portability, pydantic.BeforeValidator(_none_is_nothing)] = (
+        _Portability()
+    )
+    locality: Annotated[_Locality, pydantic.BeforeValidator(_none_is_nothing)] = _Locality()
 
     @pydantic.model_validator(mode="before")
     @classmethod

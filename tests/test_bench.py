@@ -232,7 +232,9 @@ def test_texts_that_are_written_together_are_those_of_each_case(
     setting = Setting(("ES",), texts=("FL",), text_length=20)
     writing = [
         replace(cases[0], generation=("The Louvre is", "Paris")),
-        replace(cases[1], generation=(" ".join(["A beginning that is much longer than the text"] * 2),)),
+        replace(
+            cases[1], generation=(" ".join(["A beginning that is much longer than the text"] * 2),)
+        ),
         replace(cases[2], generation=("Mount Fuji is",)),
         cases[3],
     ]

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -580,6 +581,7 @@ def test_many_facts_at_once_and_in_a_row(
         target = many.run(model, cases, ["ft-m", "grace"], tmp_path, data=cases.source)
     result = json.loads(target.read_text())
     digest = hashlib.sha256((tmp_path / "data.json").read_bytes()).hexdigest()
+    assert "--model tiny --data data.json --facts 2 --methods ft-m grace" in result["command"]
     assert result["data"] == {"name": "data.json", "sha256": digest}
     assert [(r["method"], r["way"]) for r in result["rows"]] == [
         (None, "unedited"), ("ft-m", "batch"), ("ft-m", "sequence"), ("grace", "sequence")
@@ -652,6 +654,58 @@ def test_tuning_is_recorded(model: dl.LensModel, tmp_path: Path, monkeypatch: An
     again = tuning.Search(model, "ft-m", cases, tmp_path)
     assert again.best() == best
     assert len((tmp_path / "tuning-tiny-ft-m.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_trial_that_failed_is_tried_again_if_asked_for(
+    model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = read_cases(write(tmp_path / "data.json", RECORD))
+    config = dl.FtConfig(layer=1, steps=2)
+    calls: list[int] = []
+
+    def failing(model: Any, job: Any, *_: Any) -> Any:
+        calls.append(1)
+        yield job.cases[0], {"error": "OutOfMemoryError: too little"}
+
+    ran = tuning.run_job
+    monkeypatch.setattr(tuning, "run_job", failing)
+    search = tuning.Search(model, "ft-m", cases, tmp_path)
+    assert "too little" in search.trial(config)["error"]
+    monkeypatch.setattr(tuning, "run_job", ran)
+    kept = tuning.Search(model, "ft-m", cases, tmp_path)
+    assert "too little" in kept.trial(config)["error"]
+    again = tuning.Search(model, "ft-m", cases, tmp_path, retry_failed=True)
+    assert again.trial(config)["rates"]["ES"] >= 0
+    # Once in a call: what fails again is not tried for each question that needs it.
+    monkeypatch.setattr(tuning, "run_job", failing)
+    anew = tuning.Search(model, "ft-m", cases, tmp_path / "anew", retry_failed=True)
+    calls.clear()
+    for _ in range(2):
+        assert "too little" in anew.trial(config)["error"]
+    assert len(calls) == 1
+
+
+def test_what_a_search_found_is_written_for_others_to_take(
+    model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data = write(tmp_path / "data.json", RECORD)
+    asked: list[str | None] = []
+    monkeypatch.setattr(dl, "load_model", lambda name, device: asked.append(device) or model)
+    monkeypatch.setattr(tuning, "tuning_split", lambda cases: (cases, []))
+    best = dl.FtConfig(layer=1, steps=2)
+    monkeypatch.setattr(tuning.Search, "best", lambda self: best)
+    monkeypatch.setattr(tuning.Search, "best_gamma", lambda self, config: 0.25)
+    options = ["tuning", "--data", str(data), "--methods", "ft-m", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*options, "--device", "cpu"])
+    tuning.main()
+    assert asked == ["cpu"]
+    target = tmp_path / "tuned-tiny-ft-m.toml"
+    assert f"gamma 0.25; wrote {target}, for --config" in capsys.readouterr().out
+    plan = dl.read_config(target)
+    assert (plan.method, plan.penalties) == ("ft-m", (dl.SADR(gamma=0.25),))
+    (arm,) = make_arms(model, ["ft-m"], ["sadr"], {"ft-m": plan})[1:]
+    assert (arm.config, arm.penalties) == (best, plan.penalties)
 
 
 @pytest.mark.parametrize(

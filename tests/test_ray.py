@@ -157,11 +157,12 @@ def test_the_case_that_workers_die_of_is_found(model: dl.LensModel, cases: Any) 
     first, second, third, fourth = cases[:4]
     assert die(job, first) == []  # another worker does the rest
     assert [j.missing for j in part.jobs] == [{c.id for c in (second, third, fourth)}]
-    assert die(part.jobs[0], second) == []  # two died of it: case by case
+    assert die(part.jobs[0], second) == []  # two died of it: case by case, each with two attempts
     assert [j.missing for j in part.jobs] == [{third.id}, {fourth.id}]
     assert all(j.cases == job.cases for j in part.jobs)
+    assert die(part.jobs[0]) == []
     [(_, case, record)] = die(part.jobs[0])
-    assert (case, record) == (third, {"error": "3 workers died of it: gone"})
+    assert (case, record) == (third, {"error": "2 workers died of it: gone"})
     assert [j.missing for j in part.jobs] == [{fourth.id}]
     assert die(part.jobs[0]) == []  # counted from anew
     assert len(die(part.jobs[0])) == 1
@@ -186,6 +187,43 @@ def test_what_workers_may_differ_in(model: dl.LensModel) -> None:
     assert worker(device="cuda")._prepare().model is model
     with pytest.raises(ModelError, match="in separator, tokenizer"):
         worker(tokenizer="other", separator="")._prepare()
+
+
+def test_a_worker_does_not_leave_its_gpu_unused(model: dl.LensModel) -> None:
+    identity, threads = model.identity(), torch.get_num_threads()
+    idle = ray_executor._Worker(lambda: model, identity, threads, Setting(), gpus=0.5)
+    with pytest.raises(ModelError, match=r"given a GPU, and its model is on the CPU.*device=.cuda"):
+        idle._prepare()
+
+
+def test_workers_on_the_command_line_load_onto_their_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from driftlens import cli
+
+    asked: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(cli, "_load", lambda name, device: asked.append((name, device)))
+    for has_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        cli._load_for_worker("m", None)
+        cli._load_for_worker("m", "cuda:1")
+    assert asked == [("m", None), ("m", "cuda:1"), ("m", "cuda"), ("m", "cuda:1")]
+
+
+def test_another_cluster_than_the_joined_one_is_refused(cluster: Any, model: dl.LensModel) -> None:
+    executor = RayExecutor(lambda: model, {}, address="10.0.0.1:1", threads=1)
+    with pytest.raises(
+        RequestError, match=r"has joined the Ray cluster at .* not that at 10.0.0.1"
+    ):
+        list(executor.run([], Setting()))
+
+
+def test_workers_that_hand_over_nothing_are_told(
+    model: dl.LensModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = RayExecutor(lambda: model, {}, threads=1)
+    answers = [([], ["a"]), (["a"], [])]
+    monkeypatch.setattr(executor._ray, "wait", lambda *_, **__: answers.pop(0))
+    with pytest.warns(UserWarning, match="No worker has handed over anything for 300 seconds"):
+        assert executor._first_of(["a"]) == "a"
 
 
 def test_workers_without_room_are_refused(model: dl.LensModel) -> None:

@@ -283,7 +283,8 @@ def test_a_line_that_is_no_json(tmp_path: Path) -> None:
         (b"{}", "no list"),
         (b"[]", "format of .* is unknown"),
         (b'[{"a": 1}]', "format of .* is unknown"),
-        (b"[" * 100_000, "no JSON: nested too deeply"),
+        (b"[" * 100_000, "no JSON, nested too deeply"),
+        (b'{"a": 1}\n{"a": ', "cannot be read: no JSON, Extra data"),
         (b"\xff\xfe", "no UTF-8"),
         (b'[{"requested_rewrite": 1, "rewrite": 2}, 3]', "requested_rewrite"),
     ],
@@ -295,6 +296,22 @@ def test_files_that_hold_no_cases(content: bytes, message: str, tmp_path: Path) 
         read_cases(path, strict=False)
     with pytest.raises(DataError, match=message):
         read_cases(path)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.ndjson", "data.jsonl"])
+def test_lines_of_json_under_another_name(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, RECORDS["zsre"], RECORDS["zsre"], name="other.jsonl")
+    assert len(path.read_text().splitlines()) == 2
+    renamed = path.rename(tmp_path / name)
+    assert [case.id for case in read_cases(renamed)] == ["data-0", "data-1"]
+
+
+def test_groups_of_knowedit_may_be_null(tmp_path: Path) -> None:
+    record = RECORDS["knowedit"]
+    for changed in ({"portability": None}, {"portability": {"Reasoning": None}, "locality": None}):
+        (case,) = read_cases(write(tmp_path, {**record, **changed}))
+        assert not case.reasoning and not case.aliases
+        assert bool(case.relations) == ("locality" not in changed)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

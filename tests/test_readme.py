@@ -100,10 +100,11 @@ def test_readme_says_in_short_what_was_measured():
                 for metric in ("ES", "PS")]  # fmt: skip
 
     assert (
-        f"(ES {theirs('rome', 'ES'):.1f}), and on other questions about the subject the right "
-        f"answer is likelier than the new target {theirs('rome', 'RS'):.1f} instead of "
-        f"{theirs('unedited', 'RS'):.1f} % of the time (RS)."
+        "and on other questions about the subject the right answer is likelier than the new "
+        f"target on {theirs('rome', 'RS'):.1f} % of the prompts, on "
+        f"{theirs('unedited', 'RS'):.1f} % before the edit (RS)."
     ) in text
+    assert f"(ES {theirs('rome', 'ES'):.1f}; greedy decoding" in text
     assert (
         f"from {theirs('unedited', 'NS'):.1f} (NS) to {theirs('unedited', 'DNS'):.1f} (DNS), ROME "
         f"then takes it to {theirs('rome', 'DNS'):.1f}."
@@ -126,8 +127,8 @@ def test_readme_says_in_short_what_was_measured():
     more = 100 * (success[strong, "RS"] / success[plain, "RS"] - 1)
     paid = [success[plain, metric] - success[strong, metric] for metric in ("ES", "PS")]
     assert (
-        f"(four times that gamma {more:.0f} % with ROME on SmolLM2, for {paid[0]:.1f} points of ES "
-        f"and {paid[1]:.1f} of PS)"
+        f"(with four times that gamma {more:.0f} % with ROME on SmolLM2, for {paid[0]:.1f} points "
+        f"of ES and {paid[1]:.1f} of PS)"
     ) in text
     prob = {
         (run["model"]["name"], row["arm"]): row["value"]
@@ -150,13 +151,16 @@ def test_readme_says_in_short_what_was_measured():
         for before, edited, held in (states[:3], states[3:])
     }
     assert back == {"5"} and "of which SADR gives back 5 %" in page
-    known = {
-        (model, kind): round(100 * counts["known"] / counts["asked"])
-        for model in ("smollm2-135m", "gemma-3-270m")
-        for kind, counts in json.loads(
-            (REPOSITORY / f"assets/results/known-{model}.json").read_text()
-        )["summary"].items()
-    }
+    known: dict[tuple[str, str], int] = {}
+    for run in result_runs("table3"):
+        if run["data"] == "shipped facts":
+            model = run["model"]["name"]
+            path = REPOSITORY / f"assets/results/known-{model}.json"
+            facts = {fact["id"]: fact for fact in json.loads(path.read_text())["facts"]}
+            for kind in ("relations", "neighbours"):
+                own = [facts[case][kind] for case in run["cases"]]
+                given, asked = (sum(one[part] for one in own) for part in ("known", "asked"))
+                known[model, kind] = round(100 * given / asked)
     assert f"(greedy decoding gives {known['smollm2-135m', 'relations']} % of these" in text
     assert (
         "greedy decoding gives {} % of the relations' answers and {} % of the neighbours' on "
@@ -231,9 +235,16 @@ def test_readme_says_in_short_what_sadr_takes_off():
         f"{min(rows):.0f} to {max(rows):.0f} % off the divergence of whole rows, with ROME, MEMIT "
         f"and PMET; {min(damage):.0f} to {max(damage):.0f} % off the answers that the new target "
         f"overtakes; and {min(rise):.0f} to {max(rise):.0f} % off the rise of the new target "
-        "elsewhere with ROME and MEMIT, nothing of it with PMET."
+        "elsewhere with ROME and MEMIT."
     ) in flowing(README)
     assert all(high < 10 for high in of_pmet)
+    (about,) = (row for row in risen if (row["method"], row["kind"]) == ("pmet", "relation"))
+    assert (
+        f"more on relations, not less (by {about['with']:.4f} instead of {about['without']:.4f})."
+    ) in flowing(README)
+    overtaken = [row for row in result_rows("cure")
+                 if (row["method"], row["measure"]) == ("pmet", "answers overtaken")]  # fmt: skip
+    assert all(row["low"] < 0 < row["high"] for row in overtaken)
 
 
 def test_readme_says_in_short_what_the_search_found():
@@ -261,7 +272,7 @@ def test_readme_says_in_short_what_the_search_found():
         f"{interval} for {paid['ES']:.1f} points of ES and {paid['PS']:.1f} of PS (the interval of "
         f"the first reaches {-lowest:.1f}); it found none for MEMIT and PMET. By probability the "
         f"price is higher there: P(new target) falls from {level[plain, 'ES', 'prob']:.2f} to "
-        f"{level[held, 'ES', 'prob']:.2f}."
+        f"{level[held, 'ES', 'prob']:.2f}, and greedy decoding"
     ) in flowing(README)
     assert (
         f"greedy decoding gives {level['unedited', 'RS', 'exact']:.1f} % of such answers before an "

@@ -852,6 +852,16 @@ def test_experiments_share_edits_and_make_them_as_benchmarks_do(
     reproduce(fresh, ["fig3", "fig4", "fig5"])
     assert made == [case.id for case in (*last, *first)]
     assert fresh.edit(last[-1]) is kept
+    # What determines an edit determines which one it is.
+    assert fresh.edit(last[-1], replace(fresh.editor, name="another")) is kept
+    longer = replace(fresh.editor, config=replace(fresh.editor.config, steps=2))
+    assert fresh.edit(last[-1], longer) is not kept
+    assert replace(fresh, seed=7).edit(last[-1]).config["seed"] == 7
+    with monkeypatch.context() as little:
+        little.setattr(finding_module, "KEPT_BYTES", 0)
+        assert fresh.edit(last[-1]) is kept  # it is there, so that nothing is made
+        fresh.edit(last[-1], fresh.arms(("memit",))[1])
+        assert fresh.edit(last[-1]) is not kept
 
     benched: list[Any] = []
     ran = units.edits_of
@@ -863,9 +873,63 @@ def test_experiments_share_edits_and_make_them_as_benchmarks_do(
             assert torch.equal(delta.dense(), edit.deltas[name].dense())
 
 
+def test_an_editor_may_have_a_plan(study: Study, tmp_path: Path) -> None:
+    held = dl.SADR(gamma=3.0, heads="all")
+    plan = dl.EditPlan("rome", {"steps": 2, "layer": 0}, (held,))
+    planned = replace(study, cases=study.cases[:1], out=tmp_path, plans={"rome": plan}, quick=True)
+    plain, with_sadr = planned.arms(("rome",), ("none", "sadr"))[1:]
+    assert (plain.config.steps, plain.config.layer) == (2, 0)
+    assert plain.config.weight_decay == SEARCH["weight_decay"]  # the model's, as it is not named
+    assert (with_sadr.config, with_sadr.penalties) == (plain.config, (held,))
+    other = planned.arms(("memit",), ("sadr",))[1]
+    assert other == study.arms(("memit",), ("sadr",))[1]
+    expected = dl.edit(study.model, planned.cases[0].request, "rome", steps=2, layer=0,
+                       progress=False)  # fmt: skip
+    for name, delta in planned.edit(planned.cases[0]).deltas.items():
+        torch.testing.assert_close(delta.dense(), expected.deltas[name].dense())
+    for name in ("fig6", "fig7", "rules", "rivals", "steps"):
+        made = EXPERIMENTS[name](planned).arms
+        gammas = {p["gamma"] for arm in made for p in arm["penalties"] if p["penalty"] == "sadr"}
+        assert gammas == {0.75} if name == "fig6" else gammas == {3.0} or name == "fig7"
+        assert all(arm["config"]["layer"] == 0 for arm in made if arm["method"] == "rome")
+    assert "strength of SADR is known" not in planned.untuned(["rome"])
+    assert "is known for memit on tiny" in planned.untuned(["rome", "memit"])
+    with pytest.raises(RequestError, match="The plan of rome has other penalties"):
+        replace(planned, plans={"rome": replace(plan, penalties=(held, held))})
+
+
+def test_plans_are_given_on_the_command_line(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from driftlens import cli
+
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(case.to_record()) for case in cases))
+    monkeypatch.setattr(cli, "_load", lambda *_: model)
+    plan = tmp_path / "own.toml"
+    out = tmp_path / "out"
+    options = ["driftlens", "reproduce", "rules", "--quick", "--quiet", "--out", str(out)]
+    options += ["--data", str(data), "--config", str(plan)]
+
+    def run(text: str, *more: str) -> Any:
+        plan.write_text(text)
+        monkeypatch.setattr(sys, "argv", [*options, *more])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code
+
+    own = 'method = "rome"\n[config]\nlayer = 1\nsteps = 3\n[[penalties]]\npenalty = "sadr"\n'
+    assert run(own + "gamma = 5.0\n") in (0, None)
+    arms = {arm["name"]: arm for arm in json.loads((out / "rules.json").read_text())["arms"]}
+    assert arms["rome"]["config"]["steps"] == 3
+    assert arms["all heads"]["penalties"][0]["gamma"] == 5.0
+    assert f"{plan} names no method. Give one for each" in run("[config]\nsteps = 3\n")
+    assert "is a second one of rome" in run(own, "--config", str(plan))
+
+
 def test_another_editor_is_looked_into(study: Study, tmp_path: Path) -> None:
     one = Study(study.model, study.cases[:2], tmp_path, "facts", quick=True, progress=False)
-    other = replace(one, method="memit", _edits={})
+    other = replace(one, method="memit")
     expected = dl.edit(study.model, one.cases[0].request, "memit", progress=False)
     for name, delta in other.edit(one.cases[0]).deltas.items():
         torch.testing.assert_close(delta.dense(), expected.deltas[name].dense())

@@ -70,6 +70,7 @@ ORDER = [
     "readers",
     "evaluation",
     "generation",
+    "bench.arms",
     "bench.units",
     "bench.ray_executor",
     "bench.results",

@@ -10,23 +10,20 @@ versions is kept, with a warning. A folder of results holds
     cases.jsonl   its cases
     units.jsonl   every finished unit, in the order in which they were finished
 
-``units.py`` says what a unit is and computes it, ``run.py`` runs what is missing, and
-``results.py`` reads a folder.
+``arms.py`` makes arms, ``units.py`` says what a unit is and computes it, ``run.py`` runs what is
+missing, and ``results.py`` reads a folder.
 """
 
+from driftlens.bench.arms import UNEDITED, Arm, arm_from_dict, make_arms
 from driftlens.bench.results import BenchResult
 from driftlens.bench.run import run_bench
 from driftlens.bench.units import (
     CASES_AT_ONCE,
-    UNEDITED,
-    Arm,
     Executor,
     Job,
     LocalExecutor,
     Setting,
-    arm_from_dict,
     edits_of,
-    make_arms,
     parts,
     run_job,
 )

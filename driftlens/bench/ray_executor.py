@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +23,8 @@ Record = dict[str, Any]
 
 KNOCK_SECONDS = 10
 """How long a cluster's machine may take to answer."""
+NOTICE_SECONDS = 300.0
+"""After how long without any result the user is told so."""
 
 
 @dataclass
@@ -69,7 +72,7 @@ class RayExecutor:
             ``threads`` CPUs. In a cluster with GPUs, nodes without any have no workers.
         threads: Of each worker; by default those of this process.
         attempts: How many workers may die of a job before its cases are asked about one by one,
-            and the one that workers die of, even alone, is recorded as failed.
+            and how many of one case alone before that is recorded as failed.
         address: Of a running cluster, or ``"auto"`` for the one of this machine; by default one
             is started here, unless Ray is initialised already.
 
@@ -105,13 +108,15 @@ class RayExecutor:
 
         Raises:
             RequestError: If there is no room for the workers.
-            ModelError: If a worker cannot load the model, or has another one.
+            ModelError: If a worker cannot load the model, has another one, or does not use its GPU.
             DriftLensError: What ends a local run, too.
         """
         ray = self._ray
         is_ours = not ray.is_initialized()
         if is_ours:
             self._connect()
+        else:
+            self._check_cluster()
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         try:
             count, resources = self._room(nodes)
@@ -123,7 +128,7 @@ class RayExecutor:
 
         def hire() -> Any:
             return worker_class.options(**resources).remote(
-                self._load, self._identity, self.threads, setting
+                self._load, self._identity, self.threads, setting, resources["num_gpus"]
             )
 
         waiting = deque(_parts(jobs))
@@ -133,7 +138,7 @@ class RayExecutor:
             while waiting or running:
                 while idle and waiting:
                     _begin(running, idle.pop(), waiting.popleft())
-                stream = ray.wait(list(running), num_returns=1)[0][0]
+                stream = self._first_of(list(running))
                 at_work = running[stream]
                 try:
                     case_id, record = ray.get(next(stream))
@@ -160,6 +165,31 @@ class RayExecutor:
             if is_ours:
                 ray.shutdown()
 
+    def _first_of(self, running: list[Any]) -> Any:
+        """What has something to hand over first; a warning while nothing has."""
+        while True:
+            ready, _ = self._ray.wait(running, num_returns=1, timeout=NOTICE_SECONDS)
+            if ready:
+                return ready[0]
+            warnings.warn(
+                f"No worker has handed over anything for {NOTICE_SECONDS:g} seconds. They may wait "
+                "for CPUs or GPUs that others hold (`ray status`), or load a large model. What is "
+                "finished is kept if you stop.",
+                stacklevel=4,
+            )
+
+    def _check_cluster(self) -> None:
+        """That the cluster which this process has joined already is the one that was named."""
+        joined = str(self._ray.get_runtime_context().gcs_address)
+        _, _, port = (self._address or "").rpartition(":")
+        named = port.isdigit() and "://" not in str(self._address)
+        if named and port != joined.rpartition(":")[2]:
+            raise RequestError(
+                f"This process has joined the Ray cluster at {joined} already, not that at "
+                f"{self._address}.",
+                "Leave the address out, or leave that cluster first (ray.shutdown()).",
+            )
+
     def _room(self, nodes: Sequence[Mapping[str, float]]) -> tuple[int, dict[str, float]]:
         """How many workers, and what each takes of its node; Ray lets those wait forever for
         which there is no room. In a cluster with GPUs, nodes without any are left out."""
@@ -170,7 +200,8 @@ class RayExecutor:
         kind = " with a GPU" if any(gpus) else ""
         if not any(rooms):
             raise RequestError(
-                f"No node{kind} has {self.threads} CPUs for a worker.", "Give fewer threads."
+                f"No node{kind} has {self.threads} CPUs for a worker.",
+                "Give fewer threads (OMP_NUM_THREADS, or threads= in Python).",
             )
         if (self._wanted or 0) > sum(rooms):
             raise RequestError(
@@ -224,13 +255,13 @@ class RayExecutor:
         if part.attempts >= self.attempts:
             del part.jobs[0]
             alone = [replace(lost.job, missing=frozenset({name})) for name in lost.missing]
-            if len(alone) > 1:  # which of them is it?
+            if len(alone) > 1:  # which of them is it? Each has attempts of its own
                 part.jobs.extendleft(reversed(alone))
             else:
                 reason = f"{part.attempts} workers died of it: {first_line(error)}"
                 for job in alone:
                     yield job, _case(job, *job.missing), {"error": reason}
-                part.attempts = 0
+            part.attempts = 0
         if part.jobs:
             waiting.appendleft(part)
 
@@ -250,9 +281,10 @@ class _Worker:
         identity: Mapping[str, Any],
         threads: int,
         setting: Setting,
+        gpus: float = 0.0,
     ) -> None:
         torch.set_num_threads(threads)
-        self._load, self._identity, self._setting = load, identity, setting
+        self._load, self._identity, self._setting, self._gpus = load, identity, setting, gpus
         self._runner: JobRunner | None = None
 
     def run(self, job: Job) -> Iterator[tuple[str, Record]]:
@@ -264,6 +296,12 @@ class _Worker:
 
     def _prepare(self) -> JobRunner:
         model = self._load()
+        if self._gpus and model.device.type == "cpu":
+            raise ModelError(
+                "A worker was given a GPU, and its model is on the CPU.",
+                'Let load put it there (device="cuda"), or start the cluster without its GPUs '
+                "(`ray start --num-gpus 0`).",
+            )
         if other := model.differences(self._identity):
             raise ModelError(
                 f"A worker's model differs from the run's in {', '.join(other)}.",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from driftlens.bench.units import UNEDITED
+from driftlens.bench.arms import UNEDITED
 from driftlens.cases import METRICS, TEXT_METRICS, Case, Metric, Probe, TextMetric
 from driftlens.errors import DataError, RequestError
 from driftlens.evaluation import (

@@ -15,10 +15,10 @@ import transformers
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from driftlens.bench.arms import Arm
 from driftlens.bench.results import CASES, PLAN, UNITS, BenchResult
 from driftlens.bench.units import (
     CASES_AT_ONCE,
-    Arm,
     Executor,
     Job,
     LocalExecutor,
@@ -28,7 +28,6 @@ from driftlens.bench.units import (
 )
 from driftlens.cases import Case
 from driftlens.errors import DataError, ModelError, RequestError
-from driftlens.generation import are_written
 from driftlens.journal import Journal
 from driftlens.models import LensModel
 from driftlens.readers import check_case
@@ -133,7 +132,7 @@ def _check_asked(model: LensModel, cases: Sequence[Case], setting: Setting) -> N
             "No case has beginnings of texts (generation), so that FL cannot be told.",
             "Give some; driftlens.cases.with_beginnings adds the project's own.",
         )
-    if "reference" in setting.texts and not any(are_written(c, ("reference",)) for c in cases):
+    if "reference" in setting.texts and not any(c.generation and c.references for c in cases):
         warnings.warn("No case has references to compare texts with.", stacklevel=3)
     length = setting.text_length
     if setting.texts and length > model.info.n_ctx:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import torch
 
+from driftlens.bench.arms import Arm
 from driftlens.cases import (
     ALL_METRICS,
     TEXT_METRICS,
@@ -19,18 +20,13 @@ from driftlens.cases import (
     TextMetric,
     check_metrics,
 )
-from driftlens.editing.configs import EditConfig, checked
 from driftlens.editing.contexts import Context
-from driftlens.editing.defaults import sadr_gamma
-from driftlens.editing.family import PENALTIES, penalty_from_dict
-from driftlens.editing.methods import config_of, edit, edit_each, resolve_config
+from driftlens.editing.methods import edit, edit_each
 from driftlens.editing.outcome import ValueStore
-from driftlens.editing.penalties import Penalty
-from driftlens.editing.sadr import SADR
 from driftlens.editing.statistics import DEFAULT_TOKENS
 from driftlens.editing.target import subject_in_context
 from driftlens.edits import Edit
-from driftlens.errors import DriftLensError, ModelError, RequestError
+from driftlens.errors import DriftLensError, ModelError
 from driftlens.evaluation import answers
 from driftlens.generation import are_written, generate_each, measure_texts
 from driftlens.journal import digest
@@ -39,94 +35,10 @@ from driftlens.side_by_side import fits_beside_others
 
 CASES_AT_ONCE = 8
 """Cases whose values are searched in shared passes."""
-UNEDITED = "unedited"
-"""The arm that leaves the model as it is."""
 COVARIANCE = f"{DEFAULT_TOKENS} tokens of wikipedia-leads"
 """What keys' second moments are estimated from."""
 FAILURES = (DriftLensError, torch.OutOfMemoryError, MemoryError)
 """What is wrong with a case, and does not stop a run; anything else is a defect, and does."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One condition: an editor with its hyperparameters and restrictions.
-
-    Args:
-        name: How tables call it; each arm of a run has its own.
-        method: The editor; ``None`` leaves the model unedited.
-        config: Its hyperparameters.
-        penalties: Its restrictions.
-    """
-
-    name: str
-    method: str | None = None
-    config: EditConfig | None = None
-    penalties: tuple[Penalty, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """What determines results, JSON-ready; the name does not."""
-        return {
-            "method": self.method,
-            "config": None if self.config is None else asdict(self.config),
-            "penalties": [penalty.to_dict() for penalty in self.penalties],
-        }
-
-    def edit_options(self, seed: int) -> dict[str, Any]:
-        """Arguments of :func:`~driftlens.edit` and its like that make this arm's edits.
-
-        Args:
-            seed: Of the sampled contexts.
-        """
-        return {
-            "method": self.method, "config": self.config, "penalty": self.penalties, "seed": seed,
-            "progress": False,
-        }  # fmt: skip
-
-
-def arm_from_dict(record: Mapping[str, Any]) -> Arm:
-    """An arm from what :meth:`Arm.to_dict` gives, and its ``name``.
-
-    Raises:
-        RequestError: If the method, a penalty or a field is unknown.
-    """
-    method, config = record["method"], record["config"]
-    return Arm(
-        str(record["name"]),
-        method,
-        None if method is None else checked(config_of(method), config, method),
-        tuple(penalty_from_dict(penalty) for penalty in record["penalties"]),
-    )
-
-
-def make_arms(
-    model: LensModel, methods: Sequence[str], penalties: Sequence[str] = ("none", "sadr")
-) -> list[Arm]:
-    """Each editor with each restriction, after the unedited model.
-
-    Args:
-        model: Its defaults are taken.
-        methods: Names of editors.
-        penalties: Names of penalties, or ``"none"``; SADR with the model's gamma for each
-            editor, the others as their classes have it.
-
-    Raises:
-        RequestError: On an unknown name.
-    """
-    arms = [Arm(UNEDITED)]
-    for method in methods:
-        config = resolve_config(model, method)
-        for name in penalties:
-            if name != "none" and name not in PENALTIES:
-                raise RequestError(
-                    f"There is no penalty {name!r}.",
-                    f"Choose none, or some of {', '.join(PENALTIES)}.",
-                )
-            if name == "none":
-                arms.append(Arm(method, method, config))
-                continue
-            held = SADR(gamma=sadr_gamma(model, method)) if name == SADR.kind else PENALTIES[name]()
-            arms.append(Arm(f"{method} + {name}", method, config, (held,)))
-    return arms
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import driftlens as dl
 from driftlens.assets import asset
 from driftlens.cases import Case
 from driftlens.errors import DataError, DriftLensError
+from driftlens.experiments.options import add_model
 from driftlens.readers import read_cases
 from driftlens.records import result_json, write_result
 from driftlens.scoring import ask, score_questions
@@ -66,11 +67,11 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
+    add_model(parser)
     parser.add_argument("--out", type=Path, default=Path("assets/results"))
     options = parser.parse_args()
     try:
-        model = dl.load_model(options.model)
+        model = dl.load_model(options.model, device=options.device)
         rows = [known(model, case) for case in tqdm(read_cases(asset("facts.jsonl")), unit="fact")]
         summary = summarise(rows)
         result = {

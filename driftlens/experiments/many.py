@@ -207,8 +207,9 @@ def run(
         "versions": versions(),
         "data": None if data is None else data_file(data),
         "cases": [case.id for case in cases],
-        "command": f"python -m driftlens.experiments.many --model {name} --data FILE "
-        f"--facts {len(cases)} --methods {' '.join(methods)} --penalties {' '.join(penalties)}",
+        "command": f"python -m driftlens.experiments.many --model {name} "
+        f"--data {'FILE' if data is None else data.name} --facts {len(cases)} "
+        f"--methods {' '.join(methods)} --penalties {' '.join(penalties)}",
         "rows": rows,
     }
     target = out / f"many-{name}.json"
@@ -247,7 +248,7 @@ def main() -> None:
     try:
         _, reported = tuning_split(read_cases(options.data))
         cases = balanced(reported, options.facts)
-        model = dl.load_model(options.model)
+        model = dl.load_model(options.model, device=options.device)
         target = run(
             model, cases, options.methods, options.out, options.penalties, options.retry_failed,
             options.data,

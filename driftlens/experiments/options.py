@@ -19,6 +19,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where it runs."""
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", help="e.g. cuda; by default the CPU")
+
+
 def arguments(
     description: str, cases: int, out: Path, counted: str = "cases"
 ) -> argparse.ArgumentParser:
@@ -30,7 +36,7 @@ def arguments(
         counted: What the option for their number is called.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
+    add_model(parser)
     parser.add_argument("--data", type=Path, required=True, help="the paper's merged file")
     parser.add_argument(f"--{counted}", type=positive, default=cases)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))

@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--check", type=positive, default=150, help="held-back cases of the check")
     options = parser.parse_args()
     try:
-        model = dl.load_model(options.model)
+        model = dl.load_model(options.model, device=options.device)
         tuning, held_back = tuning_split(read_cases(options.data))
         for method in options.methods:
             command = (

@@ -35,7 +35,7 @@ from driftlens.editing.defaults import sadr_gamma
 from driftlens.editing.methods import resolve_config
 from driftlens.errors import DataError, DriftLensError, RequestError
 from driftlens.evaluation import difference
-from driftlens.experiments.options import positive
+from driftlens.experiments.options import add_model, positive
 from driftlens.intervals import bootstrap_interval, with_interval
 from driftlens.journal import Journal
 from driftlens.readers import read_cases
@@ -224,13 +224,19 @@ def _mean_and_interval(
     }
 
 
-def run(model_name: str, cases: Sequence[Case], out: Path, gamma: float | None) -> None:
+def run(
+    model_name: str,
+    cases: Sequence[Case],
+    out: Path,
+    gamma: float | None,
+    device: str | None = None,
+) -> None:
     """Survey the cases; each one is written at once, so a stopped run goes on where it was.
 
     Raises:
         RequestError: If the model answers none of their prompts.
     """
-    model = dl.load_model(model_name)
+    model = dl.load_model(model_name, device=device)
     gamma = sadr_gamma(model, "rome") if gamma is None else gamma
     key = {
         "model": model_name,
@@ -293,7 +299,7 @@ def summarise_again(model_name: str, out: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
+    add_model(parser)
     parser.add_argument("--facts", type=positive, default=90, help="how many of the shipped facts")
     parser.add_argument("--gamma", type=float, help="of SADR; by default as tuned")
     parser.add_argument("--out", type=Path, default=Path("assets/results"))
@@ -306,7 +312,7 @@ def main() -> None:
             summarise_again(options.model, options.out)
         else:
             facts = read_cases(asset("facts.jsonl"))[: options.facts]
-            run(options.model, facts, options.out, options.gamma)
+            run(options.model, facts, options.out, options.gamma, options.device)
         result = json.loads((options.out / f"survey-{options.model}.json").read_text("utf-8"))
         sys.stdout.write(f"{markdown(result)}\n\n{paired_markdown(result)}\n")
     except DriftLensError as error:

@@ -38,7 +38,7 @@ from driftlens.editing.outcome import ValueStore
 from driftlens.errors import DataError, DriftLensError
 from driftlens.evaluation import Answer, rates
 from driftlens.experiments.options import arguments
-from driftlens.journal import Journal
+from driftlens.journal import Journal, digest
 from driftlens.readers import read_cases
 from driftlens.records import data_file
 
@@ -121,6 +121,7 @@ class Search:
         store: Values that were found for another method.
         like: The hyperparameters of each method to begin with; their layers are left aside.
         data: The file that the cases are from, for the record.
+        retry_failed: Try settings again that failed in an earlier call.
     """
 
     def __init__(
@@ -132,10 +133,12 @@ class Search:
         store: ValueStore | None = None,
         like: Mapping[str, Values] | None = None,
         data: Path | None = None,
+        retry_failed: bool = False,
     ) -> None:
         self.model, self.method, self.cases, self.out = model, method, cases, out
         self.store = ValueStore() if store is None else store
-        self.like, self.data = like or {}, data
+        self.like, self.data, self.retry_failed = like or {}, data, retry_failed
+        self.tried: set[str] = set()
         self.journal = Journal(out / f"tuning-{model.info.name}-{method}.jsonl")
 
     def trial(self, config: Any, gamma: float | None = None, whole: bool = False) -> dict[str, Any]:
@@ -146,7 +149,8 @@ class Search:
             "gamma": gamma, "cases": [case.id for case in cases], "content": content_digest(cases),
             "metrics": METRICS, "seed": Setting().seed, "covariance": COVARIANCE,
         }  # fmt: skip
-        if unit not in self.journal:
+        if not self.journal.is_finished(unit, self.retry_failed and digest(unit) not in self.tried):
+            self.tried.add(digest(unit))
             penalties = () if gamma is None else (dl.SADR(gamma=gamma),)
             arm = Arm(f"{self.method} gamma {gamma}", self.method, config, penalties)
             job = Job(arm, tuple(cases), frozenset(case.id for case in cases))
@@ -198,7 +202,10 @@ class Search:
         return max(GAMMAS, key=worth)
 
     def _of(self, method: str) -> Search:
-        return Search(self.model, method, self.cases, self.out, self.store, self.like, self.data)
+        return Search(
+            self.model, method, self.cases, self.out, self.store, self.like, self.data,
+            self.retry_failed,
+        )  # fmt: skip
 
     def _first(self) -> Any:
         """Values of the class, layers by depth, and what was found for a relative or elsewhere."""
@@ -241,21 +248,27 @@ def main() -> None:
     out = Path("assets/results/tuning")
     parser = arguments(__doc__ or "", 24, out)
     parser.add_argument("--like", choices=list(TUNED), help="the model whose values to begin with")
+    parser.add_argument("--retry-failed", action="store_true", help="try again what failed")
     options = parser.parse_args()
     try:
-        model = dl.load_model(options.model)
+        model = dl.load_model(options.model, device=options.device)
         tuning, _ = tuning_split(read_cases(options.data))
         cases = balanced(tuning, options.cases)
         store = ValueStore()
         like = KNOWN[TUNED[options.like]] if options.like else None
         for method in options.methods:
-            search = Search(model, method, cases, options.out, store, like, options.data)
+            search = Search(
+                model, method, cases, options.out, store, like, options.data, options.retry_failed
+            )
             config = search.best()
             found = search.trial(config, whole=True)
             if "rates" not in found:
                 raise DataError(f"Every setting of {method} failed, this one by: {found['error']}")
             _say(f"{method}: {json.dumps(asdict(config))}\n  {found['rates']}")
-            _say(f"  gamma {search.best_gamma(config)}")
+            gamma = search.best_gamma(config)
+            target = options.out / f"tuned-{model.info.name}-{method}.toml"
+            dl.write_config(target, method, config, [dl.SADR(gamma=gamma)])
+            _say(f"  gamma {gamma}; wrote {target}, for --config")
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
 

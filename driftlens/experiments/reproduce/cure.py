@@ -40,9 +40,10 @@ MEASURES: dict[str, Callable[[Prompt], float]] = {
     "rise of P(new target)": lambda p: float(p["edited"]["new"] - p["original"]["new"]),
     "answers overtaken": _overtaken,
 }
-"""What an edit did to a prompt. Drift counts whichever way it goes: a head that looks away from the
-subject is not held where it was. Answers are overtaken if the new target is likelier per token, and
-was not before: per cent of the prompts, less those on which it is the other way round."""
+"""What an edit did to a prompt. Drift is averaged over layers, and then counts whichever way it
+goes: a model that looks away from the subject is not held where it was. Answers are overtaken if
+the new target is likelier per token, and was not before: per cent of the prompts, less those on
+which it is the other way round."""
 
 
 def cure(study: Study) -> Finding:
@@ -72,7 +73,7 @@ def cure(study: Study) -> Finding:
     ]
     text = (
         "What SADR takes off what an edit does, in per cent of it, prompt by prompt; drift of the "
-        "last token, averaged over layers, without its sign."
+        f"last token, averaged over layers, then without its sign.{study.untuned(methods)}"
     )
     title = "What SADR takes off the drift, and off the damage"
     paper = "The paper reports what SADR keeps (table 3), not how much of the drift is left."

@@ -15,8 +15,7 @@ from driftlens.bench import UNEDITED, Arm, BenchResult
 from driftlens.bench.results import ALLOWED, KEPT
 from driftlens.cases import METRICS, Metric
 from driftlens.editing.configs import ValueSearch
-from driftlens.editing.defaults import known_gamma, sadr_gamma
-from driftlens.editing.methods import METHODS, resolve_config
+from driftlens.editing.methods import METHODS
 from driftlens.editing.rivals import EssenceKL, HiddenDrift, KeyDrift
 from driftlens.editing.sadr import SADR
 from driftlens.evaluation import Answer, Difference, compare
@@ -76,7 +75,7 @@ def table3(study: Study) -> Finding:
     arms = study.arms(methods, ("none", "sadr"))
     result = study.bench(arms)
     rows = _with_parts(study, result.table())
-    text = f"{PAIRED}{_untuned(study, methods)}"
+    text = f"{PAIRED}{study.untuned(methods)}"
     points = [_gain(result, method, f"{method} + sadr") for method in methods]
     figure = figures.rate_bars(rows, [*METRICS, "Avg. S"], title="Editors without and with SADR")
     title = "Editors without and with SADR"
@@ -97,11 +96,12 @@ def fluency(study: Study) -> Finding:
     ]
     text = (
         "FL is the entropy of a text's bigrams and trigrams in bits, times 100; it falls where a "
-        f"model repeats itself. Differences are paired by case.{_untuned(study, methods)}"
+        f"model repeats itself. Differences are paired by case.{study.untuned(methods)}"
     )
     title = "Fluency of texts, without and with SADR"
     figure = figures.rate_bars(rows, ["FL"], title=title, unit="bits, times 100", top=None)
-    return _finding("fluency", title, result, rows, figure, text, points, _paper_fluency())
+    found = _finding("fluency", title, result, rows, figure, text, points, _paper_fluency())
+    return replace(found, cases=[*result.cases.values()])
 
 
 def fig6(study: Study) -> Finding:
@@ -128,7 +128,7 @@ def fig6(study: Study) -> Finding:
         "Selected heads less all heads, in points. At one gamma, holding all heads is the larger "
         "penalty; so for each setting of selected heads, the setting of all heads that keeps most "
         "of those that cost no more of ES and PS (one prompt in any case), chosen on the same "
-        f"cases.{_untuned(study, [study.method])}"
+        f"cases.{study.untuned([study.method])}"
     )
     figure = figures.trade_off(result.trade_off(), title="Selective and blanket restriction")
     paper = "Restricting all heads costs edit success and helps less, at every gamma (figure 6)."
@@ -142,7 +142,7 @@ def fig7(study: Study) -> Finding:
     methods = ("rome",) if study.quick else ("rome", "memit")
     arms = [Arm(UNEDITED)]
     for method in methods:
-        config = _unstopped(resolve_config(study.model, method))
+        config = _unstopped(study.config(method))
         found: dict[str, Arm] = {"": Arm(method, method, config)}
         for gamma in _gammas(study, method)[-2:]:
             name = f"gamma {gamma:g}"
@@ -163,7 +163,7 @@ def fig7(study: Study) -> Finding:
         f"should be left alone, in points, of those that cost at most {ALLOWED['ES']:g} point of "
         f"ES and {ALLOWED['PS']:g} of PS (one prompt in any case), chosen on the same cases. For "
         "each gamma, what the setting of another kind keeps more that keeps most of those that "
-        f"cost no more of ES and PS.{_untuned(study, methods)}"
+        f"cost no more of ES and PS.{study.untuned(methods)}"
     )
     points = [point for method in methods for point in _trade_offs(result, method)]
     figure = figures.trade_off(kept, title="What restrictions cost, and what they keep")
@@ -174,7 +174,7 @@ def fig7(study: Study) -> Finding:
 
 def rules(study: Study) -> Finding:
     """Open question: how heads are selected, and what divergence holds them."""
-    gamma = sadr_gamma(study.model, study.method)
+    gamma = study.sadr(study.method).gamma
     options: dict[str, dict[str, Any]] = {
         "max (the paper's)": {},
         "all heads": {"heads": "all"},
@@ -193,8 +193,7 @@ def rules(study: Study) -> Finding:
 
 def rivals(study: Study) -> Finding:
     """Open question: what else could be restricted, with the same number of steps at most."""
-    gamma = sadr_gamma(study.model, study.method)
-    arms: dict[str, tuple[Any, ...]] = {"SADR": (SADR(gamma=gamma),)}
+    arms: dict[str, tuple[Any, ...]] = {"SADR": (study.sadr(study.method),)}
     for weight in (0.01,) if study.quick else (0.003, 0.01, 0.03):
         arms[f"keys {weight:g}"] = (KeyDrift(weight=weight),)
     for weight in () if study.quick else (0.1, 0.3, 1.0):
@@ -210,9 +209,9 @@ def steps(study: Study) -> Finding:
     methods = PAPERS[:1] if study.quick else PAPERS
     arms = [Arm(UNEDITED)]
     for method in methods:
-        config = resolve_config(study.model, method)
+        config = study.config(method)
         whole = _unstopped(config)
-        held = (SADR(gamma=sadr_gamma(study.model, method)),)
+        held = (study.sadr(method),)
         arms.append(Arm(method, method, config))
         arms.append(Arm(f"{method}, all steps", method, whole))
         arms.append(Arm(f"{method} + sadr, all steps", method, whole, held))
@@ -225,7 +224,7 @@ def steps(study: Study) -> Finding:
             f"{plain} less {method}: {_changes(result.compare(plain, method))}."
             f"{_steps(result, plain, method)}"
         )
-    text = f"Searches without early stop. {PAIRED}{_untuned(study, methods)}"
+    text = f"Searches without early stop. {PAIRED}{study.untuned(methods)}"
     title = "Without and with SADR, at exactly equal steps"
     rows = result.table()
     figure = figures.rate_bars(rows, [*METRICS, "Avg. S"], title=title)
@@ -252,7 +251,7 @@ def _unstopped(config: ValueSearch) -> ValueSearch:
 
 def _restricted_arms(study: Study, penalties: Mapping[str, tuple[Any, ...]]) -> list[Arm]:
     method = study.method
-    config = resolve_config(study.model, method)
+    config = study.config(method)
     plain = [Arm(UNEDITED), Arm(method, method, config)]
     return [*plain, *(Arm(name, method, config, p) for name, p in penalties.items())]
 
@@ -274,7 +273,7 @@ def _comparison(
     cheap = f"{best} keeps most (chosen on the same cases)" if best else "there is none"
     cheap += _left_out(result, others)
     text = (
-        f"{PAIRED}{_untuned(study, [study.method]) or tuned} Of the others that cost no more of ES "
+        f"{PAIRED}{study.untuned([study.method]) or tuned} Of the others that cost no more of ES "
         f"and PS than {first} (one prompt in any case), {cheap}."
     )
     paper = "The paper does not report this; its reviewers ask for it."
@@ -302,21 +301,9 @@ def _finding(
 
 def _gammas(study: Study, method: str) -> tuple[float, ...]:
     """Around the strength that is taken for the model and the editor."""
-    taken = sadr_gamma(study.model, method)
+    taken = study.sadr(method).gamma
     return tuple(
         taken * factor for factor in ((0.25,) if study.quick else (1 / 16, 0.25, 1.0, 4.0))
-    )
-
-
-def _untuned(study: Study, methods: Sequence[str]) -> str:
-    """A warning for editors whose strength of SADR nobody has searched for on the model."""
-    unknown = [method for method in methods if known_gamma(study.model, method) is None]
-    if not unknown:
-        return ""
-    return (
-        f" No strength of SADR is known for {', '.join(unknown)} on {study.model.info.name}: "
-        f"{sadr_gamma(study.model, unknown[0]):g} is taken, GPT-J's, which may be far from the "
-        "best."
     )
 
 

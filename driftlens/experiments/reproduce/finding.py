@@ -21,15 +21,23 @@ from driftlens.bench import (
     parts,
     run_bench,
 )
+from driftlens.bench.arms import planned_config, planned_sadr, sadr_of
 from driftlens.bench.units import content_digest
 from driftlens.cases import Case, with_beginnings
+from driftlens.editing.config_files import EditPlan
+from driftlens.editing.defaults import known_gamma, sadr_gamma
+from driftlens.editing.sadr import SADR
 from driftlens.edits import Edit
 from driftlens.errors import RequestError
+from driftlens.journal import digest
 from driftlens.models import LensModel
 from driftlens.records import plain, result_json, versions, write_result
 
 Failure = tuple[str, str, str]
 """Arm, case and reason."""
+KEPT_BYTES = 2**30
+"""What edits may take that are kept for the next experiment; those of fine-tuning are whole
+matrices."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,11 @@ class Study:
         command: How to run this again, for the record.
         method: The editor of the experiments that take one: figures 3 to 6, ``heads``, ``rules``,
             ``rivals``.
+        plans: By editor, hyperparameters to take instead of the model's defaults, and SADR instead
+            of that with the model's gamma (:func:`~driftlens.read_config`).
 
     Raises:
-        RequestError: If there are no cases.
+        RequestError: If there are no cases, or a plan holds another penalty than one SADR.
     """
 
     model: LensModel
@@ -63,11 +73,18 @@ class Study:
     progress: bool = True
     command: str = ""
     method: str = "rome"
-    _edits: dict[tuple[str, str], Edit | Exception] = field(
-        default_factory=dict, repr=False, compare=False
+    plans: Mapping[str, EditPlan] = field(default_factory=dict)
+    _edits: dict[str, dict[str, Edit | Exception]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
+        for method, plan in self.plans.items():
+            if plan.penalties and (len(plan.penalties) > 1 or sadr_of(plan) is None):
+                raise RequestError(
+                    f"The plan of {method} has other penalties than SADR.",
+                    "Leave them out: experiments choose which penalties they compare.",
+                )
         if not self.cases:
             raise RequestError(
                 "There are no cases.",
@@ -91,7 +108,7 @@ class Study:
 
     def edit(self, case: Case, arm: Arm | None = None) -> Edit:
         """The edit of one of the cases as :meth:`bench` makes it: together with some of the other
-        cases; made once for all experiments.
+        cases; made once for all experiments, as far as memory does (`KEPT_BYTES`).
 
         Args:
             case: One of the study's.
@@ -102,14 +119,42 @@ class Study:
             torch.OutOfMemoryError: If memory does not do for it.
         """
         arm = self.editor if arm is None else arm
-        if (arm.name, case.id) not in self._edits:
+        made = self._edits.setdefault(digest(arm.to_dict()), {})
+        if case.id not in made:
+            if _bytes(self._edits) > KEPT_BYTES:
+                self._edits.clear()
+                made = self._edits.setdefault(digest(arm.to_dict()), {})
             together = next(part for part in parts(self.model, self.cases) if case in part)
-            for one, made in edits_of(self.model, arm, together, self.seed):
-                self._edits[arm.name, one.id] = made
-        found = self._edits[arm.name, case.id]
+            for one, edit in edits_of(self.model, arm, together, self.seed):
+                made[one.id] = edit
+        found = made[case.id]
         if isinstance(found, Exception):
             raise found
         return found
+
+    def config(self, method: str) -> Any:
+        """The hyperparameters of an editor: those of its plan, or the model's."""
+        return planned_config(self.model, method, self.plans)
+
+    def sadr(self, method: str) -> SADR:
+        """SADR with an editor: that of its plan, or with the model's gamma."""
+        return planned_sadr(self.model, method, self.plans)
+
+    def untuned(self, methods: Sequence[str]) -> str:
+        """A warning for editors whose strength of SADR nobody has searched for on the model; for
+        the end of a text."""
+        unknown = [
+            method
+            for method in methods
+            if sadr_of(self.plans.get(method)) is None and known_gamma(self.model, method) is None
+        ]
+        if not unknown:
+            return ""
+        return (
+            f" No strength of SADR is known for {', '.join(unknown)} on {self.model.info.name}: "
+            f"{sadr_gamma(self.model, unknown[0]):g} is taken, GPT-J's, which may be far from the "
+            "best."
+        )
 
     def bench(self, arms: Sequence[Arm]) -> BenchResult:
         """Results of some arms, by all metrics. All experiments write to one folder, so that
@@ -134,7 +179,18 @@ class Study:
 
     def arms(self, methods: Sequence[str], penalties: Sequence[str] = ("none",)) -> list[Arm]:
         """The unedited model, and editors with the model's defaults."""
-        return make_arms(self.model, methods, penalties)
+        return make_arms(self.model, methods, penalties, self.plans)
+
+
+def _bytes(edits: Mapping[str, Mapping[str, Edit | Exception]]) -> int:
+    return sum(
+        tensor.nbytes
+        for own in edits.values()
+        for edit in own.values()
+        if isinstance(edit, Edit)
+        for delta in edit.deltas.values()
+        for tensor in delta.tensors().values()
+    )
 
 
 def in_all(spent: Sequence[float | None]) -> float | None:
@@ -161,6 +217,7 @@ class Finding:
         probabilities: The mean probability of the right answer in each row, too.
         seconds: What all that was measured took, in this call or earlier ones; ``None`` if that
             is not known.
+        cases: Those that were asked, if they are not all of the study's.
     """
 
     name: str
@@ -175,6 +232,7 @@ class Finding:
     differences: Sequence[Mapping[str, Any]] = ()
     probabilities: pd.DataFrame = field(default_factory=pd.DataFrame)
     seconds: float | None = None
+    cases: Sequence[Case] | None = None
 
     @property
     def summary(self) -> str:
@@ -186,6 +244,7 @@ class Finding:
 
     def to_dict(self, study: Study, seconds: float) -> dict[str, Any]:
         """JSON-ready: how it was made, and the numbers."""
+        cases = study.cases if self.cases is None else self.cases
         return {
             "name": self.name,
             "title": self.title,
@@ -195,8 +254,8 @@ class Finding:
             "model": study.model.info.to_dict(),
             "fingerprint": study.model.fingerprint(),
             "data": study.label,
-            "cases": [case.id for case in study.cases],
-            "content": content_digest(study.cases),
+            "cases": [case.id for case in cases],
+            "content": content_digest(cases),
             "quick": study.quick,
             "seed": study.seed,
             "command": study.command,

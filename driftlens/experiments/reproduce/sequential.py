@@ -56,7 +56,7 @@ def sequential(study: Study) -> Finding:
         points.append(f"{name} less {other}, after {len(study.cases)} facts: {told}.")
     text = (
         "One order of the facts; intervals are over the facts in one edited model."
-        f"{_left_out(study.cases)}"
+        f"{_left_out(study.cases)}{study.untuned(methods)}"
     )
     table = pd.DataFrame(rows, columns=["arm", "facts", "metric", *(f.name for f in fields(Rate))])
     title = "Edits one after another"

@@ -84,8 +84,9 @@ def heads(study: Study) -> Finding:
         "edit (section 3)."
     )
     return Finding(
-        "heads", title, rows, figure, text, paper, points, study.editors, failed, seconds=seconds
-    )
+        "heads", title, rows, figure, text, paper, points, study.editors, failed, seconds=seconds,
+        cases=asked.cases,
+    )  # fmt: skip
 
 
 def _grid(prompts: Sequence[dict[str, Any]], what: str) -> np.ndarray:
