@@ -425,8 +425,8 @@ def test_page_says_what_else_was_asked_of_the_shipped_facts():
     assert gemma["rome", "alias"] == gemma["pmet", "alias"]
     alias = [gemma[method, "alias"] for method in ("rome", "memit", "unedited")]
     assert (
-        "Gemma finds the new target likelier behind another name in {:.1f} % after ROME's and PMET's "
-        "edits and {:.1f} after MEMIT's ({:.1f} before), finds what follows"
+        "Gemma finds the new target likelier behind another name in {:.1f} % after ROME's and "
+        "PMET's edits and {:.1f} after MEMIT's ({:.1f} before), finds what follows"
     ).format(*alias) in text
     assert f"finds what follows likelier in {ends('gemma-3-270m', 'reasoning')}, and" in text
     (sense,) = {gemma[arm, metric] for arm, metric in gemma if metric == "commonsense"}
