@@ -27,7 +27,7 @@ from driftlens.facts import EditRequest
 from driftlens.journal import CHECKSUM, digest
 from driftlens.models import LensModel
 from driftlens.parameters import named_parameters
-from driftlens.weights import Delta, DenseDelta, LowRankDelta, tensor_digest
+from driftlens.weights import RESET, Delta, DenseDelta, LowRankDelta, tensor_digest
 
 FORMAT = 2
 WEIGHTS_FILE = "edit.safetensors"
@@ -113,7 +113,7 @@ class Edit:
         if model.weights.is_active(self.deltas.values()):
             raise EditError(
                 "This edit is applied to the model now, so that there is no original to compare.",
-                "Measure outside of `with edit.applied(model)`.",
+                f"Measure outside of `with edit.applied(model)`; {RESET}.",
             )
 
     def check_fits(self, model: LensModel) -> None:
@@ -269,7 +269,8 @@ class Edit:
         if model.weights.is_edited:
             raise EditError(
                 "An edit is applied to the model now.",
-                "Compare the checkpoint with the model outside of `with edit.applied(model)`.",
+                "Compare the checkpoint with the model outside of `with edit.applied(model)`; "
+                f"{RESET}.",
             )
         state = _state_of(other)
         _check_tied(model, state)

@@ -97,7 +97,7 @@ class LensModel:
 
     Made by :func:`load_model`. ``bridge`` is TransformerLens's ``TransformerBridge`` (the
     successor of ``HookedTransformer``) over raw weights, ``tokenizer`` the tokenizer that was
-    given, ``info`` what was found.
+    given, ``info`` what was found, ``weights`` the account of the edits that are applied.
     """
 
     def __init__(
@@ -311,6 +311,7 @@ class LensModel:
             hooks.append(("unembed.hook_in", _gather_hook(at)))
         if stop_at is not None:
             hooks.append((stop_at, _stop))
+        self.weights.settle()
         options.setdefault("use_cache", "past_key_values" in options)
         try:
             with self.bridge.hooks(fwd_hooks=hooks):

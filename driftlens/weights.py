@@ -4,6 +4,9 @@ The model is never copied. While deltas are active only the touched parameters a
 aside; whenever the set of active deltas changes, each touched parameter is written anew as
 ``original + sum of active deltas``, and when none is left the original bits are copied back.
 So deltas may be switched off in any order, and an exception loses nothing.
+
+Which deltas are active is decided first, and then the model is brought into line with it. If that
+is interrupted, what is left to do stays known, and is done before the model is used again.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from driftlens.codebook import Codebook
 from driftlens.equality import equal_fields
 from driftlens.errors import EditError
 from driftlens.precision import in_float32
+
+RESET = "if an interruption left it on, model.weights.reset() switches it off"
+"""The remedy's last words where an edit that is applied is in the way."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,18 +171,26 @@ class WeightStack:
         unused: Iterable[str] = (),
         owners: Mapping[str, torch.nn.Module] | None = None,
     ) -> None:
-        self.parameters = dict(parameters)
         self.unused = frozenset(unused)
+        self._parameters = dict(parameters)
         self._owners = dict(owners or {})
-        self._adapters: dict[int, list[Any]] = {}
         self._active: dict[int, dict[str, Delta]] = {}
         self._originals: dict[str, torch.Tensor] = {}
+        self._adapters: dict[tuple[int, str], Any] = {}
+        self._behind: set[str] = set()
+        """Names of what may not be as the active deltas say."""
         self._tickets = itertools.count()
 
     @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Live parameters by name, as the active deltas make them."""
+        self.settle()
+        return self._parameters
+
+    @property
     def is_edited(self) -> bool:
-        """Whether any delta is active now."""
-        return bool(self._active)
+        """Whether any delta is active now, or one that is not has yet to be taken back."""
+        return bool(self._active or self._behind)
 
     @property
     def active(self) -> tuple[Delta, ...]:
@@ -199,7 +213,7 @@ class WeightStack:
 
     def original(self, name: str) -> torch.Tensor:
         """A parameter as it is without any active delta."""
-        return self._originals.get(name, self.parameters[name])
+        return self._originals.get(name, self._parameters[name])
 
     def owner(self, name: str) -> torch.nn.Module:
         """The module that a parameter belongs to."""
@@ -227,59 +241,91 @@ class WeightStack:
             if delta.shape != shape:
                 raise EditError(f"The delta for {name!r} has shape {delta.shape}, not {shape}.")
         ticket = next(self._tickets)
-        self._switch_on(ticket, deltas)
-        return ticket
-
-    def _switch_on(self, ticket: int, deltas: Mapping[str, Delta]) -> None:
-        changes = [name for name, delta in deltas.items() if not isinstance(delta, Codebook)]
-        new = {n: self.parameters[n].detach().clone() for n in changes if n not in self._originals}
-        self._originals.update(new)
-        self._active[ticket] = dict(deltas)
         try:
-            self._write(changes)
-            self._adapters[ticket] = [
-                delta.install(self.owner(name))
-                for name, delta in deltas.items()
-                if isinstance(delta, Codebook)
-            ]
+            self._activate({**self._active, ticket: dict(deltas)})
         except BaseException:
             self.pop(ticket)
             raise
+        return ticket
 
     def pop(self, ticket: int) -> None:
         """Switch the deltas of one ticket off; a ticket that is off already is ignored."""
-        for handle in self._adapters.pop(ticket, []):
-            handle.remove()
-        deltas = self._active.pop(ticket, {})
-        self._write(n for n, delta in deltas.items() if not isinstance(delta, Codebook))
+        others = {own: group for own, group in self._active.items() if own != ticket}
+        try:
+            self._activate(others)
+        except BaseException:
+            # Whoever stops this gets the weights back all the same; a second stop leaves them to
+            # the next use of the model.
+            self._activate(others)
+            raise
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """All deltas that are active now are off while the block runs, and on again after it."""
-        active = dict(self._active)
-        for ticket in active:
-            self.pop(ticket)
+        active = self._active
         try:
+            self._activate({})
             yield
         finally:
-            for ticket, deltas in active.items():
-                self._switch_on(ticket, deltas)
+            self._activate({**active, **self._active})
 
-    def _write(self, names: Iterable[str]) -> None:
-        """Bring parameters into line with the active deltas."""
+    def reset(self) -> None:
+        """Switch all deltas off, whoever switched them on.
+
+        For what an interruption at the wrong moment has left on; inside of
+        ``with edit.applied(model)`` the rest of the block runs on the unedited model.
+        """
+        self._activate({})
+
+    def settle(self) -> None:
+        """Bring the model into line with the active deltas, where an interruption kept it back.
+
+        Every pass and every look at :attr:`parameters` begins with this, so that none meets
+        weights that are neither edited nor restored.
+        """
         with torch.no_grad():
-            for name in names:
-                parameter, original = self.parameters[name], self._originals[name]
-                active = [
-                    delta
-                    for group in self._active.values()
-                    if not isinstance(delta := group.get(name), Codebook | None)
-                ]
-                if active:
-                    parameter.copy_(_sum(original, active))
-                else:
-                    parameter.copy_(original)
-                    del self._originals[name]
+            for name in sorted(self._behind):
+                self._write(name)
+                self._install(name)
+                self._behind.discard(name)
+
+    def _activate(self, active: dict[int, dict[str, Delta]]) -> None:
+        """Make these the active deltas."""
+        either = {**self._active, **active}
+        for ticket in self._active.keys() ^ active.keys():
+            self._behind.update(either[ticket])
+        self._active = active
+        self.settle()
+
+    def _write(self, name: str) -> None:
+        """Bring one parameter into line."""
+        parameter = self._parameters[name]
+        changes = [
+            delta
+            for group in self._active.values()
+            if not isinstance(delta := group.get(name), Codebook | None)
+        ]
+        if changes:
+            if name not in self._originals:
+                self._originals[name] = parameter.detach().clone()
+            parameter.copy_(_sum(self._originals[name], changes))
+        elif name in self._originals:
+            parameter.copy_(self._originals[name])
+            del self._originals[name]
+
+    def _install(self, name: str) -> None:
+        """Have those adapters beside a parameter's module that are active, and no others."""
+        wanted = {
+            (ticket, name): delta
+            for ticket, group in self._active.items()
+            if isinstance(delta := group.get(name), Codebook)
+        }
+        for key in [key for key in self._adapters if key[1] == name and key not in wanted]:
+            self._adapters[key].remove()
+            del self._adapters[key]
+        for key, delta in wanted.items():
+            if key not in self._adapters:
+                self._adapters[key] = delta.install(self.owner(name))
 
 
 def _sum(original: torch.Tensor, deltas: Sequence[LowRankDelta | DenseDelta]) -> torch.Tensor:

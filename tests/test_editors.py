@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from typing import Any
 
 import plain_editors as plain
@@ -27,6 +28,7 @@ from driftlens.editing.spreading import PostNorm
 from driftlens.editing.statistics import KeyCovariance
 from driftlens.errors import EditError, ModelError, RequestError
 from driftlens.interventions import block_out_name, down_in_name, down_out_name
+from driftlens.weights import WeightStack
 
 ARCHITECTURES = ["gpt2", "llama", "gemma3"]
 TEMPLATES = ["{}", "Yes. {}", "The Louvre, and the city of Paris. {}", "I. {}"]
@@ -948,6 +950,30 @@ def test_an_edit_of_a_sequence_that_fails_says_which(monkeypatch: pytest.MonkeyP
     with pytest.raises(EditError, match=rf"^Edit 1 of {len(REQUESTS)}: It went wrong"):
         dl.edit_sequence(model, REQUESTS, "memit", **LOCATED["memit"])
     assert not model.weights.is_edited
+    assert model.fingerprint() == before
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stop_while_one_layer_is_taken_back_does_not_leave_the_others(
+    stopped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lens()
+    before = model.fingerprint()
+    weights = {name: p.detach().clone() for name, p in model.weights.parameters.items()}
+    pop, calls = WeightStack.pop, count()
+
+    def stopping(self: WeightStack, ticket: int) -> None:
+        if next(calls) == stopped:
+            raise KeyboardInterrupt
+        pop(self, ticket)
+
+    monkeypatch.setattr(WeightStack, "pop", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        dl.edit(model, REQUESTS, "memit", **LOCATED["memit"])
+    assert len(model.weights.active) == 1  # the one whose switching off never began
+    model.weights.reset()
+    assert not model.weights.is_edited
+    assert all(torch.equal(p, weights[name]) for name, p in model.weights.parameters.items())
     assert model.fingerprint() == before
 
 

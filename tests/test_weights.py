@@ -7,10 +7,11 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.utils.hooks import RemovableHandle
 
 import driftlens as dl
 from driftlens.codebook import Codebook
@@ -258,6 +260,177 @@ def test_delta_that_cannot_be_formed_leaves_the_others(others: int) -> None:
     assert_same_bits(parameters, before)
 
 
+# --- interruptions --------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """Not an Exception, like KeyboardInterrupt."""
+
+
+@contextmanager
+def stopped(*at: int) -> Iterator[None]:
+    """Inside, the writes into weights with these numbers, from 0, leave something else."""
+    copy, calls = torch.Tensor.copy_, count()
+
+    def copy_(self: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        if next(calls) in at:
+            self.fill_(7)
+            raise Stop
+        return copy(self, source)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", copy_)
+        yield
+
+
+TWO = {"a": DenseDelta(torch.ones(4, 6)), "b": DenseDelta(torch.ones(5, 3))}
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_stop_while_weights_are_written_back_is_handed_on_when_they_are(at: int) -> None:
+    parameters = odd_parameters(torch.float32)
+    before = snapshot(parameters)
+    stack = WeightStack(parameters)
+    ticket = stack.push(TWO)
+    with stopped(at), pytest.raises(Stop):
+        stack.pop(ticket)
+    assert not stack.is_edited
+    assert_same_bits(parameters, before)
+
+
+@pytest.mark.parametrize("use", ["parameters", "push", "pop", "suspended", "reset"])
+def test_what_two_stops_left_undone_is_known_and_done_by_the_next_use(use: str) -> None:
+    parameters = odd_parameters(torch.float32)
+    before = snapshot(parameters)
+    stack = WeightStack(parameters)
+    ticket = stack.push(TWO)
+    with stopped(0, 1), pytest.raises(Stop):
+        stack.pop(ticket)
+    assert stack.is_edited and not stack.active
+    assert not torch.equal(bits(parameters["a"]), before["a"])
+    assert torch.equal(bits(stack.original("a")), before["a"])
+    if use == "parameters":
+        assert_same_bits(stack.parameters, before)
+    elif use == "push":
+        other = stack.push({"bias": DenseDelta(torch.ones(7))})
+        assert torch.equal(bits(parameters["a"]), before["a"])
+        stack.pop(other)
+    elif use == "suspended":
+        with stack.suspended():
+            assert_same_bits(parameters, before)
+    else:
+        stack.pop(ticket) if use == "pop" else stack.reset()
+    assert not stack.is_edited
+    assert_same_bits(parameters, before)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stops_at_any_write_lose_no_bit(seed: int) -> None:
+    generator = random.Random(seed)
+    parameters = odd_parameters(torch.float32)
+    originals = {name: p.detach().clone() for name, p in parameters.items()}
+    before = snapshot(parameters)
+    stack = WeightStack(parameters)
+    active: dict[int, dict[str, Any]] = {}
+    for _ in range(12):
+        deltas = random_deltas(parameters, generator)
+        with stopped(*generator.sample(range(8), k=3)):
+            try:
+                if active and generator.random() < 0.4:
+                    ticket = generator.choice(sorted(active))
+                    del active[ticket]  # also if it is stopped
+                    stack.pop(ticket)
+                elif generator.random() < 0.3:
+                    with stack.suspended():
+                        pass
+                else:
+                    active[stack.push(deltas)] = deltas
+            except Stop:
+                pass
+        stack.settle()
+        for name, parameter in parameters.items():
+            now = [deltas[name] for deltas in active.values() if name in deltas]
+            assert torch.equal(bits(parameter), expected_bits(originals[name], now))
+    stack.reset()
+    assert not stack.is_edited
+    assert_same_bits(parameters, before)
+    for ticket in active:  # those from before are ignored
+        stack.pop(ticket)
+    assert_same_bits(parameters, before)
+
+
+def test_suspending_that_is_stopped_leaves_the_edits_on() -> None:
+    parameters = odd_parameters(torch.float32)
+    stack = WeightStack(parameters)
+    ticket, other = stack.push({"a": TWO["a"]}), stack.push({"b": TWO["b"]})
+    inside, active = snapshot(parameters), stack.active
+    for at in (0, 1, 2, 3):  # on the way in and on the way out
+        with stopped(at), pytest.raises(Stop), stack.suspended():
+            pass
+        assert stack.active == active
+        assert_same_bits(stack.parameters, inside)
+    stack.pop(ticket)
+    stack.pop(other)
+    assert not stack.is_edited
+
+
+def test_deltas_of_nothing_are_switched_on_and_off() -> None:
+    stack = WeightStack(odd_parameters(torch.float32))
+    stack.pop(stack.push({}))
+    assert not stack.is_edited
+
+
+def test_no_pass_meets_weights_that_a_stop_left_edited() -> None:
+    model = fresh()
+    edit = dl.Edit.from_deltas(model, {down(1): torch.ones(128, 32)})
+    before, bits_before = logits_of(model), snapshot(model.weights.parameters)
+    with stopped(1, 2), pytest.raises(Stop), edit.applied(model):
+        pass
+    assert model.weights.is_edited
+    assert torch.equal(logits_of(model), before)
+    assert not model.weights.is_edited
+    assert_same_bits(model.weights.parameters, bits_before)
+
+
+def test_adapters_that_a_stop_left_are_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh("llama")
+    site = model.down_projection(1)
+    keys = torch.zeros(1, site.d_mlp)
+    book = Codebook(keys, torch.ones(1, 32), torch.full((1,), 1e9), ("a",))
+    edit = dl.Edit.from_deltas(model, {site.name: book})
+    before = logits_of(model)
+    remove, calls = RemovableHandle.remove, count()
+
+    def stopping(self: RemovableHandle) -> None:
+        if next(calls) < 2:
+            raise Stop
+        remove(self)
+
+    applied = edit.applied(model)
+    applied.__enter__()
+    assert not torch.equal(logits_of(model), before)
+    monkeypatch.setattr(RemovableHandle, "remove", stopping)
+    with pytest.raises(Stop):
+        applied.__exit__(None, None, None)
+    assert model.weights.is_edited
+    assert torch.equal(logits_of(model), before)
+    assert not model.weights.is_edited
+
+
+def test_an_edit_that_was_left_on_is_named_with_the_remedy() -> None:
+    model = fresh()
+    edit = dl.Edit.from_deltas(model, {down(1): torch.ones(128, 32)})
+    before = snapshot(model.weights.parameters)
+    model.weights.push(edit.deltas)  # nobody holds its ticket
+    with pytest.raises(EditError, match=r"model\.weights\.reset\(\) switches it off"):
+        edit.check_not_active(model)
+    with pytest.raises(EditError, match=r"model\.weights\.reset\(\) switches it off"):
+        dl.Edit.from_checkpoint(model, tiny.hf_model("gpt2"))
+    model.weights.reset()
+    assert_same_bits(model.weights.parameters, before)
+    edit.check_not_active(model)
+
+
 # --- digests --------------------------------------------------------------------------------
 
 
@@ -296,10 +469,6 @@ def random_edit(model: dl.LensModel, generator: random.Random) -> dl.Edit:
         model,
         {n: random_delta(parameters[n].shape, generator, torch.float32) for n in chosen},
     )
-
-
-class Stop(BaseException):
-    """Not an Exception, like KeyboardInterrupt."""
 
 
 def random_nesting(

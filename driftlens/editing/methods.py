@@ -48,7 +48,7 @@ from driftlens.errors import EditError, RequestError
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
 from driftlens.reuse import Engine
-from driftlens.weights import Delta, combined
+from driftlens.weights import RESET, Delta, combined
 
 
 @dataclass(frozen=True)
@@ -471,7 +471,8 @@ def _resources(
         if model.weights.is_edited and covariance is None:
             raise RequestError(
                 "An edit is applied now, and the covariance is that of the unedited model.",
-                "Compute it before with key_covariances(model, layers), and pass it as covariance.",
+                "Compute it before with key_covariances(model, layers), and pass it as covariance; "
+                f"{RESET}.",
             )
         covariances = resolve_covariances(model, layers, covariance, progress=progress)
     return Resources(contexts, covariances, penalties, progress, engine, state)

@@ -8,7 +8,7 @@ residual that the layer is to contribute and X says how it is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,13 +250,15 @@ def _rms(x: torch.Tensor) -> torch.Tensor:
 
 
 class Spreading:
-    """The changes so far, applied while the next one is computed."""
+    """The changes so far, applied while the next one is computed; ``applied`` takes them back."""
 
-    def __init__(self, model: LensModel, layers: Sequence[int], progress: bool) -> None:
+    def __init__(
+        self, model: LensModel, layers: Sequence[int], progress: bool, applied: ExitStack
+    ) -> None:
         self._model = model
         self._layers = layers
         self._progress = progress
-        self._tickets: list[int] = []
+        self._applied = applied
         self.deltas: dict[str, Delta] = {}
         self.info: dict[str, dict[str, Any]] = {}
 
@@ -287,7 +289,8 @@ class Spreading:
             raise EditError(
                 f"The change of layer {layer} is not finite.", "Use other facts or more text."
             )
-        self._tickets.append(self._model.weights.push({down.name: delta}))
+        weights = self._model.weights
+        self._applied.callback(weights.pop, weights.push({down.name: delta}))
         self.deltas[down.name] = delta
         self.info[str(layer)] = {"norm": norm, "rank": delta.rank}
 
@@ -295,9 +298,5 @@ class Spreading:
 @contextmanager
 def spreading(model: LensModel, layers: Sequence[int], progress: bool) -> Iterator[Spreading]:
     """Inside, changes are applied as they are written; afterwards none is."""
-    state = Spreading(model, layers, progress)
-    try:
-        yield state
-    finally:
-        for ticket in state._tickets:
-            model.weights.pop(ticket)
+    with ExitStack() as applied:
+        yield Spreading(model, layers, progress, applied)
