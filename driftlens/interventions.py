@@ -151,8 +151,11 @@ def replace_heads(
             rows = mix(own, rows.to(own))
         mixed = mix_heads(rows.to(z), used_values)
         at = touched.to(z.device)
+        kept = z[at]
+        # One recorded row would otherwise be taken for the rows of all positions.
+        assert mixed.shape == kept.shape, f"heads give {mixed.shape}, not {kept.shape}"
         chosen = where[touched].to(z.device).transpose(1, 2).unsqueeze(-1)
-        new = torch.where(chosen, mixed, z[at])
+        new = torch.where(chosen, mixed, kept)
         return new if len(at) == len(z) else z.index_copy(0, at, new)
 
     hooks.append((z_name(layer), write_z))

@@ -124,6 +124,7 @@ class PatchExperiment:
             self._span()
         self._ids = self.batch.ids(model)
         self._recorded: dict[str, torch.Tensor] = {}
+        """The source's activations; its attention rows from ``_recorded_from`` on."""
         self._recorded_from = self._first_position("last")
         self._runner: tuple[int, SuffixRunner] | None = None
         self._target_pass: FullPass | None = None
@@ -455,7 +456,8 @@ class PatchExperiment:
         every = range(model.info.n_layers)
         lowest = self.edit.lowest_layer(model) if self._reuses else None
         source_is_edited = self.direction == "contaminate"
-        taken = self._taking(every, self._recorded_from)
+        taken = _taking(every, self._recorded_from, self._recorded)
+        below = _taking(every[:lowest], self._recorded_from, self._recorded)
         if not self._reuses:
             with torch.no_grad():
                 original = model.run(self._ids, [] if source_is_edited else taken, at=at)
@@ -468,7 +470,7 @@ class PatchExperiment:
             self.batch.rows,
             every if source_is_edited else shared,
             at,
-            self._taking(every[:lowest], self._recorded_from) if source_is_edited else taken,
+            below if source_is_edited else taken,
         )
         hooks = taken if source_is_edited else []
         enters = [] if source_is_edited else every
@@ -480,26 +482,15 @@ class PatchExperiment:
     def _unpatched(self, logits: torch.Tensor) -> Readout:
         return self._readout(self.batch.read(log_probabilities(logits)))
 
-    def _taking(self, layers: Iterable[int], start: int) -> list[Hook]:
-        """Hooks that record attention: all values, and the rows from a position on."""
-
-        def keep(name: str, first: int) -> Hook:
-            def hook_fn(tensor: torch.Tensor, hook: Any) -> None:
-                self._recorded[name] = tensor[:, :, first:].clone() if first else tensor
-
-            return name, hook_fn
-
-        return [
-            hook for y in layers for hook in (keep(pattern_name(y), start), keep(values_name(y), 0))
-        ]
-
     def _ensure_recorded(self, start: int) -> None:
         """Have the source's attention rows from a position on."""
         if start < self._recorded_from:
-            hooks = self._taking(range(self.model.info.n_layers), start)
+            found: dict[str, torch.Tensor] = {}
+            hooks = _taking(range(self.model.info.n_layers), start, found)
             with self._source(), torch.no_grad():
                 self.model.run(self._ids, hooks, stop_at=self.model.top)
-            self._recorded_from = start
+            # Only a whole recording replaces what is there, together with where it starts.
+            self._recorded, self._recorded_from = {**self._recorded, **found}, start
 
     def _applied(self, edited: bool) -> AbstractContextManager[Any]:
         return self.edit.applied(self.model) if edited else nullcontext()
@@ -672,6 +663,20 @@ def sweep_attention(
     return experiment.sweep(
         window=window, queries=queries, columns=columns, exchange=exchange, progress=progress
     )
+
+
+def _taking(layers: Iterable[int], start: int, store: dict[str, torch.Tensor]) -> list[Hook]:
+    """Hooks that record attention: all values, and the rows from a position on."""
+
+    def keep(name: str, first: int) -> Hook:
+        def hook_fn(tensor: torch.Tensor, hook: Any) -> None:
+            store[name] = tensor[:, :, first:].clone() if first else tensor
+
+        return name, hook_fn
+
+    return [
+        hook for y in layers for hook in (keep(pattern_name(y), start), keep(values_name(y), 0))
+    ]
 
 
 def _mixture(exchange: Exchange, columns: Bool[torch.Tensor, " key"] | None) -> Mix | None:

@@ -632,6 +632,44 @@ def test_patches_of_one_experiment_do_not_see_each_other(architecture: str, dire
     assert not model.weights.is_edited
 
 
+@some_architectures
+@pytest.mark.parametrize("direction", ["restore", "contaminate"])
+def test_a_recording_that_is_interrupted_leaves_the_experiment_as_it_was(
+    architecture: str, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, edit = lens(architecture), an_edit(architecture)
+
+    def new() -> dl.PatchExperiment:
+        return dl.PatchExperiment(model, edit, PROMPT, answer="city", direction=direction)
+
+    experiment = new()
+    options: list[dict[str, Any]] = [{}, {"exchange": "values"}, {"queries": "all"}]
+    expected = [new().attention(**each) for each in options]
+    run = dl.LensModel.run
+
+    def interrupted(self: dl.LensModel, ids: Any, hooks: Any = (), *args: Any, **more: Any) -> Any:
+        def stop(tensor: torch.Tensor, hook: Any) -> None:
+            raise KeyboardInterrupt
+
+        return run(self, ids, [*hooks, ("blocks.1.hook_out", stop)], *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dl.LensModel, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.attention(queries="all")
+    assert [experiment.attention(**each) for each in options] == expected
+
+
+def test_attention_of_other_positions_than_the_pass_has_is_not_stretched_over_them() -> None:
+    model = lens("llama")
+    ids = torch.tensor([model.tokens.encode(PROMPT).ids])
+    seen = model.record(ids, [pattern_name(1), values_name(1)])
+    where = torch.ones(1, model.info.n_heads, 1, dtype=torch.bool)
+    hooks = replace_heads(1, where, seen[pattern_name(1)][:, :, -1:], seen[values_name(1)])
+    with pytest.raises(AssertionError, match="heads give"), torch.no_grad():
+        model.run(ids, hooks)
+
+
 # --- what is read, and where ---------------------------------------------------------------------
 
 
