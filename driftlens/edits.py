@@ -302,13 +302,17 @@ def _from_outside(
     requests = () if request is None else tuple(several)
     if not all(isinstance(one, EditRequest) for one in requests):
         raise EditError(f"{request!r} is no EditRequest.", "Give one, or a list of them.")
-    for name, delta in deltas.items():
-        numbers = [*delta.tensors().values()]
-        if not isinstance(delta, Codebook):
-            numbers.append(delta.dense())
-        if not all(torch.isfinite(tensor).all() for tensor in numbers):
-            raise EditError(f"The delta for {name!r} is not finite.")
-    model.weights.pop(model.weights.push(deltas))
+    weights = model.weights
+    ticket = weights.push(deltas)
+    try:
+        for name, delta in deltas.items():
+            # In the weights' own dtype, as half precision may end where a delta goes on.
+            new, old = weights.parameters[name], weights.original(name)
+            lost = torch.isfinite(old) & ~torch.isfinite(new)
+            if lost.any() or not all(torch.isfinite(x).all() for x in delta.tensors().values()):
+                raise EditError(f"The delta for {name!r} is not finite in {new.dtype}.")
+    finally:
+        weights.pop(ticket)
     return make_edit(model, deltas, method=method, requests=requests)
 
 

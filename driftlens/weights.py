@@ -61,8 +61,8 @@ class LowRankDelta:
         return equal_fields(self, other)
 
     def dense(self) -> Float[torch.Tensor, "rows columns"]:
-        """The change as a full matrix."""
-        return self.left @ self.right.T
+        """The change as a full matrix, in float32 or better: small factors have tiny products."""
+        return in_float32(self.left) @ in_float32(self.right).T
 
 
 @dataclass(frozen=True, eq=False)

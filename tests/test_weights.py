@@ -174,6 +174,29 @@ def test_delta_is_added_in_float32_and_rounded_once() -> None:
     assert torch.equal(weight, torch.ones(2, 2, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_factors_are_multiplied_in_float32(dtype: torch.dtype) -> None:
+    # In float16 the product of two numbers of 1e-4 is 0, and of two of 1e3 infinite.
+    for size in (1e-4, 1e3):
+        left, right = (torch.full((n, 1), size, dtype=dtype) for n in (2, 3))
+        expected = torch.full((2, 3), float(left[0, 0]) ** 2)
+        assert torch.equal(LowRankDelta(left, right).dense(), expected)
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    small = torch.full((3, 1), 1e-4, dtype=dtype)
+    WeightStack({"w": weight}).push({"w": LowRankDelta(small[:2], small)})
+    assert torch.equal(weight, torch.full((2, 3), float(small[0, 0]) ** 2))
+
+
+def test_a_delta_that_half_precision_cannot_hold_is_refused() -> None:
+    model = dl.load_model(tiny.hf_model("gpt2").half(), tiny.tokenizer(), probe=False)
+    before = snapshot(model.weights.parameters)
+    left, right = (torch.full((n, 1), 1e3) for n in (128, 32))
+    for delta in (LowRankDelta(left, right), LowRankDelta(left.half(), right.half())):
+        with pytest.raises(EditError, match="not finite in torch.float16"):
+            dl.Edit.from_deltas(model, {down(1): delta})
+    assert_same_bits(model.weights.parameters, before)
+
+
 def test_double_precision_is_kept() -> None:
     weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
     stack = WeightStack({"w": weight})
