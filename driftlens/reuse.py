@@ -318,12 +318,18 @@ def shown_exact(
         ability: What the model would have to be able to do, in words.
         largest_error: Gives the largest difference from plain logits, and the largest logit.
         otherwise: What is done instead, for the warning.
+
+    Raises:
+        torch.OutOfMemoryError: If memory does not do for the trial, which says nothing about the
+            model; it is tried again when asked again.
     """
     if ability not in model.memo:
         try:
             worst, scale = largest_error(model)
             exact = worst <= relative_tolerance(getattr(torch, model.info.dtype)) * scale
             reason = f"its logits would differ by {worst:.2g}"
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:
             exact, reason = False, f"{type(error).__name__}: {error}"
         if not exact:
@@ -409,9 +415,13 @@ MEMORY_BUDGET = 128 * 2**20
 
 
 def budget(model: LensModel, on_cpu: int = MEMORY_BUDGET) -> int:
-    """Bytes that the batch of one pass may take: on a GPU, a quarter of what is free."""
+    """Bytes that the batch of one pass may take: on a GPU, a quarter of what is free.
+
+    What torch holds of the GPU for tensors to come is as free as what nobody holds.
+    """
     if model.device.type == "cuda":
-        return max(on_cpu, torch.cuda.mem_get_info(model.device)[0] // 4)
+        held = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        return max(on_cpu, (torch.cuda.mem_get_info(model.device)[0] + held) // 4)
     return on_cpu
 
 

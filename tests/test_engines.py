@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -13,7 +14,14 @@ import torch
 import driftlens as dl
 from driftlens.interventions import pattern_name
 from driftlens.models import recording
-from driftlens.reuse import Engine, FullPass, SuffixRunner, in_batches
+from driftlens.reuse import (
+    Engine,
+    FullPass,
+    SuffixRunner,
+    budget,
+    in_batches,
+    reuse_is_exact,
+)
 from driftlens.scoring import log_probabilities
 
 SUBJECT = "The Eiffel Tower"
@@ -260,6 +268,31 @@ def test_wrong_logits_are_noticed(monkeypatch: pytest.MonkeyPatch):
     with pytest.warns(UserWarning, match="differ"):
         made = dl.edit(model, request, layer=1, steps=2, covariance="identity", progress=False)
     assert made.info["engine"] == "plain"
+
+
+def test_a_full_memory_is_no_answer_to_what_a_model_can(monkeypatch: pytest.MonkeyPatch):
+    model = dl.load_model(tiny.hf_model("llama"), tokenizer=tiny.tokenizer())
+
+    def full(self: SuffixRunner, *args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SuffixRunner, "run", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            reuse_is_exact(model)
+    assert reuse_is_exact(model)  # it is asked again, and not what was said while memory was full
+
+
+def test_what_torch_holds_of_a_gpu_for_later_is_free(monkeypatch: pytest.MonkeyPatch):
+    gib = 2**30
+    for name, value in {
+        "mem_get_info": (2 * gib, 80 * gib), "memory_reserved": 70 * gib,
+        "memory_allocated": 8 * gib,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    assert budget(on_gpu) == 16 * gib
+    assert budget(on_gpu, on_cpu=20 * gib) == 20 * gib
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost():
