@@ -27,7 +27,7 @@ from driftlens.facts import EditRequest
 from driftlens.journal import CHECKSUM, digest
 from driftlens.models import LensModel
 from driftlens.parameters import named_parameters
-from driftlens.weights import RESET, Delta, DenseDelta, LowRankDelta, tensor_digest
+from driftlens.weights import RESET, Delta, DenseDelta, LowRankDelta, WeightStack, tensor_digest
 
 FORMAT = 2
 WEIGHTS_FILE = "edit.safetensors"
@@ -59,9 +59,10 @@ class Edit:
     config: dict[str, Any] = field(default_factory=dict)
     trace: list[dict[str, Any]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
-    _known_good: weakref.WeakSet[LensModel] = field(
-        default_factory=weakref.WeakSet, repr=False, compare=False
+    _known_good: weakref.WeakKeyDictionary[WeightStack, Any] = field(
+        default_factory=weakref.WeakKeyDictionary, init=False, repr=False, compare=False
     )
+    """In which state a model's weights were found to be the right ones."""
 
     @property
     def request(self) -> EditRequest | None:
@@ -121,7 +122,9 @@ class Edit:
 
         The touched parameters must have the bits that they had when the edit was made: in
         the model without edits, or, for an edit made on top of others, in the model as it is
-        now.
+        now. All others must have the bits of the unedited model. These are read when the edit
+        meets the model, and again when torch has counted that one of them was written to, which
+        it does not for what goes through ``parameter.data``.
 
         Raises:
             EditError: Naming the parameter that differs.
@@ -142,14 +145,15 @@ class Edit:
                     "Load the model it was made for; an edit made on top of another one needs "
                     "that one applied first.",
                 )
-        if model not in self._known_good:
+        state = stack.revision()
+        if self._known_good.get(stack) != state:
             if self.fingerprint and model.fingerprint() != self.fingerprint:
                 raise EditError(
                     f"This edit was made for {self.model_name} with other weights than "
                     f"{model.info.name} has.",
                     "Load the model that it was made for.",
                 )
-            self._known_good.add(model)
+            self._known_good[stack] = state
 
     @property
     def restriction(self) -> str:
@@ -372,7 +376,7 @@ def make_edit(model: LensModel, deltas: dict[str, Delta], **fields: Any) -> Edit
         base_digests={name: tensor_digest(model.weights.parameters[name]) for name in deltas},
         **fields,
     )
-    edit._known_good.add(model)
+    edit._known_good[model.weights] = model.weights.revision()
     return edit
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.hooks import RemovableHandle
 
 import driftlens as dl
+from driftlens import models
 from driftlens.codebook import Codebook
 from driftlens.edits import RECORD_FILE, WEIGHTS_FILE
 from driftlens.errors import DataError, DriftLensError, EditError
@@ -604,6 +605,87 @@ def test_tied_weights_change_together() -> None:
         assert torch.equal(embedding.weight, original + delta)
         assert head.weight is embedding.weight
     assert torch.equal(embedding.weight, original)
+
+
+def by_optimizer(weight: torch.nn.Parameter) -> None:
+    weight.grad = torch.ones_like(weight)
+    torch.optim.Adam([weight], lr=0.1).step()
+    weight.grad = None
+
+
+def by_new_memory(weight: torch.nn.Parameter) -> None:
+    weight.data = weight.data * 2
+
+
+COUNTED: dict[str, Callable[[torch.nn.Parameter], Any]] = {
+    "in place": torch.no_grad()(lambda weight: weight.mul_(2)),
+    "a row": torch.no_grad()(lambda weight: weight[1].zero_()),
+    "detached": lambda weight: weight.detach().mul_(2),
+    "optimizer": by_optimizer,
+    "new memory": by_new_memory,
+}
+UNCOUNTED: dict[str, Callable[[torch.nn.Parameter], Any]] = {
+    "data": lambda weight: weight.data.mul_(2),
+    "numpy": lambda weight: weight.detach().numpy().fill(1.0),
+}
+OTHER = "transformer.h.0.attn.c_attn.weight"
+
+
+@pytest.mark.parametrize("how", COUNTED)
+@pytest.mark.parametrize("made_by", ["an editor", "a file"])
+def test_a_change_of_what_an_edit_does_not_touch_is_noticed(
+    how: str, made_by: str, tmp_path: Path
+) -> None:
+    model = fresh()
+    edit = some_edit(model)
+    if made_by == "a file":
+        edit.save(tmp_path)
+        edit = dl.load_edit(tmp_path, model)
+    weight = model.weights.parameters[OTHER]
+    before = weight.detach().clone()
+    with edit.applied(model):
+        pass
+    COUNTED[how](weight)
+    for _ in range(2):
+        with pytest.raises(EditError, match="with other weights"), edit.applied(model):
+            pass
+    weight.data.copy_(before)
+    with edit.applied(model):  # and so is that it was undone
+        pass
+
+
+@pytest.mark.parametrize("how", [*COUNTED, *UNCOUNTED])
+def test_a_change_of_what_an_edit_touches_is_noticed(how: str) -> None:
+    model = fresh()
+    edit = some_edit(model)
+    with edit.applied(model):
+        pass
+    {**COUNTED, **UNCOUNTED}[how](model.weights.parameters[down(1)])
+    with pytest.raises(EditError, match="other weights"), edit.applied(model):
+        pass
+
+
+def test_all_weights_are_read_once_whatever_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh()
+    edits = [random_edit(model, random.Random(seed)) for seed in range(3)]
+    monkeypatch.setattr(models, "quick_digest", lambda _: pytest.fail("read again"))
+    for edit in (*edits, *edits):
+        with edit.applied(model), edits[0].applied(model), model.weights.suspended():
+            pass
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        model.fingerprint()
+
+
+def test_a_model_made_in_inference_mode_can_be_edited_in_it() -> None:
+    with torch.inference_mode():
+        model = dl.load_model(tiny.hf_model("llama"), tiny.tokenizer(), probe=False)
+        name = model.down_projection(1).name
+        weight = model.weights.parameters[name]
+        assert weight.is_inference()
+        edit, before = dl.Edit.from_deltas(model, {name: torch.ones(32, 64)}), weight.clone()
+        with edit.applied(model):
+            assert torch.equal(weight, before + 1)
+        assert torch.equal(weight, before)
 
 
 def test_edit_on_top_of_another_needs_it() -> None:
