@@ -27,7 +27,7 @@ from driftlens.facts import EditRequest
 from driftlens.journal import CHECKSUM, digest
 from driftlens.models import LensModel
 from driftlens.parameters import named_parameters
-from driftlens.weights import RESET, Delta, DenseDelta, LowRankDelta, WeightStack, tensor_digest
+from driftlens.weights import RESET, Delta, DenseDelta, LowRankDelta, WeightStack
 
 FORMAT = 2
 WEIGHTS_FILE = "edit.safetensors"
@@ -136,10 +136,7 @@ class Edit:
                     f"This edit was made for {self.model_name} and changes {name!r}, which "
                     f"{model.info.name} does not have."
                 )
-            if before not in (
-                tensor_digest(stack.original(name)),
-                tensor_digest(stack.parameters[name]),
-            ):
+            if before not in stack.digests(name):
                 raise EditError(
                     f"This edit was made for other weights of {name!r} than {model.info.name} has.",
                     "Load the model it was made for; an edit made on top of another one needs "
@@ -373,7 +370,7 @@ def make_edit(model: LensModel, deltas: dict[str, Delta], **fields: Any) -> Edit
         deltas=deltas,
         model_name=model.info.name,
         fingerprint=model.fingerprint(),
-        base_digests={name: tensor_digest(model.weights.parameters[name]) for name in deltas},
+        base_digests={name: [*model.weights.digests(name)][-1] for name in deltas},
         **fields,
     )
     edit._known_good[model.weights] = model.weights.revision()

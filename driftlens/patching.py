@@ -310,7 +310,8 @@ class PatchExperiment:
             here = torch.cat([where & (layer in patch) for patch in patches[:joined]])
             new = self._recorded[name][:, start:].repeat(joined, 1, 1)
             hooks.append(replace_activation(name, here[:, start:], new))
-        logprobs = self._run(hooks, start, joins)
+        with self._target(), torch.no_grad():
+            logprobs = self._run(hooks, start, joins)
         return [
             self._readout(self.batch.read(logprobs[copy * rows : (copy + 1) * rows]))
             for copy in range(len(patches))
@@ -349,7 +350,7 @@ class PatchExperiment:
         mask = self._column_mask(columns, width)
         with self._target(), torch.no_grad():
             hooks = self._hooks(where, exchange, mask, joins, start)
-        logprobs = self._run(hooks, start, joins)
+            logprobs = self._run(hooks, start, joins)
         return [
             self._readout(self.batch.read(logprobs[copy * rows : (copy + 1) * rows]))
             for copy in range(len(patches))
@@ -385,14 +386,14 @@ class PatchExperiment:
         return max(1, budget(self.model) // (rows * floats * 4))
 
     def _run(self, hooks: Sequence[Hook], start: int, joins: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities where the answers are, ``[copies * rows, answer, d_vocab]``."""
+        """The target's log-probabilities where the answers are, ``[copies * rows, answer,
+        d_vocab]``."""
         at = self.batch.at().repeat(len(joins), 1)
-        with self._target(), torch.no_grad():
-            if self._reuses:
-                logits = self._suffix(start).run(hooks, at - start, joins)
-            else:
-                logits = self.model.run(self._ids.repeat(len(joins), 1), hooks, at=at)
-            return log_probabilities(logits)
+        if self._reuses:
+            logits = self._suffix(start).run(hooks, at - start, joins)
+        else:
+            logits = self.model.run(self._ids.repeat(len(joins), 1), hooks, at=at)
+        return log_probabilities(logits)
 
     def _suffix(self, start: int) -> SuffixRunner:
         """Passes of the target from a position on."""

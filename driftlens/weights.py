@@ -181,6 +181,7 @@ class WeightStack:
         self._behind: set[str] = set()
         """Names of what may not be as the active deltas say."""
         self._own_writes: Counter[str] = Counter()
+        self._digests: dict[tuple[str, int], tuple[str, str]] = {}
         self._tickets = itertools.count()
 
     @property
@@ -216,6 +217,22 @@ class WeightStack:
     def original(self, name: str) -> torch.Tensor:
         """A parameter as it is without any active delta."""
         return self._originals.get(name, self._parameters[name])
+
+    def digests(self, name: str) -> Iterator[str]:
+        """SHA-256 of a parameter without any active delta; then, if there is one, with them.
+
+        Computed anew only for other bits than the last time, which a faster hash of all of them
+        tells: what goes through ``parameter.data`` must be noticed, too.
+        """
+        parameter, original = self.parameters[name], self.original(name)
+        tensors = [original] if original is parameter else [original, parameter]
+        for place, tensor in enumerate(tensors):
+            bits = quick_digest({name: tensor})
+            known, digest = self._digests.get((name, place), ("", ""))
+            if known != bits:
+                digest = tensor_digest(tensor)
+                self._digests[name, place] = bits, digest
+            yield digest
 
     def revision(self) -> tuple[tuple[int, int], ...]:
         """Something that is another when anybody else has written to a parameter, or moved it.

@@ -21,7 +21,7 @@ import torch
 from oracles import Attention, watched_attention
 
 import driftlens as dl
-from driftlens import reuse
+from driftlens import reuse, weights
 from driftlens.interventions import down_out_name, pattern_name, replace_heads, values_name
 from driftlens.patch_results import Readout, recovered_share
 from driftlens.scoring import ContinuationScore
@@ -668,6 +668,32 @@ def test_attention_of_other_positions_than_the_pass_has_is_not_stretched_over_th
     hooks = replace_heads(1, where, seen[pattern_name(1)][:, :, -1:], seen[values_name(1)])
     with pytest.raises(AssertionError, match="heads give"), torch.no_grad():
         model.run(ids, hooks)
+
+
+@pytest.mark.parametrize(
+    ("direction", "expected"), [("restore", [1, 1, 1, 1]), ("contaminate", [0, 1, 1, 0])]
+)
+def test_a_touched_matrix_is_read_once_for_a_patch_and_its_sha_taken_never(
+    direction: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, edit = lens("gptj"), an_edit("gptj")
+    experiment = dl.PatchExperiment(model, edit, PROMPT, answer=ANSWER, direction=direction)
+    read: list[str] = []
+    quick = weights.quick_digest
+    monkeypatch.setattr(weights, "quick_digest", lambda one: read.extend(one) or quick(one))
+    monkeypatch.setattr(weights, "tensor_digest", lambda _: pytest.fail("SHA again"))
+    found = []
+    for patch in (
+        lambda: experiment.attention(),
+        lambda: experiment.attention(columns="subject", queries="all"),  # of rows not recorded yet
+        lambda: experiment.activation("mlp_out"),
+        lambda: experiment.activation("mlp_out"),
+    ):
+        read.clear()
+        patch()
+        assert set(read) <= set(edit.deltas)
+        found.append(len(read))
+    assert found == expected
 
 
 # --- what is read, and where ---------------------------------------------------------------------

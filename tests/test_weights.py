@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.hooks import RemovableHandle
 
 import driftlens as dl
-from driftlens import models
+from driftlens import models, weights
 from driftlens.codebook import Codebook
 from driftlens.edits import RECORD_FILE, WEIGHTS_FILE
 from driftlens.errors import DataError, DriftLensError, EditError
@@ -674,6 +674,27 @@ def test_all_weights_are_read_once_whatever_is_switched(monkeypatch: pytest.Monk
             pass
     with pytest.raises(pytest.fail.Exception, match="read again"):
         model.fingerprint()
+
+
+def test_a_digest_is_computed_once_and_anew_for_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    stack = WeightStack({"w": weight})
+    hashed: list[torch.Tensor] = []
+    monkeypatch.setattr(weights, "tensor_digest", lambda t: hashed.append(t) or tensor_digest(t))
+    for _ in range(3):
+        assert [*stack.digests("w")] == [tensor_digest(weight)]
+    assert len(hashed) == 1
+    ticket = stack.push({"w": DenseDelta(torch.ones(2, 3))})
+    for _ in range(3):
+        assert [*stack.digests("w")] == [tensor_digest(torch.ones(2, 3)), tensor_digest(weight)]
+    assert len(hashed) == 2
+    stack.pop(ticket)
+    for number, change in enumerate(
+        (lambda: weight.data.mul_(2), lambda: weight.detach().numpy().fill(-0.0)), start=3
+    ):
+        change()
+        assert [*stack.digests("w")] == [tensor_digest(weight)]
+        assert len(hashed) == number
 
 
 def test_a_model_made_in_inference_mode_can_be_edited_in_it() -> None:
