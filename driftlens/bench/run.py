@@ -32,6 +32,7 @@ from driftlens.journal import Journal
 from driftlens.models import LensModel
 from driftlens.readers import check_case
 from driftlens.records import versions, write_result
+from driftlens.weights import RESET
 
 
 def run_bench(
@@ -112,7 +113,9 @@ def run_bench(
 
 def _check(model: LensModel, cases: Sequence[Case], arms: Sequence[Arm]) -> None:
     if model.weights.is_edited:
-        raise ModelError("An edit is applied to the model.", "Run the benchmark outside of it.")
+        raise ModelError(
+            "An edit is applied to the model.", f"Run the benchmark outside of it; {RESET}."
+        )
     if not cases or not arms:
         raise RequestError(f"There are {len(cases)} cases and {len(arms)} arms.", "Give some.")
     for what, names in (("cases", [c.id for c in cases]), ("arms", [a.name for a in arms])):
