@@ -16,7 +16,7 @@ import xxhash
 
 from driftlens import bundled
 from driftlens.errors import ModelError, first_line
-from driftlens.parameters import named_parameters
+from driftlens.parameters import cast, named_parameters
 
 QUANTISATION_FILE = "gguf_quantisation.txt"
 
@@ -138,7 +138,7 @@ def _read_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any, str]:
             f"remove {folder} if it exists.",
         ) from error
     if dtype is not None:
-        model = model.to(dtype)
+        cast(model, dtype)
     return model, tokenizer, f"GGUF {kind}, dequantised to {str(model.dtype).split('.')[-1]}"
 
 

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from driftlens.checkpoints import is_hub_name, read
 from driftlens.errors import ModelError, first_line
 from driftlens.models import LensModel, ModelInfo, is_loaded, kept_on
-from driftlens.parameters import DownProjection, find_down_projection, named_parameters
+from driftlens.parameters import DownProjection, cast, find_down_projection, named_parameters
 from driftlens.probing import probe_interventions
 from driftlens.tokens import Tokens
 
@@ -42,7 +42,8 @@ def load_model(
         tokenizer: Needed for a model in memory; otherwise found beside the weights.
         name: How results call the model; by default what it was loaded by.
         device: Where to put it; by default where it is, or the CPU.
-        dtype: Of the weights; by default the checkpoint's own (float32 for GGUF).
+        dtype: Of the weights; by default the checkpoint's own (float32 for GGUF). What is computed
+            beside them, such as the frequencies of a rotation, keeps its precision.
         prepend_bos: Whether texts start with BOS; ``None``: as the tokenizer does by default.
         separator: What stands between a prompt and its answer.
         revision: Of a hub model; other sources have none.
@@ -58,8 +59,10 @@ def load_model(
         TokenError: If the tokenizer gives no character offsets.
     """
     _check_device(device)
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ModelError(f"dtype is {dtype!r}.", "Give one of torch's, e.g. torch.float16.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ModelError(
+            f"dtype is {dtype!r}.", "Give one of torch's for floating point, e.g. torch.bfloat16."
+        )
     if revision is not None and not is_hub_name(source):
         what = type(source).__name__ if isinstance(source, torch.nn.Module) else str(source)
         raise ModelError(
@@ -95,6 +98,7 @@ def load_model(
             name = name or str(source)
             hf_model, found, weights = read(str(source), dtype, revision)
             tokenizer = tokenizer if tokenizer is not None else found
+            dtype = None  # it was read that way
         bridge = None
     if tokenizer is None:
         raise ModelError("A model in memory needs its tokenizer.", "Pass tokenizer=...")
@@ -137,7 +141,9 @@ def _move(hf_model: Any, device: Any, dtype: torch.dtype | None) -> None:
             f"The model in memory is loaded already, on {first.device} in {first.dtype}.",
             "Leave device and dtype out, or pass another copy of the model.",
         )
-    hf_model.to(device=device, dtype=dtype)
+    hf_model.to(device=device)
+    if dtype is not None:
+        cast(hf_model, dtype)
 
 
 def _wrap(hf_model: Any, tokens: Tokens) -> TransformerBridge:

@@ -144,8 +144,9 @@ def test_names_that_are_no_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for name in ("~no-such-user/x", "x" * 300):
         with pytest.raises(dl.ModelError, match="cannot be loaded: no"):
             dl.load_model(name)
-    with pytest.raises(dl.ModelError, match="dtype is 'float16'. Give one of torch's"):
-        dl.load_model(tmp_path, dtype="float16")  # type: ignore[arg-type]
+    for dtype in ("float16", torch.int8):
+        with pytest.raises(dl.ModelError, match=f"dtype is {dtype!r}. Give one of torch's"):
+            dl.load_model(tmp_path, dtype=dtype)  # type: ignore[arg-type]
     monkeypatch.setenv("DRIFTLENS_CACHE", "~no-such-user/x")
     assert bundled.cache_dir() == Path("~no-such-user/x").absolute()
 

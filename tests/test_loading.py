@@ -21,6 +21,7 @@ from wrapped import PROMPT, build, lens, reference, run, some_ids
 import driftlens as dl
 from driftlens import checkpoints, loading
 from driftlens.interventions import pattern_name
+from driftlens.parameters import cast
 
 
 def test_the_tokenizer_is_the_one_that_was_given() -> None:
@@ -160,6 +161,84 @@ def test_a_file_that_cannot_be_read_is_refused(
     monkeypatch.setattr(checkpoints, "_content_digest", refusing)
     with pytest.raises(dl.ModelError, match=r"model.gguf cannot be read: Permission denied"):
         dl.load_model(path)
+
+
+ROTATING = {"head_dim": 64, "max_position_embeddings": 2048}
+
+
+def in_half_precision(way: str, folder: Path, architecture: str, **changes: Any) -> dl.LensModel:
+    """A model of a checkpoint, in bfloat16, by one of the ways to load it."""
+    inner = tiny.hf_model(architecture, scale=12.0, noise=0.1, **changes)
+    if way == "memory":
+        return dl.load_model(inner, tiny.tokenizer(), dtype=torch.bfloat16)
+    if way == "bridge":
+        inner.config.architectures = [type(inner).__name__]
+        return dl.load_model(boot(inner), tiny.tokenizer(), dtype=torch.bfloat16)
+    source = folder / "model.gguf" if way.startswith("GGUF") else folder
+    if way == "GGUF, kept":
+        dl.load_model(source)
+    return dl.load_model(source, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("way", ["folder", "GGUF", "GGUF, kept", "memory", "bridge"])
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [("llama", ROTATING), ("gemma3", {}), ("gptj", {})]
+)
+def test_precision_is_that_of_the_weights_and_not_of_the_rotation(
+    way: str,
+    architecture: str,
+    changes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DRIFTLENS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoints, "_gguf_quantisation", lambda path: "Q4_0")
+    folder = tmp_path / "folder"
+    tiny.hf_model(architecture, scale=12.0, noise=0.1, **changes).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    from_pretrained = hf.AutoModelForCausalLM.from_pretrained
+
+    def reading(folder: str, **options: Any) -> Any:
+        options.pop("gguf_file", None)  # a tiny one is none that transformers reads
+        return from_pretrained(folder, **options)
+
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", reading)
+    tokenizer_of = hf.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        hf.AutoTokenizer,
+        "from_pretrained",
+        lambda folder, gguf_file=None, **options: tokenizer_of(folder, **options),
+    )
+    expected = from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    if way.startswith("GGUF"):
+        (folder / "model.gguf").write_bytes(b"x")
+    model = in_half_precision(way, folder, architecture, **changes)
+    found = {n.replace("_original_component.", ""): b for n, b in model.hf_model.named_buffers()}
+    for name, buffer in expected.named_buffers():
+        if buffer.is_floating_point():
+            assert torch.finfo(found[name].dtype).eps <= torch.finfo(buffer.dtype).eps, name
+            assert torch.equal(found[name].to(buffer.dtype), buffer), name
+    assert {p.dtype for p in model.weights.parameters.values()} == {torch.bfloat16}
+    ids = torch.randint(tiny.VOCAB, (1, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        pattern = expected(ids, output_attentions=True).attentions[0]
+    seen = model.record(ids, [pattern_name(0)])[pattern_name(0)]
+    torch.testing.assert_close(seen, pattern, atol=2**-8, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_what_an_architecture_keeps_in_float32_stays_there(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = hf.Glm4MoeConfig(**tiny._SHARED, num_key_value_heads=2, n_routed_experts=4,
+                              moe_intermediate_size=16, first_k_dense_replace=1)  # fmt: skip
+    inner = hf.AutoModelForCausalLM.from_config(config)
+    inner.save_pretrained(tmp_path)
+    expected = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
+    cast(inner, dtype)
+    found = inner.state_dict()
+    assert found["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in expected.items()}
 
 
 @pytest.mark.parametrize("source", ["smollm2-135m", "folder", "memory"])
