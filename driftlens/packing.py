@@ -22,10 +22,14 @@ from jaxtyping import Bool, Float, Int
 
 from driftlens.interventions import Hook
 from driftlens.models import LensModel
+from driftlens.precision import largest_difference
 from driftlens.reuse import shown_exact, skipped
 
 ROW = 256
 """Tokens of a row, unless one sequence is longer. Attention costs the square of it."""
+
+LONG_BRANCH = 48
+"""Tokens of the longest sequence by which it is shown that packing is exact."""
 
 
 @dataclass(frozen=True)
@@ -204,16 +208,23 @@ def packing_is_exact(model: LensModel) -> bool:
 
 
 def _largest_error(model: LensModel) -> tuple[float, float]:
-    ids = (torch.arange(12) * 13 + 7).remainder(model.info.d_vocab).tolist()
-    sequences = [ids[:7], [*ids[:4], *ids[8:11]], ids[3:8], ids[:5]]
-    packed = pack(sequences, model.tokens.pad_id, row=14)
+    """Largest difference from plain log-probabilities, and the largest logit.
+
+    One sequence branches off where another goes on for long, so that a model which counts places
+    in the row, and not in the sequence, is far off.
+    """
+    length = min(LONG_BRANCH, model.info.n_ctx)
+    ids = (torch.arange(length + 8) * 13 + 7).remainder(model.info.d_vocab).tolist()
+    long = ids[:length]
+    sequences = [long, [*long[:4], *ids[length:]][:length], ids[3:8][:length], long[:5]]
+    packed = pack(sequences, model.tokens.pad_id, row=length + 14)
     worst = scale = 0.0
     with torch.no_grad():
         logits = run_packed(model, packed)
         for i, sequence in enumerate(sequences):
             plain = model.run(torch.tensor([sequence]))[0]
             found = logits[packed.row[i], list(packed.places[i])]
-            worst = float(np.maximum(worst, float((found - plain).abs().max())))  # NaN counts
+            worst = float(np.maximum(worst, largest_difference(found, plain)))  # NaN counts
             scale = max(scale, float(plain.abs().max()))
     return worst, scale
 

@@ -36,7 +36,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from driftlens.errors import check_choice
 from driftlens.interventions import Hook, block_in_name
 from driftlens.models import LensModel, Places
-from driftlens.precision import relative_tolerance
+from driftlens.precision import largest_difference
+from driftlens.probing import allowed_by_rounding
 
 Engine = Literal["suffix", "plain"]
 """``suffix`` reuses what an intervention cannot change; ``plain`` runs whole sequences."""
@@ -316,7 +317,8 @@ def shown_exact(
 
     Args:
         ability: What the model would have to be able to do, in words.
-        largest_error: Gives the largest difference from plain logits, and the largest logit.
+        largest_error: Gives the largest difference from plain log-probabilities, and the largest
+            logit.
         otherwise: What is done instead, for the warning.
 
     Raises:
@@ -326,8 +328,8 @@ def shown_exact(
     if ability not in model.memo:
         try:
             worst, scale = largest_error(model)
-            exact = worst <= relative_tolerance(getattr(torch, model.info.dtype)) * scale
-            reason = f"its logits would differ by {worst:.2g}"
+            exact = worst <= allowed_by_rounding(model, scale)
+            reason = f"its log-probabilities would differ by {worst:.2g}"
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -363,7 +365,8 @@ def choose_engine(model: LensModel, asked: Engine | None) -> Engine:
 
 
 def _largest_error(model: LensModel) -> tuple[float, float]:
-    """Largest difference from plain logits, and the largest logit, over several small passes."""
+    """Largest difference from plain log-probabilities, and the largest logit, over several small
+    passes."""
     ids = (torch.arange(9) * 13 + 7).remainder(model.info.d_vocab).tolist()
     rows = [ids[:7], ids[3:8]]
     middle = model.info.n_layers // 2
@@ -371,7 +374,7 @@ def _largest_error(model: LensModel) -> tuple[float, float]:
 
     def compare(found: torch.Tensor, expected: torch.Tensor) -> None:
         nonlocal worst, scale
-        worst = float(np.maximum(worst, float((found - expected).abs().max())))  # NaN counts
+        worst = float(np.maximum(worst, largest_difference(found, expected)))  # NaN counts
         scale = max(scale, float(expected.abs().max()))
 
     with torch.no_grad():

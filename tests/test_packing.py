@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from functools import cache
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import transformers as hf
 
 import driftlens as dl
-from driftlens import packing
+from driftlens import packing, reuse
 from driftlens.editing import statistics
 from driftlens.interventions import down_in_name
 from driftlens.models import recording
@@ -169,3 +171,48 @@ def test_a_model_that_cannot_be_packed_falls_back_and_says_so(
     assert found["Rome"].logprob == pytest.approx(
         score_questions(model, [ask(model, PROMPTS[0], "Rome")], "plain")[0].logprob
     )
+
+
+PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16],
+                                     ids=str)  # fmt: skip
+
+
+@PRECISIONS
+@pytest.mark.parametrize("scale", [4.0, 8.0])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_rounding_is_no_error(architecture: str, scale: float, dtype: torch.dtype) -> None:
+    inner = tiny.hf_model(architecture, scale=scale, noise=0.1)
+    model = dl.load_model(inner, tiny.tokenizer(), dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert packing.packing_is_exact(model)
+        assert reuse.reuse_is_exact(model)
+
+
+def by_places_in_the_row(kind: str, scale: float) -> Any:
+    """A model that counts the distance of tokens in the row, whatever it is told."""
+    config = (
+        hf.BloomConfig(vocab_size=tiny.VOCAB, hidden_size=32, n_layer=3, n_head=4)
+        if kind == "bloom"
+        else hf.FalconConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=3,
+                             num_attention_heads=4, multi_query=True, alibi=True)
+    )  # fmt: skip
+    torch.manual_seed(0)
+    inner = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in inner.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(scale)
+    return inner
+
+
+@PRECISIONS
+@pytest.mark.parametrize("scale", [4.0, 8.0, 12.0])
+@pytest.mark.parametrize("kind", ["bloom", "falcon"])
+def test_an_error_is_no_rounding(kind: str, scale: float, dtype: torch.dtype) -> None:
+    inner = by_places_in_the_row(kind, scale)
+    model = dl.load_model(inner, tiny.tokenizer(), dtype=dtype)
+    questions = [ask(model, p, t) for p in PROMPTS for t in ("Rome", "Paris of France", "English")]
+    with pytest.warns(UserWarning, match="cannot run packed sequences"):
+        found = score_questions(model, questions)
+    assert found == score_questions(model, questions, "plain")
