@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ def probe_interventions(model: LensModel) -> None:
     down-projection's output reaches the residual stream unchanged, without a norm in between).
 
     Raises:
-        ModelError: Naming the layer and what does not act.
+        ModelError: Naming the layer and what does not act; or if the logits are not finite.
     """
     n_layers = model.info.n_layers
     ids = (torch.arange(PROBE_LENGTH) * 13 + 7).remainder(model.info.d_vocab)[None]
@@ -65,6 +66,7 @@ def probe_interventions(model: LensModel) -> None:
         raise ModelError(
             f"{model.info.name} cannot be intervened on: a probing pass failed ({error})."
         ) from error
+    _check_finite(model, base)
     for name in names:
         if name not in store:
             raise ModelError(f"{model.info.name} cannot be studied: it has no {name!r}.")
@@ -100,6 +102,17 @@ def probe_interventions(model: LensModel) -> None:
             moved[case] = largest_difference(logits[row], base[0])
     model.writes_directly = frozenset(direct)
     _judge_probe(model, base, moved)
+
+
+def _check_finite(model: LensModel, base: torch.Tensor) -> None:
+    """Refuse a model whose own logits are not finite, be it only on longer texts."""
+    if base.isfinite().all() and math.isfinite(allowed_by_rounding(model, float(base.abs().max()))):
+        return
+    in_half = torch.finfo(base.dtype).bits < 32
+    raise ModelError(
+        f"The logits of {model.info.name} in {model.info.dtype} are not finite.",
+        "Load it in bfloat16 or float32." if in_half else "Check its weights.",
+    )
 
 
 def allowed_by_rounding(model: LensModel, scale: float) -> float:

@@ -99,6 +99,31 @@ def test_a_large_residual_stream_is_no_norm(architecture: str, dtype: torch.dtyp
     assert model.writes_directly == (frozenset() if architecture == "gemma3" else every)
 
 
+@pytest.mark.parametrize(("dtype", "remedy"), [
+    (torch.float16, "in float16 are not finite. Load it in bfloat16 or float32."),
+    (torch.float32, "in float32 are not finite. Check its weights."),
+], ids=str)  # fmt: skip
+def test_logits_that_are_not_finite_are_not_the_fault_of_interventions(
+    dtype: torch.dtype, remedy: str
+) -> None:
+    inner = build("llama")
+    inner.lm_head.weight.data[7] = 1e6 if dtype == torch.float16 else torch.nan
+    with pytest.raises(dl.ModelError, match=remedy):
+        dl.load_model(inner, tiny.tokenizer(), dtype=dtype)
+
+
+def test_logits_that_are_not_finite_on_longer_texts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflowing(model: dl.LensModel, ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        logits = plain(model, ids, *args, **options)
+        return logits * torch.nan if ids.shape[1] > probing.PROBE_LENGTH else logits
+
+    plain = dl.LensModel.run
+    monkeypatch.setattr(dl.LensModel, "run", overflowing)
+    with pytest.raises(dl.ModelError, match="in float16 are not finite"):
+        dl.load_model(build("llama"), tiny.tokenizer(), dtype=torch.float16)
+    dl.load_model(build("llama"), tiny.tokenizer())
+
+
 def test_without_the_proof_the_model_is_known_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
