@@ -33,18 +33,14 @@ from einops import repeat
 from jaxtyping import Bool, Float
 
 from driftlens.errors import RequestError, check_choice
+from driftlens.precision import in_float32
 
 HeadRule = Literal["max", "all", "quantile", "mean_std", "drift"]
 Divergence = Literal["kl", "reverse_kl", "js", "l2"]
 
 EPSILON = 1e-8
-"""Added to both rows before the logarithm, as in the paper's code (1e-7 in half precision)."""
-
-
-def epsilon_for(dtype: torch.dtype) -> float:
-    """The constant that keeps ``log(0)`` away; large enough to exist in ``dtype``."""
-    return 1e-7 if dtype in (torch.float16, torch.bfloat16) else EPSILON
-
+"""Added to both rows before the logarithm, as in the paper's code: it keeps ``log(0)`` away. Rows
+in half precision are compared in float32, which can hold it."""
 
 SINK = 0.02
 """What is missing of 1 in a row, and more than rounding in half precision, is a sink's share."""
@@ -67,11 +63,11 @@ def row_kl(
     """KL( original || edited ) of attention rows, in nats (paper section 4, equation 5).
 
     A constant of 1e-8 is added to both rows and they are not renormalised afterwards,
-    as in the paper's released code; masked keys (zero in both) contribute nothing.
+    as in the paper's released code; masked keys (zero in both) contribute nothing. The result is in
+    float32 or better: in half precision it would be rounding.
     """
-    original, edited = with_sinks(original, edited)
-    eps = epsilon_for(original.dtype)
-    p, q = original + eps, edited + eps
+    original, edited = with_sinks(in_float32(original), in_float32(edited))
+    p, q = original + EPSILON, edited + EPSILON
     return (p * (p.log() - q.log())).sum(-1)
 
 
@@ -80,6 +76,7 @@ def row_js(
     edited: Float[torch.Tensor, "*batch key"],
 ) -> Float[torch.Tensor, "*batch"]:
     """Jensen-Shannon divergence of attention rows, in nats: at most log 2."""
+    original, edited = in_float32(original), in_float32(edited)
     middle = (original + edited) / 2
     return (row_kl(original, middle) + row_kl(edited, middle)) / 2
 
@@ -97,6 +94,9 @@ def row_divergence(
         kind: ``"kl"``: KL( original || edited ), the paper's; ``"reverse_kl"``:
             KL( edited || original ); ``"js"``: Jensen-Shannon; all in nats. ``"l2"``: the sum
             of squared differences.
+
+    Returns:
+        In float32 or better.
     """
     if kind == "kl":
         return row_kl(original, edited)
@@ -105,7 +105,7 @@ def row_divergence(
     if kind == "js":
         return row_js(original, edited)
     check_choice("kind", kind, get_args(Divergence))
-    original, edited = with_sinks(original, edited)
+    original, edited = with_sinks(in_float32(original), in_float32(edited))
     return (original - edited).square().sum(-1)
 
 
@@ -173,10 +173,10 @@ def restore_columns(
 
     The chosen columns get exactly the original attention. The others are scaled by one
     common factor so that the row keeps its total, sinks included; where they hold nothing to
-    scale, they get the original's values.
+    scale, they get the original's values. Computed in float32 or better, and given as it came.
     """
-    n_keys = row.shape[-1]
-    row, original = with_sinks(row, original)
+    n_keys, dtype = row.shape[-1], torch.promote_types(row.dtype, original.dtype)
+    row, original = with_sinks(in_float32(row), in_float32(original))
     if row.shape[-1] > n_keys:
         columns = torch.nn.functional.pad(columns, (0, 1))
     kept = row.masked_fill(columns, 0.0)
@@ -186,7 +186,7 @@ def restore_columns(
     mass = kept.sum(-1, keepdim=True)
     fallback = original.masked_fill(columns, 0.0)
     scaled = torch.where(mass > 0, kept * (left / mass.clamp_min(1e-30)), fallback)
-    return (restored + scaled)[..., :n_keys]
+    return (restored + scaled)[..., :n_keys].to(dtype)
 
 
 def head_name(layer: int, head: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from inspect import unwrap
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from torch.nn.functional import kl_div
 
 from driftlens.attention import (
     EPSILON,
-    epsilon_for,
     head_name,
     mix_heads,
     over_attending_heads,
@@ -75,11 +75,20 @@ def test_keys_that_are_masked_in_both_rows_contribute_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_kl_is_finite_in_half_precision(dtype: torch.dtype) -> None:
-    assert epsilon_for(dtype) == 1e-7
-    assert float(torch.tensor(epsilon_for(dtype), dtype=dtype)) > 0
     p = torch.tensor([1.0, 0.0], dtype=dtype)
     assert torch.isfinite(row_kl(p, p.flip(0)))
     assert float(row_kl(p, p)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js", "l2"])
+def test_rows_in_half_precision_are_compared_in_float32(kind: Any, dtype: torch.dtype) -> None:
+    p = rows(0, 200, sharpness=1.0)
+    q = (p.log() + 0.02 * torch.randn(200, generator=torch.Generator().manual_seed(1))).softmax(-1)
+    p, q = p.to(dtype), q.to(dtype)
+    found, expected = row_divergence(p, q, kind), row_divergence(p.float(), q.float(), kind)
+    assert found.dtype == torch.float32
+    assert float(found) == float(expected) > 0
 
 
 def test_kl_has_a_gradient_that_points_back() -> None:
@@ -178,6 +187,15 @@ def test_restoring_columns_in_numbers() -> None:
     row, original = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.1, 0.7])
     restored = restore_columns(row, original, torch.tensor([True, False, False]))
     torch.testing.assert_close(restored, torch.tensor([0.2, 0.6, 0.2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_columns_are_restored_in_half_precision(dtype: torch.dtype) -> None:
+    row = torch.tensor([[1.0, 3e-6, 0.0], [0.5, 0.25, 0.25]], dtype=dtype)
+    original = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]], dtype=dtype)
+    restored = restore_columns(row, original, torch.tensor([True, False, False]))
+    assert restored.dtype == dtype
+    assert restored.tolist() == [[0.5, 0.5, 0.0], [0.25, 0.375, 0.375]]
 
 
 def test_restoring_a_row_from_itself_changes_nothing() -> None:
