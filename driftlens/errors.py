@@ -7,6 +7,7 @@ line can print it as it is, without a traceback.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 
@@ -72,6 +73,18 @@ def check_count(what: str, given: int) -> None:
     """
     if given < 0:
         raise RequestError(f"{what} is {given}.", "Give 0 or more.")
+
+
+def as_integer(what: str, given: object) -> int:
+    """An argument of any integer type as Python's own, which files can hold.
+
+    Raises:
+        RequestError: If it is no whole number.
+    """
+    try:
+        return operator.index(given)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise RequestError(f"{what} is {given!r}.", "Give a whole number.") from error
 
 
 def first_line(error: Exception) -> str:

@@ -17,22 +17,15 @@ from typing import Any
 import torch
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from driftlens.cases import TEXT_METRICS, Case, TextMetric, check_metrics
 from driftlens.editing.statistics import wikipedia_leads
 from driftlens.edits import Edit
-from driftlens.errors import ModelError, RequestError
+from driftlens.errors import ModelError, RequestError, as_integer
 from driftlens.models import LensModel
 from driftlens.reuse import budget, in_batches
 from driftlens.side_by_side import side_by_side
-
-PLAIN: dict[str, Any] = {
-    "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    "min_new_tokens": 0,
-}  # fmt: skip
-"""The likeliest token after what :class:`_Sampler` does, whatever a checkpoint's own generation
-settings say."""
 
 N_GRAMS = {2: 2 / 3, 3: 4 / 3}
 """Lengths of n-grams, and the weights of their entropies in the mean."""
@@ -54,17 +47,18 @@ def generate(
     """What the model, as it is now, writes on from each prompt, with the prompt.
 
     Args:
-        prompts: Beginnings.
+        prompts: Beginnings; a string is one.
         length: Tokens of a text, the prompt's included. An end token does not end it, and is left
             out, as in ROME's code: else texts that end early would have a low fluency.
         top_k: From how many of the likeliest tokens each is sampled.
         seed: Of the sampling; the global random state is neither used nor changed.
 
     Raises:
-        RequestError: If there is no prompt, or one leaves no room to write.
+        RequestError: If there is no prompt, one leaves no room to write, texts are to be longer
+            than the model's context, or ``top_k`` is not at least 1.
         ModelError: If the model's logits are not finite.
     """
-    return generate_each(model, [prompts], length=length, top_k=top_k, seed=seed)[0]
+    return generate_each(model, [_texts_of(prompts)], length=length, top_k=top_k, seed=seed)[0]
 
 
 def generate_each(
@@ -81,21 +75,36 @@ def generate_each(
     the weights is most of the work, and is done once for all.
 
     Args:
-        groups: Beginnings.
+        groups: Beginnings; a string is a group of one.
         edits: Of each group; ``None`` is the model as it is now.
         length: As in :func:`generate`.
         top_k: As there.
         seed: Of the sampling, which begins anew with each group.
 
     Raises:
-        RequestError: If a group has no prompt, one leaves no room to write, or texts are to be
-            longer than the model's context.
+        RequestError: If a group has no prompt, one leaves no room to write, texts are to be longer
+            than the model's context, ``top_k`` is not at least 1, or there is not one edit for each
+            group.
         EditError: If an edit was made for other weights, or can only be applied to the whole model
             (:func:`~driftlens.side_by_side.fits_beside_others`).
         ModelError: If a model's logits are not finite.
     """
+    if isinstance(groups, str):
+        raise RequestError(
+            f"The groups of prompts are one text, {groups[:60]!r}.", "Give a list of groups."
+        )
     if not groups or not all(groups):
         raise RequestError("There is no prompt to write on from.", "Give at least one.")
+    groups = [_texts_of(group) for group in groups]
+    length, top_k, seed = (as_integer(*given) for given in
+                           (("length", length), ("top_k", top_k), ("seed", seed)))  # fmt: skip
+    if top_k < 1:
+        raise RequestError(f"top_k is {top_k}.", "Give at least 1.")
+    if edits is not None and len(edits) != len(groups):
+        raise RequestError(
+            f"There are {len(edits)} edits for {len(groups)} groups of prompts.",
+            "Give one for each group, None where there is none.",
+        )
     if length > model.info.n_ctx:
         raise RequestError(
             f"Texts of {length} tokens are longer than the {model.info.n_ctx} of "
@@ -127,35 +136,53 @@ def _write_on(
     sampler: _Sampler,
     length: int,
 ) -> list[list[str]]:
-    """One batch of texts."""
-    rows, pad = [*chain(*groups)], model.tokens.pad_id
-    width = max(map(len, rows))
+    """One batch of texts.
+
+    All are written on token by token until the last is long enough. Where the longest would leave
+    the model's context by then, it is left out as soon as it is long enough itself.
+    """
+    written = [*chain(*groups)]
+    group_of = [i for i, rows in enumerate(groups) for _ in rows]
+    while going := [i for i, ids in enumerate(written) if len(ids) < length]:
+        lengths = [len(written[i]) for i in going]
+        steps = min(length - min(lengths), model.info.n_ctx + 1 - max(lengths))
+        counts = Counter(group_of[i] for i in going)
+        sampler.going = going
+        with (
+            torch.no_grad(),
+            side_by_side(model, edits, [counts[i] for i in range(len(groups))]),
+            _plainly(model),
+        ):
+            new = _continued(model, [written[i] for i in going], sampler, steps)
+        for i, ids in zip(going, new, strict=True):
+            written[i] = (written[i] + ids)[:length]
+    texts = iter(model.tokens.decode(_text(model, ids)) for ids in written)
+    return [list(islice(texts, len(group))) for group in groups]
+
+
+def _continued(model: LensModel, rows: Rows, sampler: _Sampler, steps: int) -> Rows:
+    """So many tokens that come after each row."""
+    pad, width = model.tokens.pad_id, max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    with (
-        torch.no_grad(),
-        side_by_side(model, edits, [len(group) for group in groups]),
-        _without_end(model),
-    ):
-        written = model.hf_model.generate(
-            ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=pad,
-            max_new_tokens=length - min(map(len, rows)),
-            logits_processor=LogitsProcessorList([sampler]), **PLAIN,
-        )  # fmt: skip
-    texts = iter(
-        model.tokens.decode(_text(model, out[width - len(row) :].tolist()[:length]))
-        for row, out in zip(rows, written, strict=True)
-    )
-    return [list(islice(texts, len(group))) for group in groups]
+    written = model.hf_model.generate(
+        ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=pad,
+        max_new_tokens=steps, logits_processor=LogitsProcessorList([sampler]),
+    )  # fmt: skip
+    return [out[width:].tolist() for out in written]
 
 
 class _Sampler:
     """Samples, and leaves the sampled token as the likeliest, so that each group of rows has a
     random state of its own: adding Gumbel noise to the logits and taking the largest is sampling.
+
+    ``going`` are the rows that are still written on; the others draw noise all the same, so that a
+    text does not depend on when others end.
     """
 
     def __init__(self, counts: Sequence[int], top_k: int, seed: int) -> None:
         self.top_k = top_k
+        self.going = [*range(sum(counts))]
         self.groups = [(count, torch.Generator().manual_seed(seed)) for count in counts]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -170,21 +197,28 @@ class _Sampler:
         noise = torch.cat([
             -torch.empty(count, kept).exponential_(generator=generator).log()
             for count, generator in self.groups
-        ])  # fmt: skip
+        ])[self.going]  # fmt: skip
         chosen = (likeliest.values + noise.to(scores.device)).argmax(-1, keepdim=True)
         chosen = likeliest.indices.gather(-1, chosen)
         return torch.full_like(scores, -math.inf).scatter(-1, chosen, 0.0)
 
 
 @contextmanager
-def _without_end(model: LensModel) -> Iterator[None]:
-    """No token ends a text. (A generation argument of ``None`` would mean the checkpoint's.)"""
-    config = model.hf_model.generation_config
-    kept, config.eos_token_id = config.eos_token_id, None
+def _plainly(model: LensModel) -> Iterator[None]:
+    """Inside, the likeliest token is written after what :class:`_Sampler` does, and no token ends a
+    text, whatever a checkpoint's own generation settings say. (Arguments could not say so: a
+    checkpoint's settings stand in for those that are ``None``.)"""
+    kept = model.hf_model.generation_config
+    model.hf_model.generation_config = GenerationConfig(do_sample=False, num_beams=1)
     try:
         yield
     finally:
-        config.eos_token_id = kept
+        model.hf_model.generation_config = kept
+
+
+def _texts_of(given: str | Sequence[str]) -> list[str]:
+    """Texts, of which a string is one and no list of letters."""
+    return [given] if isinstance(given, str) else list(given)
 
 
 def _text(model: LensModel, ids: Sequence[int]) -> list[int]:
@@ -250,18 +284,20 @@ def ngram_entropy(text: str) -> float:
 
 
 def fluency(texts: Sequence[str]) -> float:
-    """FL: the mean n-gram entropy of texts, times 100.
+    """FL: the mean n-gram entropy of texts, times 100; a string is one text.
 
     Raises:
         RequestError: If there is no text.
     """
     if not texts:
         raise RequestError("There is no text.", "Give at least one.")
+    texts = _texts_of(texts)
     return 100 * sum(map(ngram_entropy, texts)) / len(texts)
 
 
 def reference_score(texts: Sequence[str], references: Sequence[str]) -> float:
-    """RS in ROME's paper: how much texts, all together, are like reference texts; in per cent.
+    """RS in ROME's paper: how much texts, all together, are like reference texts; in per cent. A
+    string is one text.
 
     The cosine of their TF-IDF vectors; inverse document frequencies are those of the bundled
     Wikipedia leads.
@@ -271,7 +307,7 @@ def reference_score(texts: Sequence[str], references: Sequence[str]) -> float:
     """
     if not texts or not references:
         raise RequestError("There is no text to compare.", "Give texts and references.")
-    both = _vectorizer().transform([" ".join(texts), " ".join(references)])
+    both = _vectorizer().transform([" ".join(_texts_of(given)) for given in (texts, references)])
     return 100 * float((both[0] @ both[1].T).toarray()[0, 0])
 
 
@@ -292,13 +328,13 @@ def perplexity(model: LensModel, texts: Sequence[str] | None = None, tokens: int
     """Perplexity of the model, as it is now, over texts: exp of the mean loss of their tokens.
 
     Args:
-        texts: By default the last of the bundled Wikipedia leads.
+        texts: A string is one; by default the last of the bundled Wikipedia leads.
         tokens: Of each text, at most.
 
     Raises:
         RequestError: If no text has two tokens.
     """
-    texts = _leads()[-PERPLEXITY_TEXTS:] if texts is None else texts
+    texts = _leads()[-PERPLEXITY_TEXTS:] if texts is None else _texts_of(texts)
     total, counted = 0.0, 0
     for text in texts:
         ids = model.tokens.encode(text).ids[:tokens]

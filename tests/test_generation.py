@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import nltk.tokenize as nltk
 import pytest
@@ -88,13 +89,67 @@ def test_settings_of_a_checkpoint_do_not_matter() -> None:
     settings = {
         "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "temperature": 9.0, "top_p": 0.01,
         "min_p": 0.9, "typical_p": 0.01, "num_beams": 2, "min_new_tokens": 20,
-        "epsilon_cutoff": 0.5, "eta_cutoff": 0.5,
+        "epsilon_cutoff": 0.5, "eta_cutoff": 0.5, "suppress_tokens": [*range(30, 90)],
+        "guidance_scale": 3.0, "max_time": 1e-9, "prompt_lookup_num_tokens": 3,
+        "return_dict_in_generate": True, "num_return_sequences": 2, "stop_strings": ["e"],
+        "exponential_decay_length_penalty": (2, 5.0), "forced_eos_token_id": 5,
+        "bad_words_ids": [[i] for i in range(30, 90)], "sequence_bias": [[[40], 50.0]],
     }  # fmt: skip
     for name, value in settings.items():
         kept = getattr(model.hf_model.generation_config, name)
         setattr(model.hf_model.generation_config, name, value)
         assert generation.generate(model, PROMPTS, length=30) == text, name
+        assert getattr(model.hf_model.generation_config, name) == value
         setattr(model.hf_model.generation_config, name, kept)
+
+
+def test_settings_of_a_checkpoint_are_there_again_after_an_error() -> None:
+    model = loaded("gpt2")
+    kept = model.hf_model.generation_config
+    model.hf_model.lm_head.weight.data[3] = math.nan
+    with pytest.raises(dl.ModelError, match="not finite"):
+        generation.generate(model, PROMPTS, length=30)
+    assert model.hf_model.generation_config is kept
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_a_long_prompt_beside_a_short_one_does_not_leave_the_context(architecture: str) -> None:
+    """Both models have an embedding for each position of the context, and for no other."""
+    model = loaded(architecture)
+    prompts = [PROMPTS[1], " ".join(PROMPTS), " ".join(PROMPTS * 2)]
+    lengths = [len(model.tokens.encode(prompt)) for prompt in prompts]
+    n_ctx = model.info.n_ctx
+    assert lengths == sorted(lengths) and lengths[-1] < n_ctx < n_ctx - lengths[0] + lengths[1]
+    texts = generation.generate(model, prompts, length=n_ctx, top_k=1)
+    assert texts == [written_plainly(model, prompt, n_ctx) for prompt in prompts]
+    if architecture == "opt":  # its edits cannot be heard in some rows only
+        return
+    edit = dl.edit(model, REQUEST, "ft-m", layer=1, steps=6, lr=0.05, progress=False)
+    groups, edits = [prompts[2:], prompts[:2], prompts], [edit, None, edit]
+    found = generation.generate_each(model, groups, edits, length=n_ctx, top_k=1)
+    assert found[1] == texts[:2]
+    with edit.applied(model):
+        expected = [written_plainly(model, prompt, n_ctx) for prompt in prompts]
+    assert [found[0], found[2]] == [expected[2:], expected]
+
+
+def test_a_text_does_not_depend_on_when_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded("llama", scale=2.0)
+    expected = generation.generate(model, PROMPTS, length=40, seed=2)
+    monkeypatch.setattr(model, "info", replace(model.info, n_ctx=40))
+    assert generation.generate(model, PROMPTS, length=40, seed=2) == expected
+
+
+def test_one_string_is_one_text() -> None:
+    model = loaded("gpt2")
+    text = generation.generate(model, PROMPTS[:1], length=24)
+    assert generation.generate(model, PROMPTS[0], length=24) == text
+    assert generation.generate_each(model, PROMPTS[:2], length=24)[0] == text
+    assert generation.fluency("a b a b a b") == generation.fluency(["a b a b a b"])
+    assert generation.reference_score("war and peace", "peace and war") == pytest.approx(100)
+    assert generation.perplexity(model, PROMPTS[0]) == generation.perplexity(model, PROMPTS[:1])
+    with pytest.raises(RequestError, match="are one text, 'Ada Lovelace'. Give a list of groups"):
+        generation.generate_each(model, PROMPTS[1], length=24)
 
 
 def test_an_end_token_does_not_end_a_text() -> None:
@@ -122,6 +177,14 @@ def test_bad_requests_for_texts() -> None:
         generation.generate(model, PROMPTS, length=3)
     with pytest.raises(RequestError, match="^Texts of 129 tokens are longer than the 128 of "):
         generation.generate(model, PROMPTS, length=129)
+    for top_k in (0, -1):
+        with pytest.raises(RequestError, match=f"top_k is {top_k}. Give at least 1"):
+            generation.generate(model, PROMPTS, length=30, top_k=top_k)
+    for name in ("top_k", "length", "seed"):
+        with pytest.raises(RequestError, match=f"{name} is 30.5. Give a whole number"):
+            generation.generate(model, PROMPTS, **{name: 30.5})  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="There are 2 edits for 3 groups of prompts. Give one"):
+        generation.generate_each(model, [PROMPTS] * 3, [None] * 2, length=30)
     with pytest.raises(RequestError, match="no text"):
         generation.fluency([])
     with pytest.raises(RequestError, match="no text to compare"):
