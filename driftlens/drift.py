@@ -31,7 +31,7 @@ from driftlens.attention import head_name, row_kl
 from driftlens.disk import make_folder, write_atomically
 from driftlens.edits import Edit
 from driftlens.equality import equal_fields
-from driftlens.errors import DataError, RequestError, check_count
+from driftlens.errors import DataError, RequestError, as_integer, check_count
 from driftlens.interventions import Hook, pattern_name
 from driftlens.models import LensModel
 from driftlens.reuse import Engine, FullPass, choose_engine
@@ -409,9 +409,9 @@ def resolve_query(encoded: Encoded, query: int, subject: Span) -> int:
     """A query position counted from 0.
 
     Raises:
-        RequestError: If it is out of range or cannot see the subject.
+        RequestError: If it is no whole number, out of range, or cannot see the subject.
     """
-    length = len(encoded)
+    length, query = len(encoded), as_integer("query", query)
     if not -length <= query < length:
         raise RequestError(
             f"There is no position {query} in {encoded.text!r}, which has {length} tokens."

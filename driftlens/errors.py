@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 
 class DriftLensError(Exception):
@@ -75,16 +76,32 @@ def check_count(what: str, given: int) -> None:
         raise RequestError(f"{what} is {given}.", "Give 0 or more.")
 
 
-def as_integer(what: str, given: object) -> int:
+def as_integer(what: str, given: Any) -> int:
     """An argument of any integer type as Python's own, which files can hold.
 
     Raises:
         RequestError: If it is no whole number.
     """
     try:
-        return operator.index(given)  # type: ignore[arg-type]
+        return int(operator.index(given))
     except TypeError as error:
         raise RequestError(f"{what} is {given!r}.", "Give a whole number.") from error
+
+
+def as_number(what: str, given: Any, remedy: str = "Give a number.") -> float:
+    """An argument of any number type (numpy's and torch's too) as Python's own.
+
+    Raises:
+        RequestError: If it is no number.
+    """
+    if isinstance(given, bool):
+        raise RequestError(f"{what} is {given!r}.", remedy)
+    if isinstance(given, (int, float)):
+        return given
+    try:
+        return float(given.__float__())
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise RequestError(f"{what} is {given!r}.", remedy) from error
 
 
 def first_line(error: Exception) -> str:

@@ -492,3 +492,12 @@ def test_figures_have_no_cloud_button(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert '"showSendToCloud": false' in text
     assert '"displaylogo": true' in figure.to_html({"displaylogo": True})
     assert figures.CONFIG["plotlyServerURL"] == ""  # plotly takes it out of what it is given
+
+
+def test_a_query_is_a_whole_number_of_any_type(tmp_path: Path) -> None:
+    model, edit = lens("llama"), an_edit("llama")
+    found = dl.measure_drift(model, edit, PROMPT, query=np.int64(-1))
+    found.save(tmp_path / "drift.npz")
+    assert dl.load_drift(tmp_path / "drift.npz") == dl.measure_drift(model, edit, PROMPT)
+    with pytest.raises(dl.DriftLensError, match=r"query is -1.0. Give a whole number"):
+        dl.measure_drift(model, edit, PROMPT, query=-1.0)  # type: ignore[arg-type]

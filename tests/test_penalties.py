@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -503,3 +505,24 @@ def test_a_penalty_must_fit_the_model() -> None:
             dl.edit(lens(), REQUEST, penalty=penalty, **options_for("rome"))
     with pytest.raises(RequestError, match="no head L1H9"):
         dl.edit(lens(), REQUEST, penalty=dl.SADR(heads=["L1H9"]), **options_for("rome"))
+
+
+NUMBERS = [np.float32(0.5), np.float64(0.5), np.int64(2), torch.tensor(0.5), 1, 0.25]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda x: type(x).__name__)
+def test_numbers_of_any_type_can_be_kept(number: Any) -> None:
+    made = [
+        dl.SADR(gamma=number), dl.SADR(heads="drift", threshold=number), dl.KeyDrift(number),
+        dl.HiddenDrift(number), dl.EssenceKL(number),
+    ]  # fmt: skip
+    for penalty in made:
+        (value,) = [x for x in json.loads(json.dumps(penalty.to_dict())).values() if x == number]
+        assert value == float(number)
+    assert made[0] == dl.SADR(gamma=float(number))
+
+
+@pytest.mark.parametrize("number", ["0.5", None, True, math.nan, -1, torch.ones(2), np.ones(2), 1j])
+def test_what_is_no_weight_is_refused(number: Any) -> None:
+    with pytest.raises(RequestError, match=r"SADR's gamma is .*Give a number of at least 0"):
+        dl.SADR(gamma=number)

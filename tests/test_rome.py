@@ -788,6 +788,21 @@ def test_contexts_are_continuations_from_the_five_most_likely() -> None:
             assert all(row[i] in top[i - 1] for i in range(start, len(row)))
 
 
+def test_a_seed_is_a_whole_number_of_any_type() -> None:
+    model = lens("llama")
+    options: dict[str, Any] = {
+        "layer": LAYER, "steps": 2, "covariance": "identity", "progress": False,
+        "contexts_per_word": 1, "context_lengths": (4,),
+    }  # fmt: skip
+    made = [dl.edit(model, REQUEST, seed=seed, **options) for seed in (3, np.int64(3))]
+    assert made[0].config == made[1].config
+    assert type(made[1].config["seed"]) is int
+    for function in (dl.edit, dl.edit_each, dl.edit_sequence):
+        facts = REQUEST if function is dl.edit else [REQUEST]
+        with pytest.raises(dl.DriftLensError, match=r"seed is 1.5. Give a whole number"):
+            list(function(model, facts, seed=1.5, **options))
+
+
 def test_contexts_depend_on_their_seed_alone() -> None:
     model = sampling_model()
     found = []

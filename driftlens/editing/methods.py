@@ -44,7 +44,7 @@ from driftlens.editing.rome import r_rome, rome, rome_query
 from driftlens.editing.statistics import resolve_covariances
 from driftlens.editing.target import build_problem
 from driftlens.edits import Edit, make_edit
-from driftlens.errors import EditError, RequestError
+from driftlens.errors import EditError, RequestError, as_integer
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
 from driftlens.reuse import Engine
@@ -163,6 +163,7 @@ def edit(
     """
     started = time.monotonic()
     requests = _requests(request)
+    seed = as_integer("seed", seed)
     chosen = resolve_config(model, method, config, overrides)
     if len(requests) > 1 and not METHODS[method].takes_several:
         raise RequestError(
@@ -220,6 +221,7 @@ def edit_each(
             change between two of them.
     """
     facts = _requests(requests)
+    seed = as_integer("seed", seed)
     chosen = resolve_config(model, method, config, overrides)
     state = NullSpaceState() if method == "alphaedit" else None
     resources = _resources(
@@ -309,6 +311,7 @@ def edit_sequence(
     """
     started = time.monotonic()
     facts = _requests(requests)
+    seed = as_integer("seed", seed)
     chosen = resolve_config(model, method, config, overrides)
     for request in facts:
         build_problem(model, request, [Context()])

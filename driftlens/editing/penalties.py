@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 
-from driftlens.errors import RequestError
+from driftlens.errors import RequestError, as_number
 from driftlens.models import LensModel
 from driftlens.precision import in_float32
 
@@ -126,18 +126,16 @@ class Penalty(ABC):
         return {"penalty": self.kind, **asdict(self)}  # type: ignore[call-overload]
 
 
-def check_weight(name: str, value: float) -> None:
-    """Refuse a weight that is not a finite number of at least 0.
+def check_weight(name: str, value: Any) -> float:
+    """A weight of any number type as Python's own, which files can hold.
 
     Raises:
-        RequestError: If it is.
+        RequestError: If it is not a finite number of at least 0.
     """
-    try:
-        fine = 0 <= value < float("inf")
-    except TypeError:
-        fine = False
-    if not fine or isinstance(value, bool):
+    found = as_number(name, value, "Give a number of at least 0.")
+    if not 0 <= found < float("inf"):
         raise RequestError(f"{name} is {value!r}.", "Give a number of at least 0.")
+    return found
 
 
 def check_layers(what: str, layers: Any) -> tuple[int, ...] | None:

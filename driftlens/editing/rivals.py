@@ -45,7 +45,7 @@ class KeyDrift(Penalty):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_weight("KeyDrift's weight", self.weight)
+        object.__setattr__(self, "weight", check_weight("KeyDrift's weight", self.weight))
         object.__setattr__(self, "layers", check_layers("KeyDrift", self.layers))
 
     def activations(self, sites: Sites) -> list[str]:
@@ -88,7 +88,7 @@ class HiddenDrift(Penalty):
     relative: bool = False
 
     def __post_init__(self) -> None:
-        check_weight("HiddenDrift's weight", self.weight)
+        object.__setattr__(self, "weight", check_weight("HiddenDrift's weight", self.weight))
         object.__setattr__(self, "layers", check_layers("HiddenDrift", self.layers))
         if not isinstance(self.relative, bool):
             raise RequestError(f"relative is {self.relative!r}.", "Give True or False.")
@@ -127,7 +127,7 @@ class EssenceKL(Penalty):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_weight("EssenceKL's weight", self.weight)
+        object.__setattr__(self, "weight", check_weight("EssenceKL's weight", self.weight))
 
     def activations(self, sites: Sites) -> list[str]:
         """None: the optimisers deliver these log-probabilities by themselves."""

@@ -25,7 +25,7 @@ from driftlens.editing.penalties import (
     check_layers,
     check_weight,
 )
-from driftlens.errors import RequestError, check_choice
+from driftlens.errors import RequestError, as_number, check_choice
 from driftlens.interventions import pattern_name
 from driftlens.models import LensModel
 from driftlens.precision import in_float32
@@ -69,14 +69,14 @@ class SADR(Penalty):
     queries: Queries = "last_prompt"
 
     def __post_init__(self) -> None:
-        check_weight("SADR's gamma", self.gamma)
+        object.__setattr__(self, "gamma", check_weight("SADR's gamma", self.gamma))
         if isinstance(self.heads, str):
             check_choice("SADR's heads", self.heads, get_args(HeadRule))
         else:
             object.__setattr__(self, "heads", _parse_heads(self.heads))
         check_choice("SADR's divergence", self.divergence, get_args(Divergence))
         check_choice("SADR's queries", self.queries, get_args(Queries))
-        _check_threshold(self.heads, self.threshold)
+        object.__setattr__(self, "threshold", _checked_threshold(self.heads, self.threshold))
         object.__setattr__(self, "layers", check_layers("SADR", self.layers))
 
     def check(self, model: LensModel) -> None:
@@ -190,15 +190,17 @@ def _is_place(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
-def _check_threshold(heads: Any, threshold: float | None) -> None:
+def _checked_threshold(heads: Any, threshold: Any) -> float | None:
     if threshold is None:
-        return
+        return None
     if heads not in ("quantile", "mean_std", "drift"):
         raise RequestError(
             f"SADR's threshold is {threshold!r}, but heads={heads!r} compares with none.",
             "Leave it out, or choose quantile, mean_std or drift.",
         )
-    if not isinstance(threshold, (int, float)) or threshold != threshold:
+    found = as_number("SADR's threshold", threshold)
+    if found != found:
         raise RequestError(f"SADR's threshold is {threshold!r}.", "Give a number.")
-    if heads == "quantile" and not 0 <= threshold <= 1:
-        raise RequestError(f"The quantile {threshold} does not exist.", "Give one from 0 to 1.")
+    if heads == "quantile" and not 0 <= found <= 1:
+        raise RequestError(f"The quantile {found} does not exist.", "Give one from 0 to 1.")
+    return found
