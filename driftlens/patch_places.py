@@ -28,14 +28,26 @@ def resolve_heads(
     """The (layer, head) pairs that are meant.
 
     Raises:
-        RequestError: If a head does not exist, lies outside the chosen layers, or is written
-            in an unknown way.
+        RequestError: If a head does not exist, lies outside the chosen layers, is written in an
+            unknown way, or may be meant as a head of every layer or as one of a single layer.
         ModelError: If a layer is out of range.
     """
     chosen = list(range(model.info.n_layers)) if layers is None else integers(layers, "layer")
     wanted = [model.check_layer(layer) for layer in chosen]
     if heads is None:
         return [(y, x) for y in sorted(set(wanted)) for x in range(model.info.n_heads)]
+    if (
+        layers is None
+        and isinstance(heads, tuple)
+        and len(heads) == 2
+        and all(isinstance(part, Integral) for part in heads)
+    ):
+        first, second = integers(heads, "head")
+        raise RequestError(
+            f"({first}, {second}) may be one head or two heads of every layer.",
+            f"Write [({first}, {second})] for {head_name(first, second)}, or [{first}, {second}] "
+            "for these heads of every layer.",
+        )
     found: list[tuple[int, int]] = []
     for head in [heads] if isinstance(heads, (int, Integral, str)) else heads:
         if isinstance(head, str):

@@ -763,6 +763,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"heads": ["L99H0"]}, dl.ModelError, r"no layer 99.*0 to 2"),
     ({"heads": ["L0H99"]}, dl.RequestError, r"no head L0H99.*0 to 3"),
     ({"heads": ["9.6"]}, dl.RequestError, r"'9.6' is no head.*L9H6"),
+    ({"heads": (2, 1)}, dl.RequestError, r"\(2, 1\) may be one head or two.*\[\(2, 1\)\] for L2H1"),
     ({"heads": [4]}, dl.RequestError, r"no head L0H4"),
     ({"heads": [-1]}, dl.RequestError, r"no head"),
     ({"heads": []}, dl.RequestError, r"No head is chosen"),
