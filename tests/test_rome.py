@@ -1023,6 +1023,10 @@ def test_edit_outside_of_no_grad_and_inside_gives_the_same() -> None:
         ({"layer": -1}, ModelError, "no layer -1"),
         ({"context_prompts": ["{} {}"]}, RequestError, "2 slots"),
         ({"covariance": 3}, EditError, "covariance cannot be int"),
+        ({"covariance": torch.eye(64)}, EditError, r"a bare Tensor.*Wrap it: KeyCovariance\("),
+        ({"covariance": np.eye(64)}, EditError, r"a bare ndarray.*Wrap it: KeyCovariance\("),
+        ({"covariance": {LAYER: torch.eye(64)}}, EditError, "a bare Tensor.*Wrap it"),
+        ({"covariance": ["A text.", 3]}, EditError, "One of the texts is of type int. Give str"),
         ({"covariance": "absent.npz"}, DataError, "cannot be read"),
     ],
 )

@@ -235,6 +235,7 @@ def resolve_covariances(
                 "Give a mapping of layers to covariances, or texts.",
             )
         return {y: _one_covariance(given, y) for y in layers}
+    _refuse_bare_matrix(given)
     if isinstance(given, Iterable):
         return key_covariances(model, layers, given, source="given texts", progress=progress)
     raise EditError(
@@ -252,10 +253,20 @@ def _one_covariance(given: Any, layer: int) -> KeyCovariance:
         return IDENTITY
     if isinstance(given, (str, os.PathLike)):
         return load_covariance(given, layer)
+    _refuse_bare_matrix(given)
     raise EditError(
         f"The covariance of layer {layer} cannot be {type(given).__name__}.",
         'Give "identity", a path or a KeyCovariance.',
     )
+
+
+def _refuse_bare_matrix(given: Any) -> None:
+    if isinstance(given, (torch.Tensor, np.ndarray)):
+        raise EditError(
+            f"The covariance is a bare {type(given).__name__}, which does not say over how many "
+            "tokens it was taken.",
+            "Wrap it: KeyCovariance(torch.as_tensor(matrix), count, layer, source).",
+        )
 
 
 def wikipedia_leads(seed: int = 1) -> list[str]:
@@ -311,7 +322,7 @@ def key_covariances(
 
     Raises:
         ModelError: If a layer is out of range or has no down-projection.
-        EditError: If the model carries an edit now, or there is no text.
+        EditError: If the model carries an edit now, there is no text, or a text is no string.
     """
     widths = {layer: model.down_projection(layer).d_mlp for layer in layers}
     if isinstance(texts, str):
@@ -365,6 +376,8 @@ def _documents(model: LensModel, texts: Iterable[str], max_tokens: int) -> list[
     documents: list[list[int]] = []
     left = max_tokens
     for text in texts:
+        if not isinstance(text, str):
+            raise EditError(f"One of the texts is of type {type(text).__name__}.", "Give strings.")
         if not text.strip():
             continue
         ids = model.tokens.encode(text).ids[: min(longest, left)]
