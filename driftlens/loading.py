@@ -11,13 +11,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from driftlens.checkpoints import is_hub_name, read
 from driftlens.errors import ModelError, first_line
-from driftlens.models import LensModel, ModelInfo, is_loaded, kept_on
+from driftlens.models import LensModel, ModelInfo, is_loaded
 from driftlens.parameters import DownProjection, cast, find_down_projection, named_parameters
 from driftlens.probing import probe_interventions
 from driftlens.tokens import Tokens
 
 _BRIDGE = "_driftlens_bridge"
-"""Attribute of a wrapped module. Wrapping happens in place, so a module is wrapped only once."""
+"""Attribute of a wrapped module. Wrapping happens in place, so a module is wrapped only once; while
+it is being wrapped, the attribute is ``None``."""
 
 
 def load_model(
@@ -148,16 +149,22 @@ def _move(hf_model: Any, device: Any, dtype: torch.dtype | None) -> None:
 
 def _wrap(hf_model: Any, tokens: Tokens) -> TransformerBridge:
     """A bridge over a model in memory, without network and without touching its tokenizer."""
-    known = vars(hf_model).get(_BRIDGE)
-    if known is not None:
+    if _BRIDGE in vars(hf_model):
+        known = vars(hf_model)[_BRIDGE]
+        if known is None:
+            raise ModelError(
+                f"Wrapping this {type(hf_model).__name__} was interrupted, and it is not whole.",
+                "Load the model anew.",
+            )
         return known
     if not hf_model.config.architectures:
         hf_model.config.architectures = [type(hf_model).__name__]
-    if any("_original_component" in name for name, _ in hf_model.named_modules()):
+    if _has_wrapped_parts(hf_model):
         raise ModelError(
             "The model is wrapped by a TransformerBridge already.",
             "Pass that bridge instead of the model inside it.",
         )
+    vars(hf_model)[_BRIDGE] = None
     try:
         bridge = TransformerBridge.boot_transformers(
             "model-in-memory",
@@ -166,7 +173,11 @@ def _wrap(hf_model: Any, tokens: Tokens) -> TransformerBridge:
             device=str(next(hf_model.parameters()).device),
             dtype=next(hf_model.parameters()).dtype,
         )
-    except Exception as error:
+    except BaseException as error:
+        if not _has_wrapped_parts(hf_model):
+            del vars(hf_model)[_BRIDGE]
+        if not isinstance(error, Exception):
+            raise
         raise ModelError(
             f"TransformerLens cannot wrap {type(hf_model).__name__}: {error}"
         ) from error
@@ -175,7 +186,12 @@ def _wrap(hf_model: Any, tokens: Tokens) -> TransformerBridge:
     bridge._tokenizer = tokens.tokenizer
     bridge.cfg.tokenizer_prepends_bos = tokens.prepend_bos
     bridge.cfg.default_prepend_bos = tokens.prepend_bos
-    return kept_on(hf_model, _BRIDGE, lambda: bridge)
+    vars(hf_model)[_BRIDGE] = bridge
+    return bridge
+
+
+def _has_wrapped_parts(hf_model: Any) -> bool:
+    return any("_original_component" in name for name, _ in hf_model.named_modules())
 
 
 def _placeholder_tokenizer() -> Any:

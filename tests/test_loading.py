@@ -59,6 +59,32 @@ def test_edits_through_two_handles_of_one_model_leave_its_weights_alone() -> Non
     assert torch.equal(down.weight, before)
 
 
+@pytest.mark.parametrize("at", ["begin", "end"])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_a_model_whose_wrapping_was_interrupted_is_loaded_anew(
+    stop: type[BaseException], at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot = TransformerBridge.boot_transformers
+
+    def stopping(*args: Any, **options: Any) -> Any:
+        if at == "end":
+            boot(*args, **options)
+        raise stop("stopped")
+
+    inner = build("llama")
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", stopping)
+    with pytest.raises(dl.ModelError if stop is RuntimeError else stop, match="stopped"):
+        dl.load_model(inner, tiny.tokenizer())
+    monkeypatch.undo()
+    if at == "begin":  # nothing was done to it
+        ids = some_ids()
+        found = run(dl.load_model(inner, tiny.tokenizer()), ids)
+        assert torch.equal(found, run(lens("llama"), ids))
+        return
+    with pytest.raises(dl.ModelError, match="Wrapping this LlamaForCausalLM was interrupted.*anew"):
+        dl.load_model(inner, tiny.tokenizer())
+
+
 def test_a_model_is_released_with_its_last_handle() -> None:
     inner = build("llama")
     watch = weakref.ref(inner)
