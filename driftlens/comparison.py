@@ -69,6 +69,7 @@ class Comparison:
         seconds: Duration.
         request: The edited fact; of several, the one about the subject.
         subject: Whose attention is looked at; ``None`` for that of the edited fact.
+        identity: What the model's answers depend on (:meth:`driftlens.LensModel.identity`).
     """
 
     info: ModelInfo
@@ -89,6 +90,7 @@ class Comparison:
     seconds: float
     request: EditRequest | None = None
     subject: str | None = None
+    identity: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name} {readout.prob:.3f}" for name, readout in self.readouts().items())
@@ -433,6 +435,7 @@ def compare(
     }
     return Comparison(
         info=model.info,
+        identity=model.identity(),
         edit=edit,
         cured=cured,
         prompt=prompt,

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
@@ -50,8 +51,23 @@ def test_without_anywidget_the_remedy_is_named(
 
 
 def test_another_model_is_refused(found: dl.Comparison) -> None:
-    with pytest.raises(RequestError, match="The comparison is of tiny1, the model is tiny2"):
+    with pytest.raises(RequestError, match="tiny2 differs.* compared, tiny1, in weights. Pass"):
         module.widget(load(2), found)
+    begun = dl.load_model(tiny.hf_model("llama", 1), tiny.bos_tokenizer(), name="tiny1")
+    with pytest.raises(RequestError, match="compared, tiny1, in prepends_bos, tokenizer."):
+        module.widget(begun, found)
+
+
+def test_the_same_model_from_elsewhere_is_the_one_that_was_compared(
+    found: dl.Comparison, tmp_path: Path
+) -> None:
+    pytest.importorskip("anywidget", reason="anywidget is not installed")
+    load().save_checkpoint(tmp_path / "elsewhere")
+    elsewhere = dl.load_model(tmp_path / "elsewhere", tiny.tokenizer())
+    assert elsewhere.info != found.info
+    live = module.widget(elsewhere, found)
+    wanted = dl.patch_attention(load(), found.edit, PROMPT, answer="the", heads=["L0H1"])
+    assert live.restore(["L0H1"]).patched.prob == pytest.approx(wanted.patched.prob, rel=1e-6)
 
 
 def test_what_the_page_asks_is_computed_and_sent(

@@ -27,7 +27,7 @@ def widget(model: LensModel, comparison: Comparison, **options: Any) -> Any:
     """The page of a comparison, alive.
 
     Args:
-        model: The unedited model that was compared.
+        model: The unedited model that was compared; it may be from elsewhere or on another device.
         comparison: What :func:`driftlens.compare` returned; without its sweep, the page has no
             place to choose heads, and ``restore`` answers in Python only.
         **options: Those of :meth:`driftlens.Comparison.page_data`.
@@ -41,9 +41,12 @@ def widget(model: LensModel, comparison: Comparison, **options: Any) -> Any:
     Raises:
         RequestError: If anywidget is not installed, or the model is another one.
     """
-    if model.info != comparison.info:
+    other = model.differences(comparison.identity)
+    if other:
+        what = ", ".join("weights" if name == "model" else name for name in other)
         raise RequestError(
-            f"The comparison is of {comparison.info.name}, the model is {model.info.name}.",
+            f"The model {model.info.name} differs from the one that was compared, "
+            f"{comparison.info.name}, in {what}.",
             "Pass the model that was compared.",
         )
     return _widget_class()(model, comparison, **options)
