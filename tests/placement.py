@@ -32,7 +32,20 @@ def put(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
 
 
 class Pretending(TorchFunctionMode):
-    """Inside, tensors have the devices that they pretend to have."""
+    """Inside, tensors have the devices that they pretend to have.
+
+    Args:
+        float64: Whether devices other than the CPU have numbers of 64 bits; Apple's have none.
+    """
+
+    def __init__(self, float64: bool = True) -> None:
+        super().__init__()
+        self.float64 = float64
+
+    def _checked(self, found: Any, place: torch.device) -> Any:
+        if not self.float64 and place != CPU and getattr(found, "dtype", None) == torch.float64:
+            raise TypeError(f"{place} has no float64.")
+        return found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -59,12 +72,15 @@ class Pretending(TorchFunctionMode):
         place = wanted or next(iter(places), CPU)
         given = {id(x) for x in tensors}
         return tree_map(
-            lambda x: put(x, place) if isinstance(x, torch.Tensor) and id(x) not in given else x,
+            lambda x: (
+                self._checked(put(x, place), place)
+                if isinstance(x, torch.Tensor) and id(x) not in given
+                else x
+            ),
             func(*args, **kwargs),
         )
 
-    @staticmethod
-    def _move(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    def _move(self, func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         tensor, place = args[0], place_of(args[0])
         dtype = kwargs.get("dtype")
         if func is torch.Tensor.cpu:
@@ -78,7 +94,8 @@ class Pretending(TorchFunctionMode):
                 dtype = value
         if place == place_of(tensor) and dtype in (None, tensor.dtype):
             return tensor
-        return put(torch.ops.aten.alias(tensor.to(dtype or tensor.dtype)), place)
+        moved = put(torch.ops.aten.alias(tensor.to(dtype or tensor.dtype)), place)
+        return self._checked(moved, place)
 
 
 def spread(model: Any, places: list[torch.device]) -> None:

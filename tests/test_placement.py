@@ -71,6 +71,25 @@ def test_everything_runs_where_the_model_is(architecture: str, engine: Any, n_de
         np.testing.assert_allclose(found[name], value, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("method", ["rome", "r-rome"])
+def test_an_update_is_solved_on_devices_without_float64(method: str) -> None:
+    model = lens("llama")
+    size = model.down_projection(1).d_mlp
+    keys = torch.randn(3 * size, size, generator=torch.Generator().manual_seed(0))
+    covariance = dl.KeyCovariance(keys.T @ keys / len(keys), len(keys), 1, "random")
+    expected = dl.edit(model, REQUEST, method, covariance=covariance, **OPTIONS)
+    with Pretending(float64=False):
+        spread(model, [FIRST] * model.info.n_layers)
+        with pytest.raises(TypeError, match="xpu:0 has no float64"):
+            model.hf_model.lm_head.weight.double()
+        found = dl.edit(model, REQUEST, method, covariance=covariance, **OPTIONS)
+        assert model.device == FIRST
+        for name, delta in expected.deltas.items():
+            np.testing.assert_allclose(found.deltas[name].dense(), delta.dense(), atol=1e-5)
+        with found.applied(model):
+            dl.score(model, PROMPT, ["Rome"])
+
+
 def test_tensors_of_different_devices_do_not_meet() -> None:
     with Pretending():
         there, here = put(torch.ones(3), FIRST), torch.ones(3)

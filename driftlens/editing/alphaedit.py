@@ -93,7 +93,7 @@ def project(
             "Leave covariance out, or give real statistics.",
         )
     covariance.check_enough_text()
-    moments, directions = torch.linalg.eigh(covariance.matrix.double().cpu())
+    moments, directions = torch.linalg.eigh(covariance.matrix.cpu().double())
     small = directions[:, moments < threshold]
     if small.shape[1] == 0:
         raise EditError(

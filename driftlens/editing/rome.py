@@ -70,20 +70,21 @@ def _rank_one(
 
     # 1. and 2. Keys and outputs, of the plain prompt and of the contexts; the value.
     begun, value = find_value(model, request, rome_query(model, config), resources)
-    mean_key = begun.contexts[keys_name].mean(0)
+    mean_key = begun.contexts[keys_name].mean(0).cpu()
 
     # 3. The direction.
     solved = resources.covariances[layer].solve(mean_key)
     direction = solved / solved.norm()
 
-    # 4. The update. h_0 is the plain prompt's own output, so there v* - W k is delta.
-    key, residual = begun.plain[keys_name], value.delta.double()
+    # 4. The update. h_0 is the plain prompt's own output, so there v* - W k is delta. In float64 on
+    # the CPU, as not every device has it.
+    key, residual = begun.plain[keys_name].cpu().double(), value.delta.cpu().double()
     if averages:
-        key = mean_key
-        mean_out = begun.contexts[out_name].double().mean(0)
-        residual = residual + (begun.plain[out_name].double() - mean_out)
-    overlap = torch.dot(key.double(), direction)
-    alignment = float(overlap / key.double().norm())
+        key = mean_key.double()
+        mean_out = begun.contexts[out_name].cpu().double().mean(0)
+        residual = residual + (begun.plain[out_name].cpu().double() - mean_out)
+    overlap = torch.dot(key, direction)
+    alignment = float(overlap / key.norm())
     if abs(alignment) < SMALLEST_ALIGNMENT:
         raise EditError(
             f"The key of {request.subject!r} is orthogonal to its own average over the contexts "

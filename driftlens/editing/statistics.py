@@ -97,6 +97,7 @@ class KeyCovariance:
         Raises:
             EditError: As :meth:`solve`.
         """
+        device = columns.device
         if self.matrix is None:
             return columns.double() / (weight + identity)
         size = self.matrix.shape[0]
@@ -111,11 +112,12 @@ class KeyCovariance:
         ratio = identity / weight
         try:
             if ratio not in self._factors:
-                matrix = self.matrix.double().cpu()
+                matrix = self.matrix.cpu().double()
                 matrix = matrix + ratio * torch.eye(size, dtype=matrix.dtype)
                 self._factors.clear()
                 self._factors[ratio] = torch.linalg.lu_factor(matrix)
-            solved = torch.linalg.lu_solve(*self._factors[ratio], columns.double().cpu()) / weight
+            columns = columns.cpu().double()
+            solved = torch.linalg.lu_solve(*self._factors[ratio], columns) / weight
             finite = bool(torch.isfinite(solved).all())
         except RuntimeError:
             finite = False
@@ -124,7 +126,7 @@ class KeyCovariance:
                 f"The covariance ({self.source}) is singular.",
                 'Use more varied text, or covariance="identity".',
             )
-        return solved.to(columns.device)
+        return solved.to(device)
 
     def check_enough_text(self) -> None:
         """Refuse statistics of so little text that some directions cannot have been seen.
