@@ -62,6 +62,13 @@ HtmlOption = Annotated[
     Path | None, typer.Option("--html", help="Write the picture to this self-contained page.")
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="Of the model, e.g. cuda.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Of the weights: float32, bfloat16 or float16; by default the checkpoint's own.",
+    ),
+]
 FormatOption = Annotated[
     str | None, typer.Option("--format", help="Of the file, if it cannot be told.")
 ]
@@ -87,6 +94,7 @@ def demo(
         float | None, typer.Option(help="Strength of SADR; by default what was tuned.")
     ] = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     json_file: JsonOption = None,
     html: HtmlOption = None,
     quiet: QuietOption = False,
@@ -99,7 +107,7 @@ def demo(
     _check_outputs(json_file, html)
     from driftlens.demo import EIFFEL, EXAMPLES, demo_json, demo_page, run_demo
 
-    lens = _load(model, device, quiet)
+    lens = _load(model, device, quiet, dtype)
     example = EXAMPLES.get(model, EIFFEL)
     result = run_demo(lens, example, gamma=gamma, progress=not quiet)
     numbers = demo_json(result)
@@ -156,6 +164,7 @@ def edit(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampled contexts.")] = 0,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     json_file: JsonOption = None,
     html: HtmlOption = None,
     quiet: QuietOption = False,
@@ -178,7 +187,7 @@ def edit(
     overrides = {**plan.config, **{name: v for name, v in given.items() if v is not None}}
     if sadr is not None and any(isinstance(penalty, dl.SADR) for penalty in plan.penalties):
         raise RequestError(f"{config} holds SADR already.", "Leave --sadr out.")
-    lens = _load(model, device, quiet)
+    lens = _load(model, device, quiet, dtype)
     if sadr == "tuned":
         held = [dl.SADR(gamma=_tuned_gamma(lens, editor))]
     result = dl.edit(
@@ -225,6 +234,7 @@ def drift(
     occurrence: Annotated[int, typer.Option(help="Which occurrence of the subject.")] = 0,
     top: Annotated[int, typer.Option(help="Heads to list.")] = 10,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     json_file: JsonOption = None,
     html: HtmlOption = None,
 ) -> None:
@@ -233,7 +243,7 @@ def drift(
     check_count("--top", top)
     import driftlens as dl
 
-    lens, loaded = _load_both(model, edit_folder, device)
+    lens, loaded = _load_both(model, edit_folder, device, False, dtype)
     result = dl.measure_drift(lens, loaded, prompt, subject, query=query, occurrence=occurrence)
     heads = result.top_heads(top)
     numbers = {
@@ -285,6 +295,7 @@ def patch(
         bool, typer.Option("--sweep", help="Every head, layer and window, one at a time.")
     ] = False,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     json_file: JsonOption = None,
     html: HtmlOption = None,
     quiet: QuietOption = False,
@@ -304,7 +315,7 @@ def patch(
     }
     chosen_layers = None if layers is None else _numbers(layers, "layers")
     chosen_heads = None if heads is None else [h.strip() for h in heads.split(",")]
-    lens, loaded = _load_both(model, edit_folder, device, quiet)
+    lens, loaded = _load_both(model, edit_folder, device, quiet, dtype)
     experiment = dl.PatchExperiment(
         lens,
         loaded,
@@ -338,7 +349,13 @@ def patch(
 
 
 def _executor(
-    kind: str, lens: Any, model: str, device: str | None, workers: int | None, address: str | None
+    kind: str,
+    lens: Any,
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    workers: int | None,
+    address: str | None,
 ) -> Any:
     """Where a benchmark's jobs run; ``None``: in this process."""
     if kind not in ("local", "ray"):
@@ -349,15 +366,15 @@ def _executor(
         return None
     from driftlens.bench.ray_executor import RayExecutor
 
-    load = functools.partial(_load_for_worker, model, device)
+    load = functools.partial(_load_for_worker, model, device, dtype)
     return RayExecutor(load, lens.identity(), workers=workers, address=address)
 
 
-def _load_for_worker(name: str, device: str | None) -> Any:
+def _load_for_worker(name: str, device: str | None, dtype: str | None) -> Any:
     """On the worker's GPU, if it was given one."""
     import torch
 
-    return _load(name, device or ("cuda" if torch.cuda.is_available() else None))
+    return _load(name, device or ("cuda" if torch.cuda.is_available() else None), False, dtype)
 
 
 def _note(text: object) -> None:
@@ -435,6 +452,7 @@ def bench(
     ] = 0,
     retry_failed: Annotated[bool, typer.Option(help="Try failed cases again.")] = False,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     executor: Annotated[
         str, typer.Option(help="'local', or 'ray': workers with a model each (extra ray).")
     ] = "local",
@@ -480,8 +498,8 @@ def bench(
     if setting.texts:
         chosen = with_beginnings(chosen)
     _tell_what_is_missing(chosen, cases, setting, metrics == "all")
-    lens = _load(model, device, quiet)
-    runs = _executor(executor, lens, model, device, workers, ray_address)
+    lens = _load(model, device, quiet, dtype)
+    runs = _executor(executor, lens, model, device, dtype, workers, ray_address)
     named = list(METHODS) if methods == "all" else _listed(methods)
     arms = make_arms(lens, named, _listed(penalties))
     for path in config or []:
@@ -521,6 +539,7 @@ def report(
     ] = None,
     model: Annotated[str | None, typer.Option(help="By default the run's, by its name.")] = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """A page about a benchmark run: tables with intervals, charts, the most telling prompts."""
     _check_outputs(out)
@@ -533,7 +552,7 @@ def report(
     prompts = telling_prompts(result, shown, arm) if shown else []
     found = []
     if prompts:
-        lens = _load(model or str(result.plan["model"]["name"]), device)
+        lens = _load(model or str(result.plan["model"]["name"]), device, False, dtype)
         for prompt in prompts:
             print(f"looking into: {prompt.probe.prompt}")
             try:
@@ -586,6 +605,7 @@ def reproduce(
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampled contexts.")] = 0,
     retry_failed: Annotated[bool, typer.Option(help="Try again what failed before.")] = False,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """The paper's experiments, on your model: numbers, figures, and what they say, on a page."""
@@ -613,7 +633,7 @@ def reproduce(
     chosen = balanced(held_back, wanted)
     _tell_of_fewer(chosen, cases)
     study = Study(
-        _load(model, device, quiet),
+        _load(model, device, quiet, dtype),
         chosen,
         out,
         data="shipped facts" if data is None else data.stem,
@@ -638,13 +658,14 @@ def models(
         typer.Argument(help="Load this model, probe it, and report what was found."),
     ] = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """The bundled models, or what DriftLens finds in a model of yours."""
     from driftlens import bundled
 
     if inspect is not None:
-        info = _load(inspect, device).info.to_dict()
+        info = _load(inspect, device, False, dtype).info.to_dict()
         if as_json:
             print(json.dumps(info, indent=1))
         else:
@@ -759,24 +780,37 @@ def _plans(paths: Sequence[Path]) -> dict[str, Any]:
     return found
 
 
-def _load(name: str, device: str | None = None, quiet: bool = False) -> LensModel:
+def _load(
+    name: str, device: str | None = None, quiet: bool = False, dtype: str | None = None
+) -> LensModel:
+    import torch
+
     import driftlens as dl
+
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise RequestError(f"There is no dtype {dtype!r}.", "Choose float32, bfloat16 or float16.")
 
     if quiet:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    return dl.load_model(name, device=device)
+    return dl.load_model(
+        name, device=device, dtype=None if dtype is None else getattr(torch, dtype)
+    )
 
 
 def _load_both(
-    name: str, folder: Path, device: str | None = None, quiet: bool = False
+    name: str,
+    folder: Path,
+    device: str | None = None,
+    quiet: bool = False,
+    dtype: str | None = None,
 ) -> tuple[LensModel, Edit]:
     """Model and edit; the edit is read first, since that fails sooner."""
     import driftlens as dl
 
     loaded = dl.load_edit(folder)
-    lens = _load(name, device, quiet)
+    lens = _load(name, device, quiet, dtype)
     loaded.check_fits(lens)
     return lens, loaded
 
@@ -922,9 +956,9 @@ def _stop(*_: Any) -> None:
     raise _Stopped
 
 
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+def _warning_line(message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning, without the line of code that it came from."""
-    _note(f"Warning: {message}")
+    return f"Warning: {message}\n"
 
 
 def main() -> None:
@@ -934,10 +968,10 @@ def main() -> None:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # a caller may have it ignored
         signal.signal(signal.SIGINT, _stop)
+    formatted = warnings.formatwarning
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn
-            app()
+        warnings.formatwarning = _warning_line
+        app()
     except DriftLensError as error:
         sys.exit(f"Error: {error}")
     except _Stopped:
@@ -946,6 +980,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(0)
     finally:
+        warnings.formatwarning = formatted
         if signal.getsignal(signal.SIGINT) is _stop:
             signal.signal(signal.SIGINT, before)
 

@@ -203,6 +203,33 @@ def test_models_lists_and_inspects(monkeypatch, folder, capsys):
     assert info["down_projection"] == "model.layers.{layer}.mlp.down_proj.weight"
 
 
+def test_the_weights_may_be_loaded_in_another_precision(
+    monkeypatch, folder, edited, tmp_path, capsys
+):
+    assert run(monkeypatch, "models", folder, "--json", "--dtype", "bfloat16") == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
+    half = tmp_path / "half"
+    assert make_edit(monkeypatch, folder, half, "--dtype", "bfloat16") == 0
+    prompt = ("--prompt", "The Eiffel Tower is in the city of")
+    common = ("--model", folder, *prompt)
+    assert run(monkeypatch, "drift", *common, "--edit", half, "--dtype", "bfloat16") == 0
+    capsys.readouterr()
+    # An edit of other weights is refused, and a name that torch has for something else.
+    assert run(monkeypatch, "drift", *common, "--edit", edited, "--dtype", "bfloat16") == 1
+    assert "was made for other weights" in capsys.readouterr().err
+    for wrong in ("half precision", "nn"):
+        assert run(monkeypatch, "drift", *common, "--edit", edited, "--dtype", wrong) == 1
+        assert f"There is no dtype '{wrong}'. Choose float32" in capsys.readouterr().err
+
+
+def test_a_warning_is_a_line(folder):
+    command = [sys.executable, "-m", "driftlens.cli", "methods", "--model", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    lines = done.stderr.splitlines()
+    assert any(line.startswith("Warning: No layers are known to be good for") for line in lines)
+    assert "UserWarning" not in done.stderr and "warnings.warn" not in done.stderr
+
+
 def test_sadr_is_not_given_twice(monkeypatch, folder, tmp_path, capsys):
     plan = tmp_path / "plan.toml"
     plan.write_text('method = "rome"\n[[penalties]]\npenalty = "sadr"\ngamma = 0.2\n')

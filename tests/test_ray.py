@@ -200,11 +200,13 @@ def test_workers_on_the_command_line_load_onto_their_gpu(monkeypatch: pytest.Mon
     from driftlens import cli
 
     asked: list[tuple[str, str | None]] = []
-    monkeypatch.setattr(cli, "_load", lambda name, device: asked.append((name, device)))
+    monkeypatch.setattr(
+        cli, "_load", lambda name, device, quiet, dtype: asked.append((name, device))
+    )
     for has_gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
-        cli._load_for_worker("m", None)
-        cli._load_for_worker("m", "cuda:1")
+        cli._load_for_worker("m", None, None)
+        cli._load_for_worker("m", "cuda:1", None)
     assert asked == [("m", None), ("m", "cuda:1"), ("m", "cuda"), ("m", "cuda:1")]
 
 
