@@ -1281,7 +1281,7 @@ def test_what_cannot_be_made_does_not_stop_the_others(
     model: dl.LensModel, cases: list[Case], tmp_path: Path
 ) -> None:
     bare = [Case(case.id, case.request, paraphrases=case.paraphrases) for case in cases[:1]]
-    study = Study(model, bare, tmp_path, quick=True, progress=False)
+    study = Study(model, bare, str(tmp_path), quick=True, progress=False)  # type: ignore[arg-type]
     told = "fig3, fig4 cannot be made. fig3: None of the 1 cases.* fig4: None of"
     with pytest.raises(RequestError, match=f"{told}.*The others are in"):
         reproduce(study, ["fig3", "table1", "fig4"])

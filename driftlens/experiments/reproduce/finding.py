@@ -47,7 +47,7 @@ class Study:
     Args:
         model: The unedited model.
         cases: Held back from tuning.
-        out: Folder of results; finished units in it are not done again.
+        out: Folder of results, a string or a path; finished units in it are not done again.
         data: How tables call the cases.
         quick: Fewer conditions, to see that everything runs.
         retry_failed: Try again what failed before.
