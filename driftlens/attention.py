@@ -39,8 +39,8 @@ HeadRule = Literal["max", "all", "quantile", "mean_std", "drift"]
 Divergence = Literal["kl", "reverse_kl", "js", "l2"]
 
 EPSILON = 1e-8
-"""Added to both rows before the logarithm, as in the paper's code: it keeps ``log(0)`` away. Rows
-in half precision are compared in float32, which can hold it."""
+"""Added to both rows before the logarithm, as in the paper's code, which keeps ``log(0)`` away.
+Rows in half precision are compared in float32, which can hold it."""
 
 SINK = 0.02
 """What is missing of 1 in a row, and more than rounding in half precision, is a sink's share."""

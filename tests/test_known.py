@@ -79,7 +79,7 @@ def test_the_data_card_says_how_many_prompts_ask_for_other_edits() -> None:
 
 def test_command(model: dl.LensModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    monkeypatch.setattr(dl, "load_model", lambda name: model)
+    monkeypatch.setattr(dl, "load_model", lambda name, device: model)
     shipped = list(read_cases(asset("facts.jsonl"))[:3])
     monkeypatch.setattr(known, "read_cases", lambda path: shipped)
     monkeypatch.setattr(sys, "argv", ["known", "--model", "tiny", "--out", str(tmp_path)])

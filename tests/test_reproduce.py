@@ -1237,8 +1237,8 @@ def test_strengths_are_tried_around_the_known_one(study: Study) -> None:
     whole = replace(study, quick=False)
     assert editors._gammas(whole, "rome") == (1.25, 5.0, 20.0, 80.0)
     assert editors._gammas(replace(study, quick=True), "memit") == (0.0025,)
-    assert editors._untuned(study, ["rome"]) == ""
-    assert editors._untuned(study, ["rome", "memit", "pmet"]).startswith(
+    assert study.untuned(["rome"]) == ""
+    assert study.untuned(["rome", "memit", "pmet"]).startswith(
         " No strength of SADR is known for memit, pmet on tiny: 0.01 is taken, GPT-J's"
     )
 
@@ -1253,7 +1253,7 @@ def test_a_strength_that_nobody_searched_for_is_told(
     found |= dict.fromkeys(held, values)
     for name in ("table3", "fig6", "fig7", "rules", "rivals"):
         assert "No strength" not in told(monkeypatch, study, name, found)[0]
-    monkeypatch.setattr("driftlens.experiments.reproduce.editors.known_gamma", lambda *_: None)
+    monkeypatch.setattr(finding_module, "known_gamma", lambda *_: None)
     for name in ("table3", "fig6", "fig7", "rules", "rivals"):
         text = told(monkeypatch, study, name, found)[0].splitlines()[0]
         assert "No strength of SADR is known for rome on tiny: " in text

@@ -103,7 +103,7 @@ def test_survey_runs_resumes_and_counts_only_what_is_known(
     facts: Sequence[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model = dl.load_model(tiny.hf_model("llama"), tokenizer=tiny.tokenizer(), name="tiny")
-    monkeypatch.setattr(dl, "load_model", lambda name: model)
+    monkeypatch.setattr(dl, "load_model", lambda name, device: model)
     real = dl.edit
     made: list[str] = []
 
@@ -145,7 +145,7 @@ def test_a_survey_of_nothing_leaves_what_is_there(
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     model = dl.load_model(tiny.hf_model("llama"), tokenizer=tiny.tokenizer(), name="tiny")
-    monkeypatch.setattr(dl, "load_model", lambda name: model)
+    monkeypatch.setattr(dl, "load_model", lambda name, device: model)
     monkeypatch.setattr(dl, "edit", functools.partial(dl.edit, covariance="identity", steps=2,
                                                       layer=1))  # fmt: skip
     monkeypatch.setattr(survey, "_is_known", lambda model, probe: False)

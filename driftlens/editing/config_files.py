@@ -57,7 +57,7 @@ def read_config(path: str | os.PathLike[str]) -> EditPlan:
         RequestError: If a penalty is unknown or a value out of range.
     """
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(path).read_bytes().decode("utf-8"))
     except OSError as error:
         raise DataError(
             f"The configuration {path} cannot be read: {error.strerror or error}.",

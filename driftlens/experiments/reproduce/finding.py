@@ -79,6 +79,7 @@ class Study:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out))
         for method, plan in self.plans.items():
             if plan.penalties and (len(plan.penalties) > 1 or sadr_of(plan) is None):
                 raise RequestError(
@@ -255,7 +256,7 @@ class Finding:
             "fingerprint": study.model.fingerprint(),
             "data": study.label,
             "cases": [case.id for case in cases],
-            "content": content_digest(cases),
+            "content": content_digest(study.cases),
             "quick": study.quick,
             "seed": study.seed,
             "command": study.command,
