@@ -145,8 +145,8 @@ def fig5(study: Study) -> Finding:
 
 
 def _windows(n_layers: int, quick: bool) -> list[list[int]]:
-    """Windows of a fifth of the layers, each half of one further up; as wide as those of the paper's
-    figure 3 (6 of 28 layers; its figure 5 has 10)."""
+    """Windows of a fifth of the layers, each half of one further up; as wide as those of figure 3
+    in the paper (6 of 28 layers; its figure 5 has 10)."""
     width = max(1, round(n_layers / 5))
     step = width if quick else max(1, width // 2)
     last = n_layers - width  # whatever the step, the uppermost layers are in a window, too
