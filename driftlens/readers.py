@@ -176,8 +176,9 @@ def _records(source: Path) -> Iterator[tuple[int, Any]]:
         return
     content = _loads(text)
     if isinstance(content, _Unreadable):
-        if len(lines) > 1 and all(isinstance(_loads(line), dict) for line in lines):
-            yield from enumerate(map(_loads, lines))  # JSON lines under another name
+        several = [_loads(line) for line in lines]
+        if len(several) > 1 and all(isinstance(one, dict) for one in several):
+            yield from enumerate(several)  # JSON lines under another name
             return
         raise DataError(f"The cases {source} cannot be read: {content.reason}.")
     if not isinstance(content, list):

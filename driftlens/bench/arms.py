@@ -91,9 +91,9 @@ def make_arms(
     Raises:
         RequestError: On an unknown name or hyperparameter.
     """
-    arms = [Arm(UNEDITED)]
+    arms, plans = [Arm(UNEDITED)], plans or {}
     for method in methods:
-        config = planned_config(model, method, plans or {})
+        config = planned_config(model, method, plans)
         for name in penalties:
             if name != "none" and name not in PENALTIES:
                 raise RequestError(
@@ -104,7 +104,7 @@ def make_arms(
                 arms.append(Arm(method, method, config))
                 continue
             is_sadr = name == SADR.kind
-            held = planned_sadr(model, method, plans or {}) if is_sadr else PENALTIES[name]()
+            held = planned_sadr(model, method, plans) if is_sadr else PENALTIES[name]()
             arms.append(Arm(f"{method} + {name}", method, config, (held,)))
     return arms
 
