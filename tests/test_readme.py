@@ -111,7 +111,7 @@ def test_readme_says_in_short_what_was_measured():
     ) in text
     assert (
         "raises RS by {} % relative with ROME, {} % with MEMIT and {} % with PMET, and DNS by {}, "
-        "{} and {} %, the last no clear difference; it costs ROME {} points of ES and {} of PS, "
+        "{} and {} %, PMET's no clear differences; it costs ROME {} points of ES and {} of PS, "
         "MEMIT {} and {}, PMET {} and {}."
     ).format(*gains("RS"), *gains("DNS"), *(c for name in PAPERS for c in costs(name))) in text
     left = [value for (data, _, arm, metric), value in rate.items()
@@ -270,8 +270,8 @@ def test_readme_says_in_short_what_the_search_found():
     assert (
         f"found one for {name.upper()}, chosen for DNS: on {asked} held-back cases it gained RS by "
         f"{interval} for {paid['ES']:.1f} points of ES and {paid['PS']:.1f} of PS (the interval of "
-        f"the first reaches {-lowest:.1f}); it found none for MEMIT and PMET. By probability the "
-        f"price is higher there: P(new target) falls from {level[plain, 'ES', 'prob']:.2f} to "
+        f"the first reaches {-lowest:.1f}); it found none for MEMIT and PMET. There, too, the "
+        f"price is higher by probability: P(new target) falls from {level[plain, 'ES', 'prob']:.2f} to "
         f"{level[held, 'ES', 'prob']:.2f}, and greedy decoding"
     ) in flowing(README)
     assert (

@@ -70,8 +70,20 @@ def test_page_says_of_the_main_table_what_was_measured():
     rs, dns = ([change(metric, method, theirs)[1] for method in PAPERS] for metric in ("RS", "DNS"))
     assert (
         f"SADR raises RS by {rs[0]} % relative for ROME, {rs[1]} % for MEMIT and {rs[2]} % for "
-        f"PMET, and DNS by {dns[0]}, {dns[1]} and {dns[2]} %"
+        f"PMET, and DNS by {dns[0]}, {dns[1]} and {dns[2]} %, PMET's no clear differences."
     ) in page
+    record = json.loads((REPOSITORY / "assets/results/table3.json").read_text())
+    (run,) = (run for run in record["runs"] if run["data"] == theirs[0])
+    likely = {row["arm"]: row["value"] for row in run["probabilities"] if row["metric"] == "ES"}
+    plain, held = ([likely[f"{method}{end}"] for method in PAPERS] for end in ("", " + sadr"))
+    fall = (
+        f"P(new target) on the edited prompt falls from {plain[0]:.3f} to {held[0]:.3f} with ROME "
+        f"and to {held[1]:.3f} with MEMIT"
+    )
+    assert f"{plain[1]:.3f}" == f"{plain[0]:.3f}"
+    assert fall in page and fall in flowing(README)
+    assert f"P(new target) {plain[2]:.3f} to {held[2]:.3f}, by greedy" in page
+    assert f"it rises, from {plain[2]:.3f} to {held[2]:.3f}" in flowing(README)
     es, ps = ([-change(metric, method, theirs)[0] for method in PAPERS] for metric in ("ES", "PS"))
     assert (
         f"ROME loses {es[0]:.1f} points of ES and {ps[0]:.1f} of PS, MEMIT {es[1]:.1f} and "
@@ -392,11 +404,11 @@ def test_page_says_what_else_was_asked():
     sensible = [rate[f"{m}{end}", "commonsense"] for m in PAPERS for end in ("", " + sadr")]
     assert (
         f"in {ends('alias')} % after an edit ({rate['unedited', 'alias']:.1f} before) and in "
-        f"{ends('alias', ' + sadr')} with SADR; of what follows from the new fact, at most "
-        f"{max(drawn):.1f} % is given by greedy decoding ({rate['unedited', 'reasoning']:.1f} "
-        f"before); and which of two ways to go on makes sense is not touched: {min(sensible):.1f} "
-        f"to {max(sensible):.1f} % right after an edit, {rate['unedited', 'commonsense']:.1f} "
-        "before."
+        f"{ends('alias', ' + sadr')} with SADR; what follows from the new fact is likelier "
+        f"than the old answer in {min(drawn):.1f} to {max(drawn):.1f} % "
+        f"({rate['unedited', 'reasoning']:.1f} before); and which of two ways to go on makes "
+        f"sense is not touched: {min(sensible):.1f} to {max(sensible):.1f} % right after an "
+        f"edit, {rate['unedited', 'commonsense']:.1f} before."
     ) in flowing(PAGE)
 
 
