@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from driftlens.facts import EditRequest
 from driftlens.journal import CHECKSUM, digest
 from driftlens.models import LensModel
 from driftlens.parameters import named_parameters
-from driftlens.weights import RESET, Delta, DenseDelta, LowRankDelta, WeightStack
+from driftlens.weights import RESET, Delta, DenseDelta, LowRankDelta, WeightStack, scaled
 
 FORMAT = 2
 WEIGHTS_FILE = "edit.safetensors"
@@ -82,7 +83,8 @@ class Edit:
     def __repr__(self) -> str:
         facts = _few([f"{r.text!r} -> {r.target_new!r}" for r in self.requests]) or "unknown"
         touched = _few([f"{name} ({_described(delta)})" for name, delta in self.deltas.items()])
-        return f"Edit({self.method} of {self.model_name}: {facts}; changes {touched})"
+        times = f", times {self.info['factor']:.3g}" if "factor" in self.info else ""
+        return f"Edit({self.method} of {self.model_name}: {facts}; changes {touched}{times})"
 
     @contextmanager
     def applied(self, model: LensModel) -> Iterator[LensModel]:
@@ -99,6 +101,23 @@ class Edit:
             yield model
         finally:
             model.weights.pop(ticket)
+
+    def scaled(self, factor: float) -> Edit:
+        """The same edit with its change of the weights times a number: 0 is the original model, 1
+        the edited one, and what lies between them a mean of both (as weights of fine-tuned models
+        are averaged with the original's; Wortsman et al. 2022, arXiv:2109.01903).
+
+        Its trace and configuration are still those of the search; ``info["factor"]`` says how much
+        of the change is left.
+
+        Raises:
+            EditError: If the number is not finite, or the edit is an adapter.
+        """
+        if not math.isfinite(factor):
+            raise EditError(f"An edit cannot be scaled by {factor}.", "Give a finite number.")
+        deltas = {name: scaled(delta, factor) for name, delta in self.deltas.items()}
+        left = factor * self.info.get("factor", 1.0)
+        return replace(self, deltas=deltas, info={**self.info, "factor": left})
 
     def lowest_layer(self, model: LensModel) -> int | None:
         """The lowest layer whose weights it changes; ``None`` if it changes any outside them."""

@@ -76,6 +76,10 @@ class Answer:
         return asdict(self)
 
 
+Asked = Mapping[str, Sequence[Answer]]
+"""What a model answered, by the case's id."""
+
+
 def answers(model: LensModel, case: Case, metrics: Collection[Metric] = METRICS) -> list[Answer]:
     """Ask about a case, of the model as it is now.
 

@@ -122,6 +122,21 @@ def combined(first: Delta, second: Delta) -> Delta:
     return DenseDelta(first.dense() + second.dense())
 
 
+def scaled(delta: Delta, factor: float) -> Delta:
+    """A change of weights times a number.
+
+    Raises:
+        EditError: If it is an adapter, which is not a sum.
+    """
+    if isinstance(delta, Codebook):
+        raise EditError(
+            "An adapter cannot be made larger or smaller.", "Scale edits that change weights."
+        )
+    if isinstance(delta, LowRankDelta):
+        return LowRankDelta(in_float32(delta.left) * factor, delta.right)
+    return DenseDelta(in_float32(delta.tensor) * factor)
+
+
 def tensor_digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes; the same on every device."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

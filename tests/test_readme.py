@@ -271,8 +271,8 @@ def test_readme_says_in_short_what_the_search_found():
         f"found one for {name.upper()}, chosen for DNS: on {asked} held-back cases it gained RS by "
         f"{interval} for {paid['ES']:.1f} points of ES and {paid['PS']:.1f} of PS (the interval of "
         f"the first reaches {-lowest:.1f}); it found none for MEMIT and PMET. There, too, the "
-        f"price is higher by probability: P(new target) falls from {level[plain, 'ES', 'prob']:.2f} to "
-        f"{level[held, 'ES', 'prob']:.2f}, and greedy decoding"
+        f"price is higher by probability: P(new target) falls from "
+        f"{level[plain, 'ES', 'prob']:.2f} to {level[held, 'ES', 'prob']:.2f}, and greedy decoding"
     ) in flowing(README)
     assert (
         f"greedy decoding gives {level['unedited', 'RS', 'exact']:.1f} % of such answers before an "

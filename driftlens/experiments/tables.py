@@ -160,6 +160,23 @@ def cured_markdown(record: Mapping[str, Any]) -> str:
     return _table(["data", "model", "prompts", "editor", "number", *measures], lines)
 
 
+def equally_strong_markdown(record: Mapping[str, Any]) -> str:
+    """Success without and with SADR, as edits are made and at equal strength, with what SADR has
+    more; and P(new target) on the edited prompt."""
+    lines = []
+    for place, rows in _by(record, "data", "model", "method", "compared"):
+        cells = {
+            row["metric"]: f"{row['without']:.1f} / {row['with']:.1f}, "
+            + with_interval(row["value"], row["low"], row["high"], sign="+")
+            for row in rows
+        }
+        (edited,) = (row for row in rows if row["metric"] == "ES")
+        prob = " / ".join(f"{edited[f'P {side}']:.3f}" for side in ("without", "with"))
+        lines.append((*place, prob, *(cells.get(metric, "-") for metric in METRICS)))
+    head = ["data", "model", "editor", "compared", "P(new target)"]
+    return _table([*head, *METRICS], lines)
+
+
 def sequence_markdown(record: Mapping[str, Any]) -> str:
     """Success after some of the edits of a sequence: few, half of the looks, and all."""
     lines = []
@@ -185,6 +202,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "fig6": restricted_markdown,
     "fig7": restricted_markdown,
     "steps": restricted_markdown,
+    "strength": equally_strong_markdown,
     "cure": cured_markdown,
     "rules": restricted_markdown,
     "rivals": restricted_markdown,

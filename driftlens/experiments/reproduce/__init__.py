@@ -3,8 +3,9 @@
 Each experiment is one function from a :class:`Study` to a :class:`Finding`: numbers, a figure, and
 what these say, computed from them, beside what the paper reports. ``editors.py`` holds
 those that ask edited models, ``inside.py`` those that look into them, ``single_heads.py`` one
-head at a time, ``cure.py`` what SADR takes off the drift, ``sequential.py`` edits that pile up. To
-add one, write such a function and name it in EXPERIMENTS.
+head at a time, ``cure.py`` what SADR takes off the drift, ``strength.py`` edits that are equally
+strong, ``sequential.py`` edits that pile up. To add one, write such a function and name it in
+EXPERIMENTS.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from driftlens.experiments.reproduce.inside import fig3, fig4, fig5
 from driftlens.experiments.reproduce.page import page
 from driftlens.experiments.reproduce.sequential import sequential
 from driftlens.experiments.reproduce.single_heads import heads
+from driftlens.experiments.reproduce.strength import strength
 from driftlens.records import write_result
 
 EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
@@ -42,6 +44,7 @@ EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
     "fig6": fig6,
     "fig7": fig7,
     "steps": steps,
+    "strength": strength,
     "cure": cure,
     "rules": rules,
     "rivals": rivals,

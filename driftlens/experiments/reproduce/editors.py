@@ -18,7 +18,7 @@ from driftlens.editing.configs import ValueSearch
 from driftlens.editing.methods import METHODS
 from driftlens.editing.rivals import EssenceKL, HiddenDrift, KeyDrift
 from driftlens.editing.sadr import SADR
-from driftlens.evaluation import Answer, Difference, compare
+from driftlens.evaluation import Answer, Asked, Difference, compare, growth, rates
 from driftlens.experiments.paper import TABLE_3
 from driftlens.experiments.reproduce.finding import Finding, Study
 
@@ -382,18 +382,23 @@ def _list(parts: Iterable[str]) -> str:
 
 def _gain(result: BenchResult, plain: str, held: str) -> str:
     """What a restriction changes, paired by case, in a sentence."""
-    found = result.compare(held, plain)
-    before = result.rates(plain)
+    return f"{held} less {plain}: {gains(result.answers(plain), result.answers(held))}."
+
+
+def gains(plain: Asked, held: Asked) -> str:
+    """What one condition has more than another, paired by case, in points; of RS and DNS in per
+    cent, too."""
+    found, before = compare(held, plain), rates(plain.values())
     parts = []
     for metric in METRICS:
         if metric not in found:
             continue
         share = ""
         if metric in ("RS", "DNS") and before[metric].low > 0:  # else a share of next to nothing
-            growth = result.growth(held, plain, metric)
-            share = "" if growth is None else f", {growth} relative"
+            more = growth(held, plain, metric)
+            share = "" if more is None else f", {more} relative"
         parts.append(f"{metric} {found[metric]}{share}")
-    return f"{held} less {plain}: {'; '.join(parts) or 'nothing to compare'}."
+    return "; ".join(parts) or "nothing to compare"
 
 
 def _paper_gains() -> str:

@@ -69,28 +69,16 @@ def measured(
     Raises:
         RequestError: If no case has a prompt of these kinds, or each one failed.
     """
-    journal = Journal(study.out / f"{name}.prompts.jsonl")
     arm = study.editor if arm is None else arm
-    units, made_by = _units(study, arm, per_kind), versions()
-    journal.warn_of_other_versions(units, made_by, stacklevel=4)
-    bar = tqdm(study.cases, desc=f"{name}, {arm.name}", unit="case", disable=not study.progress)
-    for unit, case in zip(units, bar, strict=True):
-        if not journal.is_finished(unit, study.retry_failed):
-            started = time.monotonic()
-            try:
-                prompts = list(_of_case(study, case, arm, measure, per_kind))
-                found: dict[str, Any] = {"prompts": prompts}
-            except FAILURES as error:
-                found = {"error": reason(error)}
-            spent = time.monotonic() - started
-            journal.add(unit, **found, seconds=spent, versions=made_by)
-    records = [journal[unit] for unit in units]
+
+    def of_case(case: Case) -> dict[str, Any]:
+        return {"prompts": list(_of_case(study, case, arm, measure, per_kind))}
+
+    determined_by = {**arm.to_dict(), "per_kind": per_kind}
+    records, failed = each_case(
+        study, name, f"{name}.prompts.jsonl", arm.name, determined_by, of_case, stacklevel=4
+    )
     prompts = [prompt for record in records for prompt in record.get("prompts", ())]
-    failed = [
-        (arm.name, case.id, record["error"])
-        for case, record in zip(study.cases, records, strict=True)
-        if "error" in record
-    ]
     if not prompts:
         if failed:
             raise RequestError(
@@ -105,17 +93,54 @@ def measured(
     return prompts, failed, total(records, "seconds")
 
 
-def _units(study: Study, arm: Arm, per_kind: int) -> list[dict[str, Any]]:
-    """What determines the record of each case."""
+def each_case(
+    study: Study,
+    name: str,
+    file: str,
+    label: str,
+    determined_by: Mapping[str, Any],
+    of_case: Callable[[Case], dict[str, Any]],
+    stacklevel: int = 3,
+) -> tuple[list[dict[str, Any]], list[Failure]]:
+    """A record for each case, with the seconds that it took, or the ``error`` that it failed with;
+    and the failures. Each finished case is kept at once.
+
+    Args:
+        study: The model and the cases.
+        name: Of the bar.
+        file: In the study's folder.
+        label: How the bar and failures call the edits.
+        determined_by: What a record is of, besides the model and the case, JSON-ready.
+        of_case: What is measured of a case.
+        stacklevel: Of a warning, from here.
+    """
+    journal = Journal(study.out / file)
     common = {
         **study.model.identity(),
-        **arm.to_dict(),
+        **determined_by,
         "covariance": COVARIANCE,
         "seed": study.seed,
         "quick": study.quick,
-        "per_kind": per_kind,
     }
-    return [{**common, "case": case.to_record()} for case in study.cases]
+    units = [{**common, "case": case.to_record()} for case in study.cases]
+    made_by = versions()
+    journal.warn_of_other_versions(units, made_by, stacklevel=stacklevel + 1)
+    bar = tqdm(study.cases, desc=f"{name}, {label}", unit="case", disable=not study.progress)
+    for unit, case in zip(units, bar, strict=True):
+        if not journal.is_finished(unit, study.retry_failed):
+            started = time.monotonic()
+            try:
+                found = of_case(case)
+            except FAILURES as error:
+                found = {"error": reason(error)}
+            journal.add(unit, **found, seconds=time.monotonic() - started, versions=made_by)
+    records = [journal[unit] for unit in units]
+    failed = [
+        (label, case.id, record["error"])
+        for case, record in zip(study.cases, records, strict=True)
+        if "error" in record
+    ]
+    return records, failed
 
 
 def _of_case(
