@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         sweep_attention,
     )
     from driftlens.scoring import ContinuationScore, score, score_details
+    from driftlens.strength import target_prob, weakened
     from driftlens.weights import DenseDelta, LowRankDelta
 
 _HOME = {
@@ -182,6 +183,8 @@ __all__ = [
     "score",
     "score_details",
     "sweep_attention",
+    "target_prob",
+    "weakened",
     "write_config",
 ]
 

@@ -301,6 +301,7 @@ def rate_bars(
     title: str,
     unit: str = "%",
     top: float | None = 104,
+    separator: str = " + ",
 ) -> go.Figure:
     """Values of metrics with their intervals: a colour for each editor, a hatching for each
     restriction.
@@ -310,9 +311,10 @@ def rate_bars(
         metrics: Those to show, in order.
         unit: Of the values.
         top: Of the axis; ``None`` leaves it to the values.
+        separator: What comes between an editor and its restriction in an arm's name.
     """
     fig = Figure()
-    parts = {arm: str(arm).partition(" + ") for arm in rows["arm"]}
+    parts = {arm: str(arm).partition(separator) for arm in rows["arm"]}
     editors = list(dict.fromkeys(editor for editor, *_ in parts.values()))
     restrictions = list(dict.fromkeys(held for *_, held in parts.values() if held))
     for arm, own in rows.groupby("arm", sort=False):

@@ -40,6 +40,10 @@ def test_all_experiments_run_quickly(
     fluency = json.loads((tmp_path / "fluency.json").read_text())["rows"]
     assert {row["arm"] for row in fluency} == {"unedited", "rome", "rome + sadr"}
     assert all(row["metric"] == "FL" and 300 < row["value"] < 700 for row in fluency)
+    both = [row for row in json.loads((tmp_path / "strength.json").read_text())["rows"]
+            if (row["compared"], row["metric"]) == ("at equal strength", "ES")]  # fmt: skip
+    assert all(math.isclose(row["P without"], row["P with"], rel_tol=0.011) for row in both)
+    assert both and all(0 < row["left without"] < 1 for row in both)
     # What restores everything that the last token reads brings everything back.
     rows = json.loads((tmp_path / "fig5.json").read_text())["rows"]
     for row in rows:

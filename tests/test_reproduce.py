@@ -44,6 +44,8 @@ from driftlens.experiments.reproduce import finding as finding_module
 from driftlens.experiments.tables import TABLES
 from driftlens.generation import measure_texts
 from driftlens.readers import read_cases
+from driftlens.records import plain as in_json
+from driftlens.strength import target_prob, weakened
 
 
 @pytest.fixture(scope="module")
@@ -649,6 +651,87 @@ def test_what_sadr_takes_off_is_what_single_calls_measure(study: Study) -> None:
     cell = f"{row['taken off, %']:.0f} % [{row['low']:.0f}, {row['high']:.0f}]"
     lines = [line for line in table.splitlines() if "| relation | rome |" in line]
     assert cell in lines[0]
+
+
+def test_edits_are_compared_as_strong_as_each_other(study: Study) -> None:
+    finding = EXPERIMENTS["strength"](study)
+    rows = finding.rows.set_index(["method", "compared", "metric"])
+    assert list(rows.index.unique("method")) == ["rome", "memit", "pmet"]
+    arms = study.arms(("rome",), ("none", "sadr"))[1:]
+    asked: dict[tuple[str, str], dict[str, list[Answer]]] = {}
+    factors: dict[str, list[float]] = {"without": [], "with": []}
+    for case in study.cases:
+        edits = [study.edit(case, arm) for arm in arms]
+        prob = [target_prob(study.model, edit) for edit in edits]
+        stronger = int(np.argmax(prob))
+        weak = weakened(study.model, edits[stronger], min(prob))
+        equal = [weak if i == stronger else edit for i, edit in enumerate(edits)]
+        none = target_prob(study.model, weak.scaled(0.0))
+        assert target_prob(study.model, weak) == pytest.approx(max(min(prob), none), rel=0.011)
+        for compared, made in (("as made", edits), ("at equal strength", equal)):
+            for side, edit in zip(factors, made, strict=True):
+                with edit.applied(study.model):
+                    asked.setdefault((side, compared), {})[case.id] = answers(study.model, case)
+        for side, edit in zip(factors, equal, strict=True):
+            factors[side].append(edit.info.get("factor", 1.0))
+    assert any(0 < factor < 0.99 for own in factors.values() for factor in own)
+    for compared in ("as made", "at equal strength"):
+        sides = [asked[side, compared] for side in factors]
+        less, prob_less = (compare(sides[1], sides[0], what) for what in ("success", "prob"))
+        for metric in ("ES", "PS", "NS", "RS", "DNS"):
+            row = rows.loc["rome", compared, metric]
+            for side, own in zip(factors, sides, strict=True):
+                assert row[side] == pytest.approx(rates(own.values())[metric].value)
+                assert row[f"P {side}"] == pytest.approx(
+                    rates(own.values(), "prob")[metric].value, rel=1e-5
+                )
+                left = np.mean(factors[side]) if "equal" in compared else 1.0
+                assert row[f"left {side}"] == pytest.approx(left)
+            ends = ("value", "low", "high")
+            assert [row[end] for end in ends] == [getattr(less[metric], end) for end in ends]
+            found = [row[f"P {end}"] for end in ends]
+            assert found == pytest.approx([getattr(prob_less[metric], end) for end in ends])
+    equal_ = rows.loc["rome", "at equal strength", "ES"]
+    as_made, at_equal, alone, *_ = finding.points
+    assert as_made.startswith("rome + sadr less rome, as made: ES ")
+    assert f"P(new target) {equal_['P without']:.3f} in the mean" in at_equal
+    assert f"{np.mean(factors['without']):.2f} without SADR" in at_equal
+    kept = compare(asked["without", "at equal strength"], asked["without", "as made"])
+    assert alone.startswith(f"rome so much weaker less rome as made: ES {kept['ES']}; ")
+    lines = (study.out / "strengths.jsonl").read_text().splitlines()
+    assert finding.seconds == pytest.approx(sum(json.loads(line)["seconds"] for line in lines))
+    table = TABLES["strength"](
+        {
+            "rows": [
+                {"data": "d", "model": "m", **r} for r in in_json(finding.rows.to_dict("records"))
+            ]
+        }
+    ).splitlines()
+    assert len(table) == 2 + 6
+    row = rows.loc["rome", "at equal strength", "RS"]
+    assert (
+        f"| d | m | rome | at equal strength | {equal_['P without']:.3f} / {equal_['P with']:.3f} |"
+    ) in table[3]
+    assert f"| {row['without']:.1f} / {row['with']:.1f}, {row['value']:+.1f} [" in table[3]
+
+
+def test_no_strength_is_told_of_edits_that_fail(
+    study: Study, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = finding_module.edits_of
+
+    def failing(model: Any, arm: Any, cases_: Any, *args: Any) -> Any:
+        for case, edit in together(model, arm, cases_, *args):
+            yield case, dl.EditError("enough") if case.id == cases[0].id else edit
+
+    monkeypatch.setattr(finding_module, "edits_of", failing)
+    short = Study(study.model, cases[:2], tmp_path, quick=True, progress=False)
+    finding = EXPERIMENTS["strength"](short)
+    assert finding.failed == [("rome", cases[0].id, "EditError: enough")]
+    assert set(finding.rows["cases"]) == {1}
+    alone = Study(study.model, cases[:1], tmp_path / "alone", quick=True, progress=False)
+    with pytest.raises(RequestError, match=f"Each of the 1 edits failed.*{cases[0].id}: .*enough"):
+        EXPERIMENTS["strength"](alone)
 
 
 def test_drift_that_turns_round_is_not_taken_off() -> None:

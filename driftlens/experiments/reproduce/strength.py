@@ -62,9 +62,10 @@ def strength(study: Study) -> Finding:
         "the stronger of both scaled down, case by case, until P(new target) on the edited prompt "
         f"is the same.{study.untuned(methods)}"
     )
+    ends = table["compared"].map({AS_MADE: "", EQUAL: f", {EQUAL}"})
     figure = figures.rate_bars(
-        table.assign(arm=table["method"] + ", " + table["compared"]), METRICS,
-        title="SADR less none, as made and at equal strength", unit="points", top=None,
+        table.assign(arm=table["method"] + ends), METRICS, separator=", ", unit="points", top=None,
+        title="SADR less none, as made and at equal strength",
     )  # fmt: skip
     title = "Editors without and with SADR at equal strength"
     paper = "The paper compares edits as they are made, and does not report P(new target)."
