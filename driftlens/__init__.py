@@ -122,6 +122,8 @@ _HOME = {
     "ContinuationScore": "scoring",
     "score": "scoring",
     "score_details": "scoring",
+    "target_prob": "strength",
+    "weakened": "strength",
     "DenseDelta": "weights",
     "LowRankDelta": "weights",
 }
