@@ -660,6 +660,7 @@ def test_edits_are_compared_as_strong_as_each_other(study: Study) -> None:
     arms = study.arms(("rome",), ("none", "sadr"))[1:]
     asked: dict[tuple[str, str], dict[str, list[Answer]]] = {}
     factors: dict[str, list[float]] = {"without": [], "with": []}
+    drift: dict[tuple[str, str], list[float]] = {}
     for case in study.cases:
         edits = [study.edit(case, arm) for arm in arms]
         prob = [target_prob(study.model, edit) for edit in edits]
@@ -674,6 +675,11 @@ def test_edits_are_compared_as_strong_as_each_other(study: Study) -> None:
                     asked.setdefault((side, compared), {})[case.id] = answers(study.model, case)
         for side, edit in zip(factors, equal, strict=True):
             factors[side].append(edit.info.get("factor", 1.0))
+        for probe in [p for p in case.probes(("RS",)) if case.request.subject in p.prompt][:3]:
+            for compared, made in (("as made", edits), ("at equal strength", equal)):
+                for side, edit in zip(factors, made, strict=True):
+                    found = dl.measure_drift(study.model, edit, probe.prompt).max_head.mean()
+                    drift.setdefault((side, compared), []).append(abs(float(found)))
     assert any(0 < factor < 0.99 for own in factors.values() for factor in own)
     for compared in ("as made", "at equal strength"):
         sides = [asked[side, compared] for side in factors]
@@ -691,14 +697,23 @@ def test_edits_are_compared_as_strong_as_each_other(study: Study) -> None:
             assert [row[end] for end in ends] == [getattr(less[metric], end) for end in ends]
             found = [row[f"P {end}"] for end in ends]
             assert found == pytest.approx([getattr(prob_less[metric], end) for end in ends])
+        row = rows.loc["rome", compared, "drift, max head: relation"]
+        means = [np.mean(drift[side, compared]) for side in factors]
+        assert [row[side] for side in factors] == pytest.approx(means, rel=1e-3, abs=1e-6)
+        assert row["value"] == pytest.approx(row["with"] - row["without"])
+        assert row["low"] <= row["value"] <= row["high"]
+        assert row["prompts"] == len(drift["with", compared])
+    assert not np.allclose(drift["without", "as made"], drift["without", "at equal strength"])
     equal_ = rows.loc["rome", "at equal strength", "ES"]
-    as_made, at_equal, alone, *_ = finding.points
+    as_made, at_equal, alone, drifting, *_ = finding.points
+    assert f"relation, at equal strength, {row['without']:.3f} and {row['with']:.3f}; " in drifting
     assert as_made.startswith("rome + sadr less rome, as made: ES ")
     assert f"P(new target) {equal_['P without']:.3f} in the mean" in at_equal
     assert f"{np.mean(factors['without']):.2f} without SADR" in at_equal
     kept = compare(asked["without", "at equal strength"], asked["without", "as made"])
     assert alone.startswith(f"rome so much weaker less rome as made: ES {kept['ES']}; ")
-    lines = (study.out / "strengths.jsonl").read_text().splitlines()
+    files = ("strengths.jsonl", "strength-drift.prompts.jsonl", "drift.prompts.jsonl")
+    lines = [line for file in files for line in (study.out / file).read_text().splitlines()]
     assert finding.seconds == pytest.approx(sum(json.loads(line)["seconds"] for line in lines))
     table = TABLES["strength"](
         {
@@ -713,6 +728,9 @@ def test_edits_are_compared_as_strong_as_each_other(study: Study) -> None:
         f"| d | m | rome | at equal strength | {equal_['P without']:.3f} / {equal_['P with']:.3f} |"
     ) in table[3]
     assert f"| {row['without']:.1f} / {row['with']:.1f}, {row['value']:+.1f} [" in table[3]
+    assert table[0].endswith("| drift, relation | drift, distract neighbourhood |")
+    row = rows.loc["rome", "at equal strength", "drift, max head: relation"]
+    assert f"| {row['without']:.3f} / {row['with']:.3f} |" in table[3]
 
 
 def test_no_strength_is_told_of_edits_that_fail(

@@ -162,19 +162,32 @@ def cured_markdown(record: Mapping[str, Any]) -> str:
 
 def equally_strong_markdown(record: Mapping[str, Any]) -> str:
     """Success without and with SADR, as edits are made and at equal strength, with what SADR has
-    more; and P(new target) on the edited prompt."""
+    more; P(new target) on the edited prompt, and the drift of the largest head."""
+    largest = "drift, max head: "
+    drifts = [m for m in _by(record, "metric") if m[0][0].startswith(largest)]
+    kinds = [metric.removeprefix(largest) for (metric,), _ in drifts]
     lines = []
     for place, rows in _by(record, "data", "model", "method", "compared"):
-        cells = {
-            row["metric"]: f"{row['without']:.1f} / {row['with']:.1f}, "
-            + with_interval(row["value"], row["low"], row["high"], sign="+")
-            for row in rows
-        }
-        (edited,) = (row for row in rows if row["metric"] == "ES")
-        prob = " / ".join(f"{edited[f'P {side}']:.3f}" for side in ("without", "with"))
-        lines.append((*place, prob, *(cells.get(metric, "-") for metric in METRICS)))
-    head = ["data", "model", "editor", "compared", "P(new target)"]
-    return _table([*head, *METRICS], lines)
+        of = {row["metric"]: row for row in rows}
+        cells = [
+            f"{_both_sides(of[metric])}, "
+            + with_interval(*(of[metric][end] for end in ("value", "low", "high")), sign="+")
+            if metric in of
+            else "-"
+            for metric in METRICS
+        ]
+        prob = " / ".join(f"{of['ES'][f'P {side}']:.3f}" for side in ("without", "with"))
+        drift = [
+            _both_sides(of[largest + kind], 3) if largest + kind in of else "-" for kind in kinds
+        ]
+        lines.append((*place, prob, *cells, *drift))
+    head = ["data", "model", "editor", "compared", "P(new target)", *METRICS]
+    return _table([*head, *(f"drift, {kind}" for kind in kinds)], lines)
+
+
+def _both_sides(row: Mapping[str, Any], digits: int = 1) -> str:
+    """Without and with SADR."""
+    return " / ".join(f"{row[side]:.{digits}f}" for side in ("without", "with"))
 
 
 def sequence_markdown(record: Mapping[str, Any]) -> str:

@@ -70,19 +70,14 @@ def measured(
         RequestError: If no case has a prompt of these kinds, or each one failed.
     """
     arm = study.editor if arm is None else arm
-
-    def of_case(case: Case) -> dict[str, Any]:
-        return {"prompts": list(_of_case(study, case, arm, measure, per_kind))}
-
-    determined_by = {**arm.to_dict(), "per_kind": per_kind}
-    records, failed = each_case(
-        study, name, f"{name}.prompts.jsonl", arm.name, determined_by, of_case, stacklevel=4
-    )
-    prompts = [prompt for record in records for prompt in record.get("prompts", ())]
+    prompts, failed, seconds = each_prompt(
+        study, name, arm.name, arm.to_dict(), lambda case: study.edit(case, arm), measure, per_kind,
+        stacklevel=4,
+    )  # fmt: skip
     if not prompts:
         if failed:
             raise RequestError(
-                f"{len(failed)} of {len(records)} cases failed, the first, {failed[0][1]}: "
+                f"{len(failed)} of {len(study.cases)} cases failed, the first, {failed[0][1]}: "
                 f"{failed[0][2]}",
                 "Give other cases; the others have no relation and no neighbour.",
             )
@@ -90,6 +85,40 @@ def measured(
             f"None of the {len(study.cases)} cases has a relation, or a neighbour.",
             "Give other cases, or more of them.",
         )
+    return prompts, failed, seconds
+
+
+def each_prompt(
+    study: Study,
+    name: str,
+    label: str,
+    determined_by: Mapping[str, Any],
+    edit_of: Callable[[Case], Edit],
+    measure: Measure,
+    per_kind: int = PER_KIND,
+    stacklevel: int = 3,
+) -> tuple[list[dict[str, Any]], list[Failure], float | None]:
+    """As :func:`measured`, of any edits of the cases; nothing is raised.
+
+    Args:
+        study: The model and the cases.
+        name: Of the file and the bar.
+        label: How the bar and failures call the edits.
+        determined_by: What makes the edits, JSON-ready.
+        edit_of: A case's edit.
+        measure: Of one prompt.
+        per_kind: Prompts of each kind that are taken of a case.
+        stacklevel: Of a warning, from here.
+    """
+
+    def of_case(case: Case) -> dict[str, Any]:
+        return {"prompts": [*_of_case(study.model, case, edit_of, measure, per_kind)]}
+
+    records, failed = each_case(
+        study, name, f"{name}.prompts.jsonl", label, {**determined_by, "per_kind": per_kind},
+        of_case, stacklevel=stacklevel + 1,
+    )  # fmt: skip
+    prompts = [prompt for record in records for prompt in record.get("prompts", ())]
     return prompts, failed, total(records, "seconds")
 
 
@@ -144,14 +173,17 @@ def each_case(
 
 
 def _of_case(
-    study: Study, case: Case, arm: Arm, measure: Measure, per_kind: int
+    model: LensModel,
+    case: Case,
+    edit_of: Callable[[Case], Edit],
+    measure: Measure,
+    per_kind: int,
 ) -> Iterator[dict[str, Any]]:
-    separator = study.model.tokens.separator
     for metric, kind in KINDS.items():
-        probes = case.probes((metric,), separator)
+        probes = case.probes((metric,), model.tokens.separator)
         about = [p for p in probes if case.request.subject in p.prompt]
         for probe in about[:per_kind]:
-            found = measure(study.model, study.edit(case, arm), probe)
+            found = measure(model, edit_of(case), probe)
             yield {"case": case.id, "kind": kind, "prompt": probe.prompt, **found}
 
 

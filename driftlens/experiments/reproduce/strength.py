@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from driftlens import figures
 from driftlens.bench import Arm
 from driftlens.cases import METRICS, Case
-from driftlens.errors import RequestError
+from driftlens.edits import Edit
+from driftlens.errors import EditError, RequestError
 from driftlens.evaluation import Answer, Asked, answers, compare, rates
 from driftlens.experiments.reproduce.editors import PAPERS, gains
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study, in_all
-from driftlens.experiments.reproduce.measuring import each_case
+from driftlens.experiments.reproduce.measuring import (
+    DRIFTS,
+    drifted,
+    each_case,
+    each_prompt,
+    interval_of,
+)
+from driftlens.experiments.reproduce.measuring import (
+    drifts as drifts_of,
+)
 from driftlens.journal import total
 from driftlens.strength import target_prob, weakened
 
 SIDES = ("without", "with")
 """SADR."""
 AS_MADE, EQUAL = "as made", "at equal strength"
+Drifts = dict[tuple[str, str, str], dict[tuple[str, str], dict[str, float]]]
+"""By case, kind and prompt: by side and comparison, the measures of drift."""
 
 
 def strength(study: Study) -> Finding:
@@ -42,15 +56,18 @@ def strength(study: Study) -> Finding:
         )  # fmt: skip
         made += [{"name": arm.name, **arm.to_dict()} for arm in arms]
         failed += own_failed
-        spent.append(total(records, "seconds"))
         told = {
             case.id: record
             for case, record in zip(study.cases, records, strict=True)
             if "error" not in record
         }
+        spent.append(total(records, "seconds"))
         if told:
-            rows += _rows(method, told)
-            points += _told(method, told)
+            drifts, unmeasured, seconds = _drifts(study, method, arms, told)
+            failed += unmeasured
+            spent += seconds
+            rows += [*_rows(method, told), *_drift_rows(method, drifts)]
+            points += [*_told(method, told), *_told_of_drift(method, drifts)]
     if not rows:
         raise RequestError(
             f"Each of the {len(failed)} edits failed; the first, {failed[0][1]}: {failed[0][2]}",
@@ -63,9 +80,10 @@ def strength(study: Study) -> Finding:
         f"is the same.{study.untuned(methods)}"
     )
     ends = table["compared"].map({AS_MADE: "", EQUAL: f", {EQUAL}"})
+    answered = table[table["metric"].isin(METRICS)]
     figure = figures.rate_bars(
-        table.assign(arm=table["method"] + ends), METRICS, separator=", ", unit="points", top=None,
-        title="SADR less none, as made and at equal strength",
+        answered.assign(arm=answered["method"] + ends), METRICS, separator=", ",
+        title="SADR less none, as made and at equal strength", unit="points", top=None,
     )  # fmt: skip
     title = "Editors without and with SADR at equal strength"
     paper = "The paper compares edits as they are made, and does not report P(new target)."
@@ -129,6 +147,79 @@ def _rows(method: str, told: Mapping[str, dict[str, Any]]) -> Iterator[dict[str,
                 "prompts": success["with"][metric].prompts,
                 "cases": less.cases,
             }
+
+
+def _drifts(
+    study: Study, method: str, arms: Sequence[Arm], told: Mapping[str, dict[str, Any]]
+) -> tuple[Drifts, list[Failure], list[float | None]]:
+    """The drift of each prompt under both edits, as made and at equal strength, where all were
+    measured; which of the cases failed; and the seconds that it took."""
+
+    def scaled(case: Case) -> Edit:
+        if case.id not in told:
+            raise EditError("its edits could not be compared")
+        factors = told[case.id]["factors"]
+        side = min(SIDES, key=lambda one: factors[one])
+        return study.edit(case, arms[SIDES.index(side)]).scaled(factors[side])
+
+    prompts, failed, seconds = each_prompt(
+        study, "strength-drift", method, {"arms": [arm.to_dict() for arm in arms]}, scaled, drifted
+    )
+    if not prompts:
+        return {}, [one for one in failed if one[1] in told], [seconds]
+    found: Drifts = {(p["case"], p["kind"], p["prompt"]): {} for p in prompts}
+    spent = [seconds]
+    for side, arm in zip(SIDES, arms, strict=True):
+        own, own_failed, seconds = drifts_of(study, arm)
+        failed += own_failed
+        spent.append(seconds)
+        for p in own:
+            place = p["case"], p["kind"], p["prompt"]
+            if place in found:
+                found[place] |= {(side, AS_MADE): p["drift"], (side, EQUAL): p["drift"]}
+    for p in prompts:
+        factors = told[p["case"]]["factors"]
+        side = min(SIDES, key=lambda one: factors[one])
+        found[p["case"], p["kind"], p["prompt"]][side, EQUAL] = p["drift"]
+    whole = {place: own for place, own in found.items() if len(own) == 4}
+    return whole, [one for one in failed if one[1] in told], spent
+
+
+def _drift_rows(method: str, drifts: Drifts) -> Iterator[dict[str, Any]]:
+    """The mean drift of prompts without and with SADR, and the difference with its interval."""
+    for kind in dict.fromkeys(kind for _, kind, _ in drifts):
+        own = {place: sides for place, sides in drifts.items() if place[1] == kind}
+        cases = [case for case, *_ in own]
+        for compared, name in product((AS_MADE, EQUAL), DRIFTS):
+            values = {
+                side: np.array([abs(sides[side, compared][name]) for sides in own.values()])
+                for side in SIDES
+            }
+            less = values["with"] - values["without"]
+            low, high = interval_of(cases, less)
+            yield {
+                "method": method,
+                "compared": compared,
+                "metric": f"drift, {name}: {kind}",
+                **{side: float(values[side].mean()) for side in SIDES},
+                "value": float(less.mean()),
+                "low": low,
+                "high": high,
+                "prompts": len(cases),
+                "cases": len(set(cases)),
+            }
+
+
+def _told_of_drift(method: str, drifts: Drifts) -> Iterator[str]:
+    """The largest head's drift without and with SADR."""
+    rows = [row for row in _drift_rows(method, drifts) if "max head" in row["metric"]]
+    parts = [
+        f"{row['metric'].partition(': ')[2]}, {row['compared']}, {row['without']:.3f} and "
+        f"{row['with']:.3f}"
+        for row in rows
+    ]
+    if parts:
+        yield f"{method}, drift of the largest head without and with SADR: {'; '.join(parts)}."
 
 
 def _left(told: Mapping[str, dict[str, Any]], side: str) -> float:
