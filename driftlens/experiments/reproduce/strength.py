@@ -16,6 +16,7 @@ from driftlens.cases import METRICS, Case
 from driftlens.edits import Edit
 from driftlens.errors import EditError, RequestError
 from driftlens.evaluation import Answer, Asked, answers, compare, rates
+from driftlens.experiments.reproduce import measuring
 from driftlens.experiments.reproduce.editors import PAPERS, gains
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study, in_all
 from driftlens.experiments.reproduce.measuring import (
@@ -24,9 +25,6 @@ from driftlens.experiments.reproduce.measuring import (
     each_case,
     each_prompt,
     interval_of,
-)
-from driftlens.experiments.reproduce.measuring import (
-    drifts as drifts_of,
 )
 from driftlens.journal import total
 from driftlens.strength import target_prob, weakened
@@ -158,9 +156,8 @@ def _drifts(
     def scaled(case: Case) -> Edit:
         if case.id not in told:
             raise EditError("its edits could not be compared")
-        factors = told[case.id]["factors"]
-        side = min(SIDES, key=lambda one: factors[one])
-        return study.edit(case, arms[SIDES.index(side)]).scaled(factors[side])
+        side, factor = _scaled_side(told[case.id])
+        return study.edit(case, arms[SIDES.index(side)]).scaled(factor)
 
     prompts, failed, seconds = each_prompt(
         study, "strength-drift", method, {"arms": [arm.to_dict() for arm in arms]}, scaled, drifted
@@ -170,7 +167,7 @@ def _drifts(
     found: Drifts = {(p["case"], p["kind"], p["prompt"]): {} for p in prompts}
     spent = [seconds]
     for side, arm in zip(SIDES, arms, strict=True):
-        own, own_failed, seconds = drifts_of(study, arm)
+        own, own_failed, seconds = measuring.drifts(study, arm)
         failed += own_failed
         spent.append(seconds)
         for p in own:
@@ -178,11 +175,16 @@ def _drifts(
             if place in found:
                 found[place] |= {(side, AS_MADE): p["drift"], (side, EQUAL): p["drift"]}
     for p in prompts:
-        factors = told[p["case"]]["factors"]
-        side = min(SIDES, key=lambda one: factors[one])
+        side, _ = _scaled_side(told[p["case"]])
         found[p["case"], p["kind"], p["prompt"]][side, EQUAL] = p["drift"]
     whole = {place: own for place, own in found.items() if len(own) == 4}
     return whole, [one for one in failed if one[1] in told], spent
+
+
+def _scaled_side(record: Mapping[str, Any]) -> tuple[str, float]:
+    """Which of both edits is scaled down, and how much of it is left."""
+    side = min(SIDES, key=lambda one: float(record["factors"][one]))
+    return side, float(record["factors"][side])
 
 
 def _drift_rows(method: str, drifts: Drifts) -> Iterator[dict[str, Any]]:
