@@ -32,10 +32,12 @@ def target_prob(model: LensModel, edit: Edit) -> float:
 
 def weakened(model: LensModel, edit: Edit, prob: float, *, tolerance: float = 0.01) -> Edit:
     """The edit with so much of its change (:meth:`Edit.scaled`) that P(new target) after the edited
-    prompt is as given.
+    prompt is as given; the edit itself if it is so already.
 
     The factor is searched by halving between the original model and the edited one. If more than
-    one gives this probability, as P(new target) need not rise all the way, it is any of them.
+    one gives this probability, as P(new target) need not rise all the way, it is any of them; if
+    none does, as it jumps (in half precision, where edited weights are rounded), it is one below
+    the jump. ``info["factor"]`` of what is returned says how much of the change is left.
 
     Args:
         model: The unedited model.

@@ -43,6 +43,7 @@ from driftlens.experiments.reproduce import (
 from driftlens.experiments.reproduce import finding as finding_module
 from driftlens.experiments.tables import TABLES
 from driftlens.generation import measure_texts
+from driftlens.intervals import with_interval
 from driftlens.readers import read_cases
 from driftlens.records import plain as in_json
 from driftlens.strength import target_prob, weakened
@@ -705,13 +706,33 @@ def test_edits_are_compared_as_strong_as_each_other(study: Study) -> None:
         assert row["prompts"] == len(drift["with", compared])
     assert not np.allclose(drift["without", "as made"], drift["without", "at equal strength"])
     equal_ = rows.loc["rome", "at equal strength", "ES"]
-    as_made, at_equal, alone, drifting, *_ = finding.points
+    as_made, at_equal, of_rs, of_dns, scaled, alone, drifting, *_ = finding.points
     assert f"relation, at equal strength, {row['without']:.3f} and {row['with']:.3f}; " in drifting
     assert as_made.startswith("rome + sadr less rome, as made: ES ")
-    assert f"P(new target) {equal_['P without']:.3f} in the mean" in at_equal
-    assert f"{np.mean(factors['without']):.2f} without SADR" in at_equal
+    less = compare(*(asked[side, "at equal strength"] for side in ("with", "without")))
+    assert at_equal.startswith(f"rome + sadr less rome, at equal strength: ES {less['ES']}; ")
+    assert of_rs.startswith("rome, P(answer) of RS at equal strength: ")
+    assert of_dns.startswith("rome, P(answer) of DNS at equal strength: ")
+    for metric, point in (("RS", of_rs), ("DNS", of_dns)):
+        row = rows.loc["rome", "as made", metric]
+        for side in factors:
+            behind = [own for own in asked[side, "as made"].values()
+                      if any(answer.metric == metric for answer in own)]  # fmt: skip
+            assert row[f"P(new target) {side}"] == pytest.approx(
+                np.mean([own[0].right_prob for own in behind]), rel=1e-5
+            )
+            assert row[f"new target given {side}, %"] == pytest.approx(
+                100 * np.mean([own[0].exact for own in behind])
+            )
+        prob = (row[f"P(new target) {side}"] for side in factors)
+        assert f" {' and '.join(f'{value:.3f}' for value in prob)} as made" in point
+    counts = [sum(factor < 1 for factor in own) for own in factors.values()]
+    assert f"scaled down: {counts[0]} edits without SADR, {counts[1]} with it, " in scaled
+    assert f" in the mean: {np.mean(factors['without']):.2f} and " in scaled
+    nothing = sum(factor == 0 for own in factors.values() for factor in own)
+    assert (f"Of {nothing} nothing is left" in scaled) == (nothing > 0)
     kept = compare(asked["without", "at equal strength"], asked["without", "as made"])
-    assert alone.startswith(f"rome so much weaker less rome as made: ES {kept['ES']}; ")
+    assert alone.startswith(f"rome scaled down less rome as made: ES {kept['ES']}; ")
     files = ("strengths.jsonl", "strength-drift.prompts.jsonl", "drift.prompts.jsonl")
     lines = [line for file in files for line in (study.out / file).read_text().splitlines()]
     assert finding.seconds == pytest.approx(sum(json.loads(line)["seconds"] for line in lines))
@@ -730,7 +751,8 @@ def test_edits_are_compared_as_strong_as_each_other(study: Study) -> None:
     assert f"| {row['without']:.1f} / {row['with']:.1f}, {row['value']:+.1f} [" in table[3]
     assert table[0].endswith("| drift, relation | drift, distract neighbourhood |")
     row = rows.loc["rome", "at equal strength", "drift, max head: relation"]
-    assert f"| {row['without']:.3f} / {row['with']:.3f} |" in table[3]
+    more = with_interval(row["value"], row["low"], row["high"], digits=3, sign="+")
+    assert f"| {row['without']:.3f} / {row['with']:.3f}, {more} |" in table[3]
 
 
 def test_no_strength_is_told_of_edits_that_fail(

@@ -1123,3 +1123,63 @@ def test_what_is_said_of_rivals():
     assert most < 0
     assert "keys 0.003 keeps most (chosen on the same cases)" in run["text"]
     assert "`KeyDrift(0.003)`" in README
+
+
+def test_page_says_what_is_left_at_equal_strength():
+    rows = {
+        (row["method"], row["compared"], row["metric"]): row
+        for row in result_rows("strength")
+        if row["data"] == "counterfact_wikidata_dev"
+    }
+    page, readme = flowing(PAGE), flowing(README)
+    equal = "at equal strength"
+
+    def less(method: str, metric: str, compared: str = equal) -> str:
+        row = rows[method, compared, metric]
+        return with_interval(row["value"], row["low"], row["high"], sign="+")
+
+    made, scaled = (rows["rome", compared, "ES"] for compared in ("as made", equal))
+    left = 100 * scaled["left without"]
+    assert (
+        f"P(new target) is {made['P with']:.3f} instead of {made['P without']:.3f}. ROME's own "
+        f"edits with {left:.0f} % of their change are as strong, and keep more: at equal strength "
+        f"SADR is RS {less('rome', 'RS')} and DNS {less('rome', 'DNS')}, NS {less('rome', 'NS')}, "
+        "with no clear difference in ES and PS "
+        f"({less('rome', 'ES')} and {less('rome', 'PS')})"
+    ) in page
+    assert all(rows["rome", equal, metric]["high"] < 0 for metric in ("RS", "DNS", "NS"))
+    assert all(rows["rome", equal, m]["low"] < 0 < rows["rome", equal, m]["high"]
+               for m in ("ES", "PS"))  # fmt: skip
+    paraphrased = rows["rome", equal, "PS"]
+    assert (
+        f"{paraphrased['P without']:.3f} without SADR and {paraphrased['P with']:.3f} with it"
+    ) in page
+    assert paraphrased["P high"] < 0
+    for method in ("memit", "pmet"):
+        assert (
+            f"RS {less(method, 'RS')} and DNS {less(method, 'DNS')} with {method.upper()}"
+        ) in page
+        for metric in ("RS", "DNS", "ES", "PS"):
+            row = rows[method, equal, metric]
+            assert row["low"] <= 0 <= row["high"]
+    drift = {
+        (method, kind): [rows[method, compared, f"drift, max head: {kind}"][side]
+                         for compared, side in (("as made", "without"), (equal, "without"),
+                                                (equal, "with"))]
+        for method in PAPERS for kind in ("relation", "distract neighbourhood")
+    }  # fmt: skip
+    for kind in ("relation", "distract neighbourhood"):
+        told = "from {:.3f} to {:.3f}, SADR to {:.3f}".format(*drift["rome", kind])
+        assert told in page
+        assert f"({kind})" in page
+    kept = {
+        metric: "{:.1f} points more of {} [{:.1f}, {:.1f}]".format(
+            -rows["rome", equal, metric]["value"], metric, -rows["rome", equal, metric]["high"],
+            -rows["rome", equal, metric]["low"],
+        )
+        for metric in ("RS", "DNS")
+    }  # fmt: skip
+    assert (
+        f"ROME's own edits with {left:.0f} % of their change are as strong as SADR's, and keep "
+        f"{kept['RS']} and {kept['DNS'].replace('points more ', '')};"
+    ) in readme

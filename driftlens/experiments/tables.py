@@ -169,25 +169,21 @@ def equally_strong_markdown(record: Mapping[str, Any]) -> str:
     lines = []
     for place, rows in _by(record, "data", "model", "method", "compared"):
         of = {row["metric"]: row for row in rows}
-        cells = [
-            f"{_both_sides(of[metric])}, "
-            + with_interval(*(of[metric][end] for end in ("value", "low", "high")), sign="+")
-            if metric in of
-            else "-"
-            for metric in METRICS
-        ]
+        cells = [_with_more(of.get(metric), 1) for metric in METRICS]
         prob = " / ".join(f"{of['ES'][f'P {side}']:.3f}" for side in ("without", "with"))
-        drift = [
-            _both_sides(of[largest + kind], 3) if largest + kind in of else "-" for kind in kinds
-        ]
+        drift = [_with_more(of.get(largest + kind), 3) for kind in kinds]
         lines.append((*place, prob, *cells, *drift))
     head = ["data", "model", "editor", "compared", "P(new target)", *METRICS]
     return _table([*head, *(f"drift, {kind}" for kind in kinds)], lines)
 
 
-def _both_sides(row: Mapping[str, Any], digits: int = 1) -> str:
-    """Without and with SADR."""
-    return " / ".join(f"{row[side]:.{digits}f}" for side in ("without", "with"))
+def _with_more(row: Mapping[str, Any] | None, digits: int) -> str:
+    """Without and with SADR, and what it has more; nothing of what was not measured."""
+    if row is None:
+        return "-"
+    sides = " / ".join(f"{row[side]:.{digits}f}" for side in ("without", "with"))
+    ends = (row[end] for end in ("value", "low", "high"))
+    return f"{sides}, {with_interval(*ends, digits=digits, sign='+')}"
 
 
 def sequence_markdown(record: Mapping[str, Any]) -> str:

@@ -71,8 +71,8 @@ def measured(
     """
     arm = study.editor if arm is None else arm
     prompts, failed, seconds = each_prompt(
-        study, name, arm.name, arm.to_dict(), lambda case: study.edit(case, arm), measure, per_kind,
-        stacklevel=4,
+        study, name, arm.name, lambda _: arm.to_dict(), lambda case: study.edit(case, arm), measure,
+        per_kind, stacklevel=4,
     )  # fmt: skip
     if not prompts:
         if failed:
@@ -92,7 +92,7 @@ def each_prompt(
     study: Study,
     name: str,
     label: str,
-    determined_by: Mapping[str, Any],
+    determined_by: Callable[[Case], Mapping[str, Any]],
     edit_of: Callable[[Case], Edit],
     measure: Measure,
     per_kind: int = PER_KIND,
@@ -104,7 +104,7 @@ def each_prompt(
         study: The model and the cases.
         name: Of the file and the bar.
         label: How the bar and failures call the edits.
-        determined_by: What makes the edits, JSON-ready.
+        determined_by: What makes a case's edit, JSON-ready.
         edit_of: A case's edit.
         measure: Of one prompt.
         per_kind: Prompts of each kind that are taken of a case.
@@ -115,8 +115,9 @@ def each_prompt(
         return {"prompts": [*_of_case(study.model, case, edit_of, measure, per_kind)]}
 
     records, failed = each_case(
-        study, name, f"{name}.prompts.jsonl", label, {**determined_by, "per_kind": per_kind},
-        of_case, stacklevel=stacklevel + 1,
+        study, name, f"{name}.prompts.jsonl", label,
+        lambda case: {**determined_by(case), "per_kind": per_kind}, of_case,
+        stacklevel=stacklevel + 1,
     )  # fmt: skip
     prompts = [prompt for record in records for prompt in record.get("prompts", ())]
     return prompts, failed, total(records, "seconds")
@@ -127,7 +128,7 @@ def each_case(
     name: str,
     file: str,
     label: str,
-    determined_by: Mapping[str, Any],
+    determined_by: Callable[[Case], Mapping[str, Any]],
     of_case: Callable[[Case], dict[str, Any]],
     stacklevel: int = 3,
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
@@ -139,19 +140,18 @@ def each_case(
         name: Of the bar.
         file: In the study's folder.
         label: How the bar and failures call the edits.
-        determined_by: What a record is of, besides the model and the case, JSON-ready.
+        determined_by: What a case's record is of, besides the model and the case, JSON-ready.
         of_case: What is measured of a case.
         stacklevel: Of a warning, from here.
     """
     journal = Journal(study.out / file)
     common = {
         **study.model.identity(),
-        **determined_by,
         "covariance": COVARIANCE,
         "seed": study.seed,
         "quick": study.quick,
     }
-    units = [{**common, "case": case.to_record()} for case in study.cases]
+    units = [{**common, **determined_by(case), "case": case.to_record()} for case in study.cases]
     made_by = versions()
     journal.warn_of_other_versions(units, made_by, stacklevel=stacklevel + 1)
     bar = tqdm(study.cases, desc=f"{name}, {label}", unit="case", disable=not study.progress)

@@ -26,6 +26,7 @@ from driftlens.experiments.reproduce.measuring import (
     each_prompt,
     interval_of,
 )
+from driftlens.intervals import with_interval
 from driftlens.journal import total
 from driftlens.strength import target_prob, weakened
 
@@ -50,7 +51,7 @@ def strength(study: Study) -> Finding:
         arms = study.arms((method,), ("none", "sadr"))[1:]
         records, own_failed = each_case(
             study, "strength", "strengths.jsonl", method,
-            {"arms": [arm.to_dict() for arm in arms]}, partial(_of_case, study, arms),
+            partial(_both, arms), partial(_of_case, study, arms),
         )  # fmt: skip
         made += [{"name": arm.name, **arm.to_dict()} for arm in arms]
         failed += own_failed
@@ -75,7 +76,7 @@ def strength(study: Study) -> Finding:
     text = (
         "SADR's edits less those without it, in points, paired by case: as they are made, and with "
         "the stronger of both scaled down, case by case, until P(new target) on the edited prompt "
-        f"is the same.{study.untuned(methods)}"
+        f"is within one per cent of the other's.{study.untuned(methods)}"
     )
     ends = table["compared"].map({AS_MADE: "", EQUAL: f", {EQUAL}"})
     answered = table[table["metric"].isin(METRICS)]
@@ -88,6 +89,11 @@ def strength(study: Study) -> Finding:
     return Finding(
         "strength", title, table, figure, text, paper, points, made, failed, seconds=in_all(spent)
     )
+
+
+def _both(arms: Sequence[Arm], _: Case) -> dict[str, Any]:
+    """What makes both edits of a case."""
+    return {"arms": [arm.to_dict() for arm in arms]}
 
 
 def _of_case(study: Study, arms: Sequence[Arm], case: Case) -> dict[str, Any]:
@@ -120,14 +126,23 @@ def _answers(told: Mapping[str, dict[str, Any]], side: str, compared: str) -> As
 
 def _rows(method: str, told: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """What each metric is without and with SADR, and the difference with its interval, by success
-    and by the probability of the right answer; and how much of the edits is left in the mean."""
+    and by the probability of the right answer. Of the cases that are asked for it: P(new target) on
+    the edited prompt, how often greedy decoding gives it, and how much of the edits is left."""
     for compared in (AS_MADE, EQUAL):
         sides = {side: _answers(told, side, compared) for side in SIDES}
         success = {side: rates(own.values()) for side, own in sides.items()}
         prob = {side: rates(own.values(), "prob") for side, own in sides.items()}
         probable = compare(sides["with"], sides["without"], "prob")
-        left = {side: _left(told, side) if compared == EQUAL else 1.0 for side in SIDES}
         for metric, less in compare(sides["with"], sides["without"]).items():
+            behind = {
+                case: record
+                for case, record in told.items()
+                if any(answer.metric == metric for answer in sides["with"][case])
+            }
+            edited = {side: [sides[side][case] for case in behind] for side in SIDES}
+            new = {side: rates(own, "prob")["ES"].value for side, own in edited.items()}
+            given = {side: rates(own, "exact")["ES"].value for side, own in edited.items()}
+            left = {side: _left(behind, side) if compared == EQUAL else 1.0 for side in SIDES}
             yield {
                 "method": method,
                 "compared": compared,
@@ -141,6 +156,8 @@ def _rows(method: str, told: Mapping[str, dict[str, Any]]) -> Iterator[dict[str,
                 "P value": probable[metric].value,
                 "P low": probable[metric].low,
                 "P high": probable[metric].high,
+                **{f"P(new target) {side}": new[side] for side in SIDES},
+                **{f"new target given {side}, %": given[side] for side in SIDES},
                 **{f"left {side}": left[side] for side in SIDES},
                 "prompts": success["with"][metric].prompts,
                 "cases": less.cases,
@@ -159,8 +176,12 @@ def _drifts(
         side, factor = _scaled_side(told[case.id])
         return study.edit(case, arms[SIDES.index(side)]).scaled(factor)
 
+    def determined_by(case: Case) -> dict[str, Any]:
+        factors = told[case.id]["factors"] if case.id in told else None
+        return {**_both(arms, case), "factors": factors}
+
     prompts, failed, seconds = each_prompt(
-        study, "strength-drift", method, {"arms": [arm.to_dict() for arm in arms]}, scaled, drifted
+        study, "strength-drift", method, determined_by, scaled, drifted
     )
     if not prompts:
         return {}, [one for one in failed if one[1] in told], [seconds]
@@ -230,15 +251,37 @@ def _left(told: Mapping[str, dict[str, Any]], side: str) -> float:
 
 
 def _told(method: str, told: Mapping[str, dict[str, Any]]) -> Iterator[str]:
-    """Both comparisons, and what is kept by a weaker edit alone."""
+    """Both comparisons, by success and by P(answer); how strong the edits are behind RS and DNS,
+    which may be of other cases each; which edits were scaled; and what is kept by scaling alone."""
+    rows = {(row["compared"], row["metric"]): row for row in _rows(method, told)}
     whole, weak = (_answers(told, "without", compared) for compared in (AS_MADE, EQUAL))
-    held = _answers(told, "with", EQUAL)
     more = gains(whole, _answers(told, "with", AS_MADE))
     yield f"{method} + sadr less {method}, as made: {more}."
-    prob = rates(weak.values(), "prob")["ES"].value
+    less = gains(weak, _answers(told, "with", EQUAL))
+    yield f"{method} + sadr less {method}, at equal strength: {less}."
+    for metric in (metric for metric in ("RS", "DNS") if (EQUAL, metric) in rows):
+        made, equal = rows[AS_MADE, metric], rows[EQUAL, metric]
+        ends = (equal[f"P {end}"] for end in ("value", "low", "high"))
+        yield (
+            f"{method}, P(answer) of {metric} at equal strength: "
+            f"{with_interval(*ends, digits=4, sign='+')}. Behind it ({equal['cases']} cases): "
+            f"P(new target) without and with SADR {_pair(made, 'P(new target) {}', 3)} as made, "
+            f"{_pair(equal, 'P(new target) {}', 3)} at equal strength; greedy decoding gives it on "
+            f"{_pair(made, 'new target given {}, %', 1)} and "
+            f"{_pair(equal, 'new target given {}, %', 1)} %."
+        )
+    scaled = [_scaled_side(record) for record in told.values()]
+    counts = [sum(one == side and factor < 1 for one, factor in scaled) for side in SIDES]
+    nothing = sum(factor == 0 for _, factor in scaled)
     yield (
-        f"At equal strength (P(new target) {prob:.3f} in the mean): {gains(weak, held)}. Left of "
-        f"the edits' changes in the mean: {_left(told, 'without'):.2f} without SADR, "
-        f"{_left(told, 'with'):.2f} with it."
+        f"{method}, scaled down: {counts[0]} edits without SADR, {counts[1]} with it, "
+        f"{len(told) - sum(counts)} of neither; left of their changes in the mean: "
+        f"{_left(told, 'without'):.2f} and {_left(told, 'with'):.2f}."
+        + (f" Of {nothing} nothing is left, as the original is as strong." if nothing else "")
     )
-    yield f"{method} so much weaker less {method} as made: {gains(whole, weak)}."
+    yield f"{method} scaled down less {method} as made: {gains(whole, weak)}."
+
+
+def _pair(row: Mapping[str, Any], name: str, digits: int) -> str:
+    """Without and with SADR."""
+    return " and ".join(f"{row[name.format(side)]:.{digits}f}" for side in SIDES)
