@@ -1134,44 +1134,69 @@ def test_page_says_what_is_left_at_equal_strength():
     page, readme = flowing(PAGE), flowing(README)
     equal = "at equal strength"
 
-    def less(method: str, metric: str, compared: str = equal) -> str:
-        row = rows[method, compared, metric]
+    def less(method: str, metric: str) -> str:
+        row = rows[method, equal, metric]
         return with_interval(row["value"], row["low"], row["high"], sign="+")
 
-    made, scaled = (rows["rome", compared, "ES"] for compared in ("as made", equal))
-    left = 100 * scaled["left without"]
+    def prob_less(method: str, metric: str) -> str:
+        row = rows[method, equal, metric]
+        ends = (row[f"P {end}"] for end in ("value", "low", "high"))
+        return with_interval(*ends, digits=4, sign="+")
+
+    def is_clear(method: str, metric: str, prefix: str = "") -> bool:
+        row = rows[method, equal, metric]
+        return row[f"{prefix}low"] > 0 or row[f"{prefix}high"] < 0
+
+    left = 100 * rows["rome", equal, "ES"]["left without"]
     assert (
-        f"P(new target) is {made['P with']:.3f} instead of {made['P without']:.3f}. ROME's own "
-        f"edits with {left:.0f} % of their change are as strong, and keep more: at equal strength "
-        f"SADR is RS {less('rome', 'RS')} and DNS {less('rome', 'DNS')}, NS {less('rome', 'NS')}, "
-        "with no clear difference in ES and PS "
-        f"({less('rome', 'ES')} and {less('rome', 'PS')})"
+        f"ROME's own edits with {left:.0f} % of their change are as strong as SADR's; against them "
+        f"SADR is RS {less('rome', 'RS')}, DNS {less('rome', 'DNS')} and NS {less('rome', 'NS')}, "
+        f"with no clear difference in ES and PS ({less('rome', 'ES')} and {less('rome', 'PS')})."
     ) in page
-    assert all(rows["rome", equal, metric]["high"] < 0 for metric in ("RS", "DNS", "NS"))
-    assert all(rows["rome", equal, m]["low"] < 0 < rows["rome", equal, m]["high"]
-               for m in ("ES", "PS"))  # fmt: skip
-    paraphrased = rows["rome", equal, "PS"]
-    assert (
-        f"{paraphrased['P without']:.3f} without SADR and {paraphrased['P with']:.3f} with it"
-    ) in page
-    assert paraphrased["P high"] < 0
+    assert [m for m in METRICS if is_clear("rome", m)] == ["NS", "RS", "DNS"]
     for method in ("memit", "pmet"):
-        assert (
-            f"RS {less(method, 'RS')} and DNS {less(method, 'DNS')} with {method.upper()}"
-        ) in page
-        for metric in ("RS", "DNS", "ES", "PS"):
-            row = rows[method, equal, metric]
-            assert row["low"] <= 0 <= row["high"]
-    drift = {
-        (method, kind): [rows[method, compared, f"drift, max head: {kind}"][side]
-                         for compared, side in (("as made", "without"), (equal, "without"),
-                                                (equal, "with"))]
-        for method in PAPERS for kind in ("relation", "distract neighbourhood")
-    }  # fmt: skip
-    for kind in ("relation", "distract neighbourhood"):
-        told = "from {:.3f} to {:.3f}, SADR to {:.3f}".format(*drift["rome", kind])
+        told = f"RS {less(method, 'RS')} and DNS {less(method, 'DNS')} with {method.upper()}"
         assert told in page
-        assert f"({kind})" in page
+        assert not is_clear(method, "RS") and not is_clear(method, "DNS")
+    by_prob = {(method, metric): prob_less(method, metric)
+               for method in PAPERS for metric in ("RS", "DNS")}  # fmt: skip
+    assert (
+        f"none with ROME (RS {by_prob['rome', 'RS']}, DNS {by_prob['rome', 'DNS']}) and MEMIT (RS "
+        f"{by_prob['memit', 'RS']}, DNS {by_prob['memit', 'DNS']}), and with PMET a small gain of "
+        f"RS ({by_prob['pmet', 'RS']}; DNS {by_prob['pmet', 'DNS']}, not clear)."
+    ) in page
+    assert [place for place in by_prob if is_clear(*place, prefix="P ")] == [("pmet", "RS")]
+
+    def behind(method: str, metric: str, name: str, digits: int) -> str:
+        row = rows[method, "as made", metric]
+        assert row["cases"] == 75
+        return " and ".join(f"{row[name.format(side)]:.{digits}f}" for side in ("without", "with"))
+
+    new, given = ("P(new target) {}", 3), ("new target given {}, %", 1)
+    for method, name in (("rome", "On those of RS P(new target) is"), ("memit", "MEMIT:")):
+        assert f"{name} {behind(method, 'RS', *new)}" in page
+    assert f"gives the new target on {behind('rome', 'RS', *given)} % of them" in page
+    for method in PAPERS[1:]:
+        told = f"{behind(method, 'RS', *new)}, {behind(method, 'RS', *given)} %"
+        assert told in page
+    assert (
+        f"it is {behind('rome', 'DNS', *new)} for ROME, and {behind('rome', 'DNS', *given)} % "
+        f"(MEMIT: {behind('memit', 'DNS', *new)}, {behind('memit', 'DNS', *given)} %)."
+    ) in page
+
+    def drifts_less(method: str, kind: str) -> str:
+        row = rows[method, equal, f"drift, max head: {kind}"]
+        assert row["high"] < 0
+        return with_interval(-row["value"], -row["high"], -row["low"], digits=3)
+
+    one, two, three = (
+        [drifts_less(method, kind) for kind in ("relation", "distract neighbourhood")]
+        for method in PAPERS
+    )
+    assert (
+        f"by {one[0]} (relation) and {one[1]} (distract neighbourhood) with ROME, by {two[0]} and "
+        f"{two[1]} with MEMIT and by {three[0]} and {three[1]} with PMET"
+    ) in page
     kept = {
         metric: "{:.1f} points more of {} [{:.1f}, {:.1f}]".format(
             -rows["rome", equal, metric]["value"], metric, -rows["rome", equal, metric]["high"],
@@ -1179,7 +1204,10 @@ def test_page_says_what_is_left_at_equal_strength():
         )
         for metric in ("RS", "DNS")
     }  # fmt: skip
+    row = rows["rome", "as made", "RS"]
+    assert f"scaled down to {left:.0f} % of their change" in readme
+    assert f"keep {kept['RS']} and {kept['DNS'].replace('points more ', '')}, of 75" in readme
     assert (
-        f"ROME's own edits with {left:.0f} % of their change are as strong as SADR's, and keep "
-        f"{kept['RS']} and {kept['DNS'].replace('points more ', '')};"
+        f"gives the new target on {row['new target given with, %']:.1f} % of them with ROME, on "
+        f"{row['new target given without, %']:.1f} without SADR."
     ) in readme

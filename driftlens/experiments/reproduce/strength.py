@@ -16,12 +16,12 @@ from driftlens.cases import METRICS, Case
 from driftlens.edits import Edit
 from driftlens.errors import EditError, RequestError
 from driftlens.evaluation import Answer, Asked, answers, compare, rates
-from driftlens.experiments.reproduce import measuring
 from driftlens.experiments.reproduce.editors import PAPERS, gains
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study, in_all
 from driftlens.experiments.reproduce.measuring import (
     DRIFTS,
     drifted,
+    drifts,
     each_case,
     each_prompt,
     interval_of,
@@ -62,11 +62,11 @@ def strength(study: Study) -> Finding:
         }
         spent.append(total(records, "seconds"))
         if told:
-            drifts, unmeasured, seconds = _drifts(study, method, arms, told)
+            looking, unmeasured, seconds = _drifts(study, method, arms, told)
             failed += unmeasured
             spent += seconds
-            rows += [*_rows(method, told), *_drift_rows(method, drifts)]
-            points += [*_told(method, told), *_told_of_drift(method, drifts)]
+            rows += [*_rows(method, told), *_drift_rows(method, looking)]
+            points += [*_told(method, told), *_told_of_drift(method, looking)]
     if not rows:
         raise RequestError(
             f"Each of the {len(failed)} edits failed; the first, {failed[0][1]}: {failed[0][2]}",
@@ -188,7 +188,7 @@ def _drifts(
     found: Drifts = {(p["case"], p["kind"], p["prompt"]): {} for p in prompts}
     spent = [seconds]
     for side, arm in zip(SIDES, arms, strict=True):
-        own, own_failed, seconds = measuring.drifts(study, arm)
+        own, own_failed, seconds = drifts(study, arm)
         failed += own_failed
         spent.append(seconds)
         for p in own:
@@ -208,10 +208,10 @@ def _scaled_side(record: Mapping[str, Any]) -> tuple[str, float]:
     return side, float(record["factors"][side])
 
 
-def _drift_rows(method: str, drifts: Drifts) -> Iterator[dict[str, Any]]:
+def _drift_rows(method: str, looking: Drifts) -> Iterator[dict[str, Any]]:
     """The mean drift of prompts without and with SADR, and the difference with its interval."""
-    for kind in dict.fromkeys(kind for _, kind, _ in drifts):
-        own = {place: sides for place, sides in drifts.items() if place[1] == kind}
+    for kind in dict.fromkeys(kind for _, kind, _ in looking):
+        own = {place: sides for place, sides in looking.items() if place[1] == kind}
         cases = [case for case, *_ in own]
         for compared, name in product((AS_MADE, EQUAL), DRIFTS):
             values = {
@@ -233,9 +233,9 @@ def _drift_rows(method: str, drifts: Drifts) -> Iterator[dict[str, Any]]:
             }
 
 
-def _told_of_drift(method: str, drifts: Drifts) -> Iterator[str]:
+def _told_of_drift(method: str, looking: Drifts) -> Iterator[str]:
     """The largest head's drift without and with SADR."""
-    rows = [row for row in _drift_rows(method, drifts) if "max head" in row["metric"]]
+    rows = [row for row in _drift_rows(method, looking) if "max head" in row["metric"]]
     parts = [
         f"{row['metric'].partition(': ')[2]}, {row['compared']}, {row['without']:.3f} and "
         f"{row['with']:.3f}"
