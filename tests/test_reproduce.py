@@ -755,16 +755,20 @@ def test_edits_are_compared_as_strong_as_each_other(study: Study) -> None:
     assert f"| {row['without']:.3f} / {row['with']:.3f}, {more} |" in table[3]
 
 
+def fail_edits_of(failing: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = finding_module.edits_of
+
+    def some_fail(model: Any, arm: Any, cases: Any, *args: Any) -> Any:
+        for case, edit in together(model, arm, cases, *args):
+            yield case, dl.EditError("enough") if case.id == failing.id else edit
+
+    monkeypatch.setattr(finding_module, "edits_of", some_fail)
+
+
 def test_no_strength_is_told_of_edits_that_fail(
     study: Study, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = finding_module.edits_of
-
-    def failing(model: Any, arm: Any, cases_: Any, *args: Any) -> Any:
-        for case, edit in together(model, arm, cases_, *args):
-            yield case, dl.EditError("enough") if case.id == cases[0].id else edit
-
-    monkeypatch.setattr(finding_module, "edits_of", failing)
+    fail_edits_of(cases[0], monkeypatch)
     short = Study(study.model, cases[:2], tmp_path, quick=True, progress=False)
     finding = EXPERIMENTS["strength"](short)
     assert finding.failed == [("rome", cases[0].id, "EditError: enough")]
@@ -1076,13 +1080,7 @@ def test_another_editor_is_looked_into(study: Study, tmp_path: Path) -> None:
 def test_a_case_that_fails_is_kept_with_its_reason(
     study: Study, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = finding_module.edits_of
-
-    def failing(model: Any, arm: Any, cases_: Any, *args: Any) -> Any:
-        for case, edit in together(model, arm, cases_, *args):
-            yield case, dl.EditError("enough") if case.id == cases[0].id else edit
-
-    monkeypatch.setattr(finding_module, "edits_of", failing)
+    fail_edits_of(cases[0], monkeypatch)
     short = Study(study.model, cases[:2], tmp_path, quick=True, progress=False)
     finding = EXPERIMENTS["fig4"](short)
     lines = (tmp_path / "drift.prompts.jsonl").read_text().splitlines()
