@@ -48,6 +48,8 @@ from driftlens.readers import read_cases
 from driftlens.records import plain as in_json
 from driftlens.strength import target_prob, weakened
 
+strength_module: Any = importlib.import_module("driftlens.experiments.reproduce.strength")
+
 
 @pytest.fixture(scope="module")
 def model() -> dl.LensModel:
@@ -753,6 +755,38 @@ def test_edits_are_compared_as_strong_as_each_other(study: Study) -> None:
     row = rows.loc["rome", "at equal strength", "drift, max head: relation"]
     more = with_interval(row["value"], row["low"], row["high"], digits=3, sign="+")
     assert f"| {row['without']:.3f} / {row['with']:.3f}, {more} |" in table[3]
+
+
+def test_the_stronger_edit_is_scaled_down_on_either_side(study: Study) -> None:
+    arms = study.arms(("rome",), ("none", "sadr"))[1:]
+    case = study.cases[0]
+    found = strength_module._of_case(study, arms, case)
+    turned = strength_module._of_case(study, arms[::-1], case)
+    other = {"without": "with", "with": "without"}
+    assert found["probs"]["without"] > 1.05 * found["probs"]["with"]
+    for field in ("probs", "factors"):
+        assert turned[field] == {other[side]: value for side, value in found[field].items()}
+    assert turned["factors"]["without"] == 1.0 > turned["factors"]["with"]
+
+
+def test_strength_is_told_of_the_cases_behind_each_metric() -> None:
+    def record(metric: str, prob: float, factor: float) -> dict[str, Any]:
+        made = [Answer("ES", -1.0, -2.0, prob, 0.1, prob > 0.5).to_dict(),
+                Answer(metric, -1.0, -2.0, 0.25, 0.1).to_dict()]  # type: ignore[arg-type] # fmt: skip
+        keys = [f"{side}, {what}" for side in ("without", "with")
+                for what in ("as made", "at equal strength")]  # fmt: skip
+        return {"factors": {"without": factor, "with": 1.0}, "answers": dict.fromkeys(keys, made)}
+
+    told = {"a": record("RS", 0.2, 0.5), "b": record("DNS", 0.8, 0.9)}
+    rows = {(row["compared"], row["metric"]): row for row in strength_module._rows("rome", told)}
+    for metric, prob, given, left in (
+        ("ES", 0.5, 50.0, 0.7), ("RS", 0.2, 0.0, 0.5), ("DNS", 0.8, 100.0, 0.9),
+    ):  # fmt: skip
+        row = rows["at equal strength", metric]
+        assert row["P(new target) without"] == pytest.approx(prob)
+        assert row["new target given with, %"] == given
+        assert row["left without"] == pytest.approx(left)
+        assert rows["as made", metric]["left without"] == 1.0
 
 
 def fail_edits_of(failing: Case, monkeypatch: pytest.MonkeyPatch) -> None:

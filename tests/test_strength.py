@@ -91,7 +91,7 @@ def test_a_scaled_edit_in_half_precision(model: dl.LensModel) -> None:
         model, {down(0): dl.LowRankDelta(left, right), down(1): left @ right.T}
     )
     for delta in edit.scaled(1e-4).deltas.values():
-        found = delta.dense()
+        found = delta.dense().double()
         torch.testing.assert_close(found, torch.full_like(found, 1e-8), rtol=1e-2, atol=0)
 
 
