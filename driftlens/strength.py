@@ -3,13 +3,11 @@ strength, as one that changes less breaks less."""
 
 from __future__ import annotations
 
-import math
-
 from driftlens.edits import Edit
 from driftlens.errors import EditError, RequestError
 from driftlens.facts import EditRequest
 from driftlens.models import LensModel
-from driftlens.scoring import score
+from driftlens.scoring import score_details
 
 HALVINGS = 40
 """After which a search for a factor ends in any case: P(new target) may jump."""
@@ -68,11 +66,12 @@ def weakened(model: LensModel, edit: Edit, prob: float, *, tolerance: float = 0.
     if _prob(model, _request_of(edit)) >= prob:
         return edit.scaled(low)
     for _ in range(HALVINGS):
-        half = edit.scaled((low + high) / 2)
+        middle = (low + high) / 2
+        half = edit.scaled(middle)
         found = target_prob(model, half)
         if abs(found - prob) <= tolerance * prob:
             return half
-        low, high = ((low + high) / 2, high) if found < prob else (low, (low + high) / 2)
+        low, high = (middle, high) if found < prob else (low, middle)
     return edit.scaled(low)
 
 
@@ -86,4 +85,5 @@ def _request_of(edit: Edit) -> EditRequest:
 
 def _prob(model: LensModel, request: EditRequest) -> float:
     """P(new target) after the edited prompt, of the model as it is now."""
-    return math.exp(score(model, request.text, [request.target_new])[request.target_new])
+    new = request.target_new
+    return score_details(model, request.text, [new])[new].prob

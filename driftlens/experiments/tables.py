@@ -164,8 +164,8 @@ def equally_strong_markdown(record: Mapping[str, Any]) -> str:
     """Success without and with SADR, as edits are made and at equal strength, with what SADR has
     more; P(new target) on the edited prompt, and the drift of the largest head."""
     largest = "drift, max head: "
-    drifts = [m for m in _by(record, "metric") if m[0][0].startswith(largest)]
-    kinds = [metric.removeprefix(largest) for (metric,), _ in drifts]
+    metrics = dict.fromkeys(row["metric"] for row in record["rows"])
+    kinds = [m.removeprefix(largest) for m in metrics if m.startswith(largest)]
     lines = []
     for place, rows in _by(record, "data", "model", "method", "compared"):
         of = {row["metric"]: row for row in rows}

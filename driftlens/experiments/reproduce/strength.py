@@ -28,6 +28,7 @@ from driftlens.experiments.reproduce.measuring import (
 )
 from driftlens.intervals import with_interval
 from driftlens.journal import total
+from driftlens.models import LensModel
 from driftlens.strength import target_prob, weakened
 
 SIDES = ("without", "with")
@@ -62,11 +63,12 @@ def strength(study: Study) -> Finding:
         }
         spent.append(total(records, "seconds"))
         if told:
-            looking, unmeasured, seconds = _drifts(study, method, arms, told)
+            by_prompt, unmeasured, seconds = _drifts(study, method, arms, told)
             failed += unmeasured
             spent += seconds
-            rows += [*_rows(method, told), *_drift_rows(method, looking)]
-            points += [*_told(method, told), *_told_of_drift(method, looking)]
+            asked, looked = [*_rows(method, told)], [*_drift_rows(method, by_prompt)]
+            rows += [*asked, *looked]
+            points += [*_told(method, told, asked), *_told_of_drift(method, looked)]
     if not rows:
         raise RequestError(
             f"Each of the {len(failed)} edits failed; the first, {failed[0][1]}: {failed[0][2]}",
@@ -101,19 +103,19 @@ def _of_case(study: Study, arms: Sequence[Arm], case: Case) -> dict[str, Any]:
     model = study.model
     edits = {side: study.edit(case, arm) for side, arm in zip(SIDES, arms, strict=True)}
     probs = {side: target_prob(model, edit) for side, edit in edits.items()}
-    weaker = min(probs.values())
-    found: dict[str, Any] = {"probs": probs, "factors": {}, "answers": {}}
-    for side, edit in edits.items():
-        equal = weakened(model, edit, weaker)
-        found["factors"][side] = 1.0 if equal is edit else equal.info["factor"]
-        for compared, one in ((AS_MADE, edit), (EQUAL, equal)):
-            if compared == EQUAL and equal is edit:
-                told = found["answers"][f"{side}, {AS_MADE}"]
-            else:
-                with one.applied(model):
-                    told = [answer.to_dict() for answer in answers(model, case)]
-            found["answers"][f"{side}, {compared}"] = told
-    return found
+    stronger = max(SIDES, key=lambda side: probs[side])
+    equal = weakened(model, edits[stronger], min(probs.values()))
+    told = {side: _asked(model, case, edit) for side, edit in edits.items()}
+    found = {f"{side}, {compared}": told[side] for side in SIDES for compared in (AS_MADE, EQUAL)}
+    if equal is not edits[stronger]:
+        found[f"{stronger}, {EQUAL}"] = _asked(model, case, equal)
+    factors = dict.fromkeys(SIDES, 1.0) | {stronger: equal.info.get("factor", 1.0)}
+    return {"probs": probs, "factors": factors, "answers": found}
+
+
+def _asked(model: LensModel, case: Case, edit: Edit) -> list[dict[str, Any]]:
+    with edit.applied(model):
+        return [answer.to_dict() for answer in answers(model, case)]
 
 
 def _answers(told: Mapping[str, dict[str, Any]], side: str, compared: str) -> Asked:
@@ -208,10 +210,10 @@ def _scaled_side(record: Mapping[str, Any]) -> tuple[str, float]:
     return side, float(record["factors"][side])
 
 
-def _drift_rows(method: str, looking: Drifts) -> Iterator[dict[str, Any]]:
+def _drift_rows(method: str, by_prompt: Drifts) -> Iterator[dict[str, Any]]:
     """The mean drift of prompts without and with SADR, and the difference with its interval."""
-    for kind in dict.fromkeys(kind for _, kind, _ in looking):
-        own = {place: sides for place, sides in looking.items() if place[1] == kind}
+    for kind in dict.fromkeys(kind for _, kind, _ in by_prompt):
+        own = {place: sides for place, sides in by_prompt.items() if place[1] == kind}
         cases = [case for case, *_ in own]
         for compared, name in product((AS_MADE, EQUAL), DRIFTS):
             values = {
@@ -233,13 +235,13 @@ def _drift_rows(method: str, looking: Drifts) -> Iterator[dict[str, Any]]:
             }
 
 
-def _told_of_drift(method: str, looking: Drifts) -> Iterator[str]:
+def _told_of_drift(method: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The largest head's drift without and with SADR."""
-    rows = [row for row in _drift_rows(method, looking) if "max head" in row["metric"]]
     parts = [
         f"{row['metric'].partition(': ')[2]}, {row['compared']}, {row['without']:.3f} and "
         f"{row['with']:.3f}"
         for row in rows
+        if "max head" in row["metric"]
     ]
     if parts:
         yield f"{method}, drift of the largest head without and with SADR: {'; '.join(parts)}."
@@ -250,10 +252,12 @@ def _left(told: Mapping[str, dict[str, Any]], side: str) -> float:
     return sum(record["factors"][side] for record in told.values()) / len(told)
 
 
-def _told(method: str, told: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+def _told(
+    method: str, told: Mapping[str, dict[str, Any]], asked: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
     """Both comparisons, by success and by P(answer); how strong the edits are behind RS and DNS,
     which may be of other cases each; which edits were scaled; and what is kept by scaling alone."""
-    rows = {(row["compared"], row["metric"]): row for row in _rows(method, told)}
+    rows = {(row["compared"], row["metric"]): row for row in asked}
     whole, weak = (_answers(told, "without", compared) for compared in (AS_MADE, EQUAL))
     more = gains(whole, _answers(told, "with", AS_MADE))
     yield f"{method} + sadr less {method}, as made: {more}."
