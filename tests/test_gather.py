@@ -218,13 +218,17 @@ def test_the_main_table_has_steps_and_the_strength_of_edits_where_they_are_known
         for name in ("unedited", "rome")
         for metric, value in (("ES", 0.25), ("PS", 0.75))
     ]
-    new = finding(tmp_path / "new", "small", arms=arms, rows=rows, probabilities=probs)
+    greedy = [{**row, "value": 100 * row["value"]} for row in probs]
+    new = finding(
+        tmp_path / "new", "small", arms=arms, rows=rows, probabilities=probs, greedy=greedy
+    )
     old = finding(tmp_path / "old", "large", rows=rows[1:])
     gather.gather([new, old], tmp_path)
     table = tables.TABLES["table3"](json.loads((tmp_path / "table3.json").read_text())).splitlines()
-    assert table[0].endswith("| DNS | steps | P(new target) |")
+    assert table[0].endswith("| DNS | steps | ES greedy | P(new target) |")
     ends = [line.rpartition(" 50.0 [40.0, 60.0] | - | ")[2] for line in table[2:-7]]
-    assert ends == ["- | 0.250 [0.250, -] |", "19.5 | 0.250 [0.250, -] |", "- | - |"]
+    told = "25.0 [0.2, -] | 0.250 [0.250, -] |"
+    assert ends == [f"- | {told}", f"19.5 | {told}", "- | - | - |"]
 
 
 def test_restricted_edits_have_the_steps_that_they_take(tmp_path: Path) -> None:

@@ -1415,7 +1415,7 @@ def test_a_strength_that_nobody_searched_for_is_told(
         assert "was tuned" not in text
 
 
-def test_findings_hold_differences_and_probabilities(study: Study) -> None:
+def test_findings_hold_differences_probabilities_and_greedy_answers(study: Study) -> None:
     finding = EXPERIMENTS["table3"](replace(study, quick=True))
     record = json.loads(json.dumps(finding.to_dict(study, 1)))
     result = BenchResult(study.out / "bench")
@@ -1430,6 +1430,11 @@ def test_findings_hold_differences_and_probabilities(study: Study) -> None:
         row for row in record["probabilities"] if (row["arm"], row["metric"]) == ("rome", "RS")
     ]
     assert chosen[0]["value"] == pytest.approx(result.rates("rome", "prob")["RS"].value)
+    greedy = {(row["arm"], row["metric"]): row["value"] for row in record["greedy"]}
+    exact = result.rates("rome", "exact")
+    assert {metric: greedy["rome", metric] for metric in exact} == pytest.approx(
+        {metric: rate.value for metric, rate in exact.items()}
+    )
 
 
 def test_what_cannot_be_made_does_not_stop_the_others(

@@ -1150,7 +1150,7 @@ def test_page_says_what_is_left_at_equal_strength():
     left = 100 * rows["rome", equal, "ES"]["left without"]
     assert (
         f"ROME's own edits with {left:.0f} % of their change are as strong as SADR's; against them "
-        f"SADR is RS {less('rome', 'RS')}, DNS {less('rome', 'DNS')} and NS {less('rome', 'NS')}, "
+        f"SADR's edits have RS {less('rome', 'RS')}, DNS {less('rome', 'DNS')} and NS {less('rome', 'NS')}, "
         f"with no clear difference in ES and PS ({less('rome', 'ES')} and {less('rome', 'PS')})."
     ) in page
     assert [m for m in METRICS if is_clear("rome", m)] == ["NS", "RS", "DNS"]

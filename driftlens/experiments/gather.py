@@ -38,7 +38,8 @@ OF_RUN = (
     "text", "arms", "cases", "failed", "figure",
 )  # fmt: skip
 MORE: dict[str, Any] = {
-    "points": [], "differences": [], "probabilities": [], "seconds_in_all": None, "content": None
+    "points": [], "differences": [], "probabilities": [], "greedy": [], "seconds_in_all": None,
+    "content": None,
 }  # fmt: skip
 """What not all results hold, and what stands for it."""
 

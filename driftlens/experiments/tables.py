@@ -39,11 +39,16 @@ def markdown(record: Mapping[str, Any], shown: Sequence[str] = ("Avg. S", *METRI
 
 
 def main_markdown(record: Mapping[str, Any]) -> str:
-    """Table 3: success; and, where it was measured, the median of the steps that searches take,
-    and the mean probability of the new target on the edited prompt. Below it what the paper
-    reports of its first model, without intervals."""
+    """Table 3: success; and, where it was measured, the median of the steps that searches take, and
+    the edited prompt's new target otherwise than by success: how often greedy decoding gives it, in
+    per cent, and its mean probability. Below it what the paper reports of its first model, without
+    intervals."""
     shown = ("Avg. S", *METRICS)
-    more = {"steps": _steps(record), "P(new target)": _target_probs(record)}
+    more = {
+        "steps": _steps(record),
+        "ES greedy": _of_edited_prompts(record, "greedy", 1),
+        "P(new target)": _of_edited_prompts(record, "probabilities", 3),
+    }
     more = {name: found for name, found in more.items() if found}
     lines = [
         [*cells, *(found.get(place, "-") for found in more.values())]
@@ -232,14 +237,16 @@ def _steps(record: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
     }
 
 
-def _target_probs(record: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
-    """By data, model and arm, the mean probability of the new target on the edited prompt."""
+def _of_edited_prompts(
+    record: Mapping[str, Any], measured: str, digits: int
+) -> dict[tuple[str, ...], str]:
+    """By data, model and arm, a measure of the new target on the edited prompt."""
     return {
         (run["data"], run["model"]["name"], row["arm"]): with_interval(
-            row["value"], row["low"], row["high"], digits=3
+            row["value"], row["low"], row["high"], digits=digits
         )
         for run in record["runs"]
-        for row in run["probabilities"]
+        for row in run[measured]
         if row["metric"] == "ES"
     }
 

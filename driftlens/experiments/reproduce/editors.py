@@ -295,7 +295,7 @@ def _finding(
     return Finding(
         name, title, rows, figure, text, paper, points, result.conditions(), result.failed,
         differences=result.differences(), probabilities=result.table("prob"),
-        seconds=result.seconds_in_all(),
+        greedy=result.table("exact"), seconds=result.seconds_in_all(),
     )  # fmt: skip
 
 

@@ -216,6 +216,7 @@ class Finding:
         failed: What failed; the numbers are without it.
         differences: Paired differences in success, with effect sizes, if arms are compared.
         probabilities: The mean probability of the right answer in each row, too.
+        greedy: And the share of prompts, in per cent, whose right answer greedy decoding gives.
         seconds: What all that was measured took, in this call or earlier ones; ``None`` if that
             is not known.
         cases: Those that were asked, if they are not all of the study's.
@@ -232,6 +233,7 @@ class Finding:
     failed: Sequence[Failure] = ()
     differences: Sequence[Mapping[str, Any]] = ()
     probabilities: pd.DataFrame = field(default_factory=pd.DataFrame)
+    greedy: pd.DataFrame = field(default_factory=pd.DataFrame)
     seconds: float | None = None
     cases: Sequence[Case] | None = None
 
@@ -268,6 +270,7 @@ class Finding:
             "rows": plain(self.rows.to_dict("records")),
             "differences": list(self.differences),
             "probabilities": plain(self.probabilities.to_dict("records")),
+            "greedy": plain(self.greedy.to_dict("records")),
         }
 
     def save(self, study: Study, seconds: float) -> Path:
