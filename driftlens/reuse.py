@@ -35,6 +35,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from driftlens.errors import check_choice
 from driftlens.interventions import Hook, block_in_name
+from driftlens.memory import is_out_of_memory
 from driftlens.models import LensModel, Places
 from driftlens.precision import largest_difference
 from driftlens.probing import allowed_by_rounding
@@ -322,17 +323,17 @@ def shown_exact(
         otherwise: What is done instead, for the warning.
 
     Raises:
-        torch.OutOfMemoryError: If memory does not do for the trial, which says nothing about the
-            model; it is tried again when asked again.
+        Exception: Torch's or Python's, if memory does not do for the trial, which says nothing
+            about the model; it is tried again when asked again.
     """
     if ability not in model.memo:
         try:
             worst, scale = largest_error(model)
             exact = worst <= allowed_by_rounding(model, scale)
             reason = f"its log-probabilities would differ by {worst:.2g}"
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             exact, reason = False, f"{type(error).__name__}: {error}"
         if not exact:
             warnings.warn(
@@ -396,14 +397,14 @@ def in_batches(
     """``run`` over ``items`` in batches; a batch that does not fit into memory is halved.
 
     Raises:
-        torch.OutOfMemoryError: If a single item does not fit.
+        Exception: Torch's or Python's for memory that does not do, if a single item does not fit.
     """
     start = 0
     while start < len(items):
         try:
             found = run(items[start : start + size])
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except Exception as error:
+            if size == 1 or not is_out_of_memory(error):
                 raise
             size = (size + 1) // 2
             if torch.cuda.is_available():

@@ -851,3 +851,33 @@ def test_bench_on_the_command_line(
         )
         with pytest.raises(SystemExit, match=message):
             cli.main()
+
+
+def test_a_case_that_the_cpu_has_no_memory_for_is_a_failed_case(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = units.answers
+
+    def hungry(model: dl.LensModel, case: Case, metrics: Any) -> Any:
+        if case.id == cases[1].id:
+            torch.empty(10**16)  # what torch's allocator refuses is no OutOfMemoryError there
+        return real(model, case, metrics)
+
+    monkeypatch.setattr(units, "answers", hungry)
+    found = bench(model, cases, tmp_path)
+    assert found.is_complete
+    assert {(arm, case) for arm, case, _ in found.failed} == {
+        (arm, cases[1].id) for arm in found.arms
+    }
+    assert all("can't allocate memory" in why for *_, why in found.failed)
+
+
+def test_a_defect_stops_the_run(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("The size of tensor a must match the size of tensor b.")
+
+    monkeypatch.setattr(units, "answers", broken)
+    with pytest.raises(RuntimeError, match="must match"):
+        bench(model, cases, tmp_path)

@@ -985,3 +985,12 @@ class NoNumber(dl.EssenceKL):
 def test_a_loss_that_is_no_number_is_an_error() -> None:
     with pytest.raises(EditError, match=r"^The loss became nan at step 0"):
         dl.edit(lens(), REQUESTS[0], "memit", penalty=NoNumber(), **LOCATED["memit"])
+
+
+def test_a_change_that_cannot_be_solved_for_is_an_error_that_names_the_layer() -> None:
+    def right(layer: int, keys: torch.Tensor) -> torch.Tensor:
+        nothing = torch.zeros(len(keys[0]), len(keys[0]), dtype=torch.float64)
+        return null_space_right(keys, nothing, None, ridge=0.0)
+
+    with pytest.raises(EditError, match="layer 3 cannot be solved for .*positive-definite"):
+        spreading._solved(right, 3, torch.ones(1, 4))

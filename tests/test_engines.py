@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -295,13 +295,22 @@ def test_what_torch_holds_of_a_gpu_for_later_is_free(monkeypatch: pytest.MonkeyP
     assert budget(on_gpu, on_cpu=20 * gib) == 20 * gib
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost():
+def refused_by_the_gpu() -> None:
+    raise torch.OutOfMemoryError("too much")
+
+
+def refused_by_the_cpu() -> None:
+    torch.empty(10**16)  # whose error is a plain RuntimeError
+
+
+@pytest.mark.parametrize("refused", [refused_by_the_gpu, refused_by_the_cpu])
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(refused: Callable[[], None]):
     sizes: list[int] = []
 
     def run(items: Sequence[int]) -> list[int]:
         sizes.append(len(items))
         if len(items) > 3:
-            raise torch.OutOfMemoryError("too much")
+            refused()
         return [item * item for item in items]
 
     found = [x for part in in_batches(range(20), 16, run) for x in part]
@@ -310,10 +319,23 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost():
     assert max(sizes[3:]) == 2
 
     def never(items: Sequence[int]) -> list[int]:
-        raise torch.OutOfMemoryError("too much")
+        refused()
+        return []
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match="too much|allocate memory"):
         list(in_batches([1, 2], 2, never))
+
+
+def test_a_defect_in_a_batch_is_not_taken_for_a_full_memory():
+    sizes: list[int] = []
+
+    def broken(items: Sequence[int]) -> list[int]:
+        sizes.append(len(items))
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(in_batches(range(4), 4, broken))
+    assert sizes == [4]
 
 
 def test_a_sweep_survives_a_full_memory(monkeypatch: pytest.MonkeyPatch):

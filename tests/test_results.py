@@ -82,6 +82,15 @@ def test_page_says_of_the_main_table_what_was_measured():
     )
     assert f"{plain[1]:.3f}" == f"{plain[0]:.3f}"
     assert fall in page and fall in flowing(README)
+    greedy = {row["arm"]: row["value"] for row in run["greedy"] if row["metric"] == "ES"}
+    (rome, memit, pmet), held_greedy = (
+        [greedy[f"{method}{end}"] for method in PAPERS] for end in ("", " + sadr")
+    )
+    assert (
+        f"{held_greedy[0]:.1f} % of the edited prompts instead of {rome:.1f} (ROME) and on "
+        f"{held_greedy[1]:.1f} instead of {memit:.1f} (MEMIT)."
+    ) in page
+    assert f"by greedy decoding {pmet:.1f} to {held_greedy[2]:.1f} %." in page
     assert f"P(new target) {plain[2]:.3f} to {held[2]:.3f}, by greedy" in page
     assert f"it rises, from {plain[2]:.3f} to {held[2]:.3f}" in flowing(README)
     es, ps = ([-change(metric, method, theirs)[0] for method in PAPERS] for metric in ("ES", "PS"))
@@ -1150,8 +1159,9 @@ def test_page_says_what_is_left_at_equal_strength():
     left = 100 * rows["rome", equal, "ES"]["left without"]
     assert (
         f"ROME's own edits with {left:.0f} % of their change are as strong as SADR's; against them "
-        f"SADR's edits have RS {less('rome', 'RS')}, DNS {less('rome', 'DNS')} and NS {less('rome', 'NS')}, "
-        f"with no clear difference in ES and PS ({less('rome', 'ES')} and {less('rome', 'PS')})."
+        f"SADR's edits have RS {less('rome', 'RS')}, DNS {less('rome', 'DNS')} and NS "
+        f"{less('rome', 'NS')}, with no clear difference in ES and PS ({less('rome', 'ES')} and "
+        f"{less('rome', 'PS')})."
     ) in page
     assert [m for m in METRICS if is_clear("rome", m)] == ["NS", "RS", "DNS"]
     for method in ("memit", "pmet"):

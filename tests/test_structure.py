@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "driftlens"
 ORDER = [
     "errors",
+    "memory",
     "intervals",
     "precision",
     "equality",

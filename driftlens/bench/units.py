@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
-import torch
-
 from driftlens.bench.arms import Arm
 from driftlens.cases import (
     ALL_METRICS,
@@ -30,6 +28,7 @@ from driftlens.errors import DriftLensError, ModelError
 from driftlens.evaluation import answers
 from driftlens.generation import are_written, generate_each, measure_texts
 from driftlens.journal import digest
+from driftlens.memory import is_out_of_memory
 from driftlens.models import LensModel
 from driftlens.side_by_side import fits_beside_others
 
@@ -37,8 +36,12 @@ CASES_AT_ONCE = 8
 """Cases whose values are searched in shared passes."""
 COVARIANCE = f"{DEFAULT_TOKENS} tokens of wikipedia-leads"
 """What keys' second moments are estimated from."""
-FAILURES = (DriftLensError, torch.OutOfMemoryError, MemoryError)
-"""What is wrong with a case, and does not stop a run; anything else is a defect, and does."""
+
+
+def is_failure(error: Exception) -> bool:
+    """Whether an error says what is wrong with a case, or that memory does not do for it. Such
+    errors do not stop a run; anything else is a defect, and does."""
+    return isinstance(error, DriftLensError) or is_out_of_memory(error)
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,9 @@ def run_job(
             if isinstance(edited, Exception):
                 raise edited
             record = _asked(model, case, edited, setting, texts.get(case.id))
-        except FAILURES as error:
+        except Exception as error:
+            if not is_failure(error):
+                raise
             record = {"error": reason(error)}
         if model.fingerprint() != before:
             raise ModelError("The model's weights are not what they were before the case.")
@@ -196,8 +201,10 @@ def _written(
             model, [case.generation for case, _ in able], [made for _, made in able],
             setting.text_length, seed=setting.seed,
         )  # fmt: skip
-    except FAILURES:  # of one of them; which one, is found out case by case
-        return {}
+    except Exception as error:
+        if not is_failure(error):
+            raise
+        return {}  # which of them fails, is found out case by case
     return {case.id: own for (case, _), own in zip(able, texts, strict=True)}
 
 
@@ -221,12 +228,16 @@ def edits_of(
     requests = [case.request for case in cases]
     try:
         together: list[Edit] | None = list(edit_each(model, requests, store=store, **options))
-    except FAILURES:  # one of them cannot be edited: find out which
-        together = None
+    except Exception as error:
+        if not is_failure(error):
+            raise
+        together = None  # one of them cannot be edited: find out which
     for i, case in enumerate(cases):
         try:
             made = together[i] if together else edit(model, case.request, **options)
-        except FAILURES as error:
+        except Exception as error:
+            if not is_failure(error):
+                raise
             yield case, error.with_traceback(None)  # whose frames hold tensors
         else:
             yield case, made
@@ -267,7 +278,9 @@ def _told(
         texts = measure_texts(
             model, case, setting.texts, setting.text_length, setting.seed, written
         )  # fmt: skip
-    except FAILURES as error:  # the answers are told all the same
+    except Exception as error:
+        if not is_failure(error):
+            raise
         return found | {"error": f"texts: {reason(error)}"}
     return found | {"texts": texts}
 

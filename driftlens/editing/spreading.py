@@ -20,7 +20,7 @@ from driftlens.editing.configs import ValueSearch
 from driftlens.editing.contexts import Context
 from driftlens.editing.outcome import Outcome, Query, Resources, find_values, outer
 from driftlens.editing.target import subject_in_context
-from driftlens.errors import EditError
+from driftlens.errors import EditError, first_line
 from driftlens.facts import EditRequest
 from driftlens.interventions import (
     block_out_name,
@@ -73,7 +73,7 @@ def spread(
     with spreading(model, config.edited_layers, resources.progress) as change:
         for layer, left in change.layers():
             keys = facts.keys(layer)
-            change.write(layer, aim.residual(layer, share(left)), right(layer, keys))
+            change.write(layer, aim.residual(layer, share(left)), _solved(right, layer, keys))
         if afterwards is not None:
             afterwards(facts)
     norms = [[float(delta.norm()) for delta in value.deltas] for _, value in found]
@@ -84,6 +84,22 @@ def spread(
     }
     trace = [{"fact": i, **record} for i, (_, v) in enumerate(found) for record in v.trace]
     return Outcome(change.deltas, trace, info)
+
+
+def _solved(
+    right: Callable[[int, Float[torch.Tensor, "fact d_mlp"]], torch.Tensor],
+    layer: int,
+    keys: Float[torch.Tensor, "fact d_mlp"],
+) -> torch.Tensor:
+    """What keys are written by; a system without a solution is an error of the edit."""
+    try:
+        return right(layer, keys)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise EditError(
+            f"The change of layer {layer} cannot be solved for ({first_line(error)}).",
+            "Facts whose keys are equal or not finite do that, and weights of second moments or "
+            "of the null space that are too small.",
+        ) from error
 
 
 class Facts:

@@ -30,6 +30,7 @@ from driftlens import bundled
 from driftlens.disk import make_folder, write_atomically
 from driftlens.errors import DataError, EditError
 from driftlens.interventions import down_in_name
+from driftlens.memory import is_out_of_memory
 from driftlens.models import LensModel, recording
 from driftlens.packing import ROW, Packed, pack, packing_is_exact, run_packed
 from driftlens.reuse import Engine
@@ -119,7 +120,9 @@ class KeyCovariance:
             columns = columns.cpu().double()
             solved = torch.linalg.lu_solve(*self._factors[ratio], columns) / weight
             finite = bool(torch.isfinite(solved).all())
-        except RuntimeError:
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             finite = False
         if not finite:
             raise EditError(

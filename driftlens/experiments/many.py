@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 import driftlens as dl
 from driftlens.bench import UNEDITED, Arm, make_arms
-from driftlens.bench.units import COVARIANCE, FAILURES, content_digest, reason
+from driftlens.bench.units import COVARIANCE, content_digest, is_failure, reason
 from driftlens.cases import METRICS, Case, balanced, tuning_split, without_edited_facts
 from driftlens.editing.methods import METHODS
 from driftlens.errors import DriftLensError
@@ -116,7 +116,9 @@ def sequence(
             edit = dl.edit_sequence(
                 model, requests(cases), after_each=look, **arm.edit_options(seed)
             )
-        except FAILURES as error:
+        except Exception as error:
+            if not is_failure(error):
+                raise
             return {"error": reason(error), "checkpoints": checkpoints}
     return {
         "rates": checkpoints[str(len(cases))],
@@ -172,7 +174,9 @@ def measure(
         started = time.monotonic()
         try:
             record = WAYS[way](model, cases, arm, seed, progress)
-        except FAILURES as error:
+        except Exception as error:
+            if not is_failure(error):
+                raise
             record = {"error": reason(error)}
         journal.add(unit, **record, spent=time.monotonic() - started, versions=made_by)
     return {k: v for k, v in journal[unit].items() if k not in ("unit", "versions")}

@@ -13,7 +13,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from driftlens.bench import Arm
-from driftlens.bench.units import COVARIANCE, FAILURES, reason
+from driftlens.bench.units import COVARIANCE, is_failure, reason
 from driftlens.cases import Case, Metric, Probe
 from driftlens.drift import measure_drift
 from driftlens.edits import Edit
@@ -160,7 +160,9 @@ def each_case(
             started = time.monotonic()
             try:
                 found = of_case(case)
-            except FAILURES as error:
+            except Exception as error:
+                if not is_failure(error):
+                    raise
                 found = {"error": reason(error)}
             journal.add(unit, **found, seconds=time.monotonic() - started, versions=made_by)
     records = [journal[unit] for unit in units]
