@@ -808,14 +808,20 @@ def test_what_is_said_of_selected_and_all_heads_on_gemma():
             and any(rate[arm, m] < rate[fine, m] - 1e-9 for m in ("ES", "PS"))]  # fmt: skip
     assert dear == [f"all heads, gamma {gamma}" for gamma in ("0.2", "0.8", "3.2")]
     _, value, low, high = less_than(run, fine)[cheap, "RS"]
-    assert f"{-value:.1f} points less of RS [{-high:.1f}, {-low:.1f}] than at 3.2." in text
+    _, ns, ns_low, ns_high = less_than(run, fine)[cheap, "NS"]
+    assert (
+        f"{-value:.1f} points less of RS [{-high:.1f}, {-low:.1f}] and {-ns:.1f} less of NS "
+        f"[{-ns_high:.1f}, {-ns_low:.1f}] than at 3.2."
+    ) in text
     near = [less_than(run, f"selected heads, gamma {gamma}")[cheap, "DNS"]
             for gamma in ("0.05", "0.2", "0.8")]  # fmt: skip
     (_, first, *one), (_, second, *two), (_, _, *none) = near
     assert (
         f"they keep {first:.1f} points more of DNS [{one[0]:.1f}, {one[1]:.1f}] than selected "
-        f"heads at 0.05 and {second:.1f} [{two[0]:.1f}, {two[1]:.1f}] than at 0.2, no clear"
+        f"heads at 0.05 and {second:.1f} [{two[0]:.1f}, {two[1]:.1f}] than at 0.2 (hardly a "
+        "difference), show no clear difference from 0.8, and"
     ) in text
+    assert two[0] == pytest.approx(0, abs=0.05)
     assert none[0] < 0 < none[1]
     assert (
         f"all heads keep {first:.1f} and {second:.1f} points more of DNS in two of four, selected "
