@@ -115,7 +115,9 @@ def read_cases(
                 raise _NoCase("", record.reason)
             case = _case(schema, record, f"{source.stem}-{number}")
             if case.id in ids:
-                raise _NoCase("", f"its name {case.id!r} stands for an earlier record already")
+                raise _NoCase(
+                    schema.names, f"the name {case.id!r} stands for an earlier record already"
+                )
             cases.append(case)
             ids.add(case.id)
         except _NoCase as problem:
@@ -285,6 +287,8 @@ class _Schema(pydantic.BaseModel):
     """The field of the edited prompt."""
     new: ClassVar[str] = "target_new"
     """The field of the new target."""
+    names: ClassVar[str] = ""
+    """The field that names a case; none if the file's name and the record's number do."""
 
     def case(self, name: str) -> Case:
         """The case that the record tells; ``name`` is for those without an id."""
@@ -372,6 +376,11 @@ class Merged(_Schema):
         """As named by the file and the number."""
         edit = self.requested_rewrite
         common = self.commonsense
+        for i, target in enumerate(self.paraphrase.targets if self.paraphrase else ()):
+            if target != edit.target_new:
+                raise _NoCase(
+                    f"p-paraphrase.targets.{i}", f"{target!r} is not the new target of the edit"
+                )
         return Case(
             name,
             self._request(edit.prompt, edit.subject, edit.target_new, edit.target_true),
@@ -391,6 +400,11 @@ class _Named(pydantic.BaseModel):
     str: Text
 
 
+def _number_as_text(value: Any) -> Any:
+    """A name may be a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class _CounterFactRewrite(pydantic.BaseModel):
     prompt: Text
     subject: Text
@@ -404,8 +418,9 @@ class CounterFact(_Schema):
     marks: ClassVar[frozenset[str]] = frozenset({"requested_rewrite", "paraphrase_prompts"})
     template = "requested_rewrite.prompt"
     new = "requested_rewrite.target_new.str"
+    names = "case_id"
 
-    case_id: int | Text | None = None
+    case_id: Annotated[Text | None, pydantic.BeforeValidator(_number_as_text)] = None
     requested_rewrite: _CounterFactRewrite
     paraphrase_prompts: list[Prompt] = []
     neighborhood_prompts: list[Prompt] = []
@@ -454,6 +469,13 @@ def _none_is_nothing(value: Any) -> Any:
     return value
 
 
+def _one_is_several(value: Any) -> Any:
+    """A prompt alone is a list of one; null is a list of none."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
 class _Groups(pydantic.BaseModel):
     """Prompts by what they ask for."""
 
@@ -492,12 +514,10 @@ class KnowEdit(_Schema):
     target_new: Annotated[Text, pydantic.BeforeValidator(_first_answer)]
     ground_truth: Annotated[Text | None, pydantic.BeforeValidator(_first_answer)] = None
     rephrase: Annotated[
-        Prompt | list[Prompt] | None,
-        pydantic.Field(
-            union_mode="left_to_right",
-            validation_alias=pydantic.AliasChoices("rephrase", "rephrase_prompt"),
-        ),
-    ] = None
+        list[Prompt],
+        pydantic.BeforeValidator(_one_is_several),
+        pydantic.Field(validation_alias=pydantic.AliasChoices("rephrase", "rephrase_prompt")),
+    ] = []
     portability: Annotated[_Portability, pydantic.BeforeValidator(_none_is_nothing)] = (
         _Portability()
     )
@@ -506,17 +526,18 @@ class KnowEdit(_Schema):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _no_other_prompts(cls, record: Any) -> Any:
+        if isinstance(record, dict) and {"rephrase", "rephrase_prompt"} <= record.keys():
+            raise ValueError("of rephrase and rephrase_prompt there may be one, not both")
         known = ("rephrase", "rephrase_prompt", "portability", "locality")
         return _no_others(record, known, _is_a_group)
 
     def case(self, name: str) -> Case:
         """As named by the file and the number."""
         ported = self.portability
-        again = [self.rephrase] if isinstance(self.rephrase, str) else self.rephrase or []
         return Case(
             name,
             self._request(self.prompt, self.subject, self.target_new, self.ground_truth),
-            paraphrases=tuple(again),
+            paraphrases=tuple(self.rephrase),
             relations=tuple(q.query() for q in self.locality.Relation_Specificity),
             aliases=tuple(q.query() for q in ported.Subject_Aliasing),
             reasoning=tuple(
@@ -566,6 +587,8 @@ class ZsRE(_Schema):
 
 
 class _Asked(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
     prompt: Prompt
     answer: Text
 
@@ -573,7 +596,29 @@ class _Asked(pydantic.BaseModel):
         return Cloze(self.prompt, self.answer)
 
 
+class _Alias(pydantic.BaseModel):
+    """A prompt whose answer is the new target, or a prompt with an answer of its own."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    prompt: Prompt
+    answer: Text | None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _alone_or_with_its_answer(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"prompt": value, "answer": None}
+        if not isinstance(value, dict):
+            raise ValueError("it is neither a valid prompt nor a prompt with an answer")
+        if "answer" in value and value["answer"] is None:
+            raise ValueError("its answer is null")
+        return value
+
+
 class _Choice(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
     prompt: Prompt
     right: Text
     wrong: Text
@@ -584,6 +629,7 @@ class DriftLens(_Schema):
 
     model_config = pydantic.ConfigDict(extra="forbid")
     marks: ClassVar[frozenset[str]] = frozenset({"prompt", "subject", "target_new", "neighbors"})
+    names = "id"
 
     id: Text | None = None
     category: Text | None = None
@@ -595,7 +641,7 @@ class DriftLens(_Schema):
     neighbors: list[_Asked] = []
     relations: list[_Asked] = []
     distractors: list[_Asked] = []
-    aliases: list[Prompt | _Asked] = []
+    aliases: list[_Alias] = []
     reasoning: list[_Asked] = []
     generation: list[Prompt] = []
     references: list[Text] = []
@@ -612,7 +658,7 @@ class DriftLens(_Schema):
             relations=tuple(q.query() for q in self.relations),
             distractors=tuple(q.query() for q in self.distractors),
             aliases=tuple(
-                Cloze(alias, self.target_new) if isinstance(alias, str) else alias.query()
+                Cloze(alias.prompt, self.target_new if alias.answer is None else alias.answer)
                 for alias in self.aliases
             ),
             reasoning=tuple(q.query() for q in self.reasoning),

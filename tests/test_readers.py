@@ -185,7 +185,7 @@ def changed(name: str, path: str, value: Any) -> dict[str, Any]:
         ("merged", "l-relation.prompts", ["x", " "], "l-relation.prompts.1: it is empty"),
         ("merged", "o-commonsense.right", ..., "o-commonsense.right: Field required"),
         ("counterfact", "requested_rewrite.target_new", "Rome", "target_new: .*valid dictionary"),
-        ("merged", "requested_rewrite.target_new", "Paris", "target_new: it is the true answer"),
+        ("merged", "requested_rewrite.target_true", "Rome", "target_new: it is the true answer"),
         (
             "merged",
             "l-relations",
@@ -211,17 +211,26 @@ def changed(name: str, path: str, value: Any) -> dict[str, Any]:
         ("zsre", "loc", ..., "of loc and loc_ans there is one without the other"),
         ("driftlens", "paraphrases", ["Where is {}? In"], r"paraphrases.0: it holds \{\}, and"),
         ("driftlens", "neighbors.0.prompt", "{} is in", r"neighbors.0.prompt: it holds \{\}"),
-        ("driftlens", "aliases", ["{} is in"], r"aliases.0.*it holds \{\}"),
+        ("driftlens", "aliases", ["{} is in"], r"aliases.0.prompt: it holds \{\}"),
+        ("driftlens", "aliases", [{"prompt": "{} is", "answer": "b"}], "aliases.0.prompt: it hol"),
+        ("driftlens", "aliases", [{"prompt": "Paris is"}], "aliases.0.answer: Field required"),
+        ("driftlens", "aliases", [{"prompt": "P is", "answer": None}], "aliases.0: its answer is"),
+        ("driftlens", "neighbors.0.answers", "x", "neighbors.0.answers: Extra inputs are not"),
+        ("driftlens", "commonsense.0.left", "x", "commonsense.0.left: Extra inputs are not"),
         ("merged", "l-relation.prompts", ["x", "{}"], r"l-relation.prompts.1: it holds \{\}"),
         ("counterfact", "neighborhood_prompts", ["{} is"], r"neighborhood_prompts.0: it holds"),
-        ("knowedit", "rephrase", "{} lies in", r"rephrase.*it holds \{\}"),
+        ("knowedit", "rephrase", "{} lies in", r"rephrase.0: it holds \{\}"),
+        ("knowedit", "rephrase", ["It is in", "{} is"], r"rephrase.1: it holds \{\}"),
+        ("knowedit", "rephrase", 3, "rephrase: .*valid list"),
+        ("knowedit", "rephrase_prompt", "It lies in", "of rephrase and rephrase_prompt there may"),
+        ("merged", "p-paraphrase.targets", ["Bonn"], "p-paraphrase.targets.0: 'Bonn' is not the n"),
         ("zsre", "rephrase", "Where is {}?", r"rephrase: it holds \{\}"),
         ("zsre", "alt", "\ud800", "alt: it holds half of a surrogate pair"),
         ("driftlens", "neighbors.0.answer", ..., "neighbors.0.answer: Field required"),
         ("driftlens", "neighbours", [], "neighbours: Extra inputs are not permitted"),
         ("driftlens", "target_true", 3, "target_true: .*valid string"),
         ("zsre", "alt", "Paris", "alt: it is the true answer"),
-        ("driftlens", "aliases", [3], "aliases.0.*valid"),
+        ("driftlens", "aliases", [3], "aliases.0: .*neither a valid prompt"),
         ("driftlens", "target_new", "Paris", "target_new: it is the true answer"),
         ("driftlens", "prompt", "The {} and {} are", "prompt: .*exactly one"),
     ],
@@ -262,7 +271,9 @@ def test_a_field_that_stands_twice(tmp_path: Path) -> None:
 
 
 def test_two_records_of_one_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Record 1: its name 'louvre-city' stands for an earlier"):
+    with pytest.raises(
+        DataError, match="Record 1, id: the name 'louvre-city' stands for an earlier"
+    ):
         read_cases(write(tmp_path, RECORDS["driftlens"], RECORDS["driftlens"]))
 
 
@@ -379,6 +390,22 @@ def damaged(rng: random.Random, record: Any, values: list[Any]) -> Any:
     return record
 
 
+def names_a_place(field: str, record: Any) -> bool:
+    """Whether a path leads to something in a record, or to where something is missing."""
+    there = {".".join(map(str, place)) for place in paths(record)}  # names may hold dots
+    parent, _, last = field.rpartition(".")
+    return field in there or ((parent in there or not parent) and not last.isdigit())
+
+
+@pytest.mark.parametrize("value", [[1], 1.5, True, {}, ""])
+def test_the_name_of_a_case_may_be_a_number(value: Any, tmp_path: Path) -> None:
+    path = write(tmp_path, changed("counterfact", "case_id", value))
+    with pytest.raises(DataError, match=r"Record 0, case_id: "):
+        read_cases(path, "counterfact")
+    (case,) = read_cases(write(tmp_path, changed("counterfact", "case_id", "7")), "counterfact")
+    assert case == CASES["counterfact"]
+
+
 RECORDS_IN_A_FILE = 100
 
 
@@ -408,6 +435,8 @@ def test_ten_thousand_damaged_records(name: Any, file: str, tmp_path: Path) -> N
             assert case.request.text.strip()
             assert all(probe.prompt and probe.right for probe in case.probes(ALL_METRICS))
         assert all(skipped.reason for skipped in found.skipped)
+        for skipped in found.skipped:
+            assert names_a_place(skipped.field, bad[skipped.record - 1]), skipped
         if found.skipped:
             with pytest.raises(DataError) as refused:
                 read_cases(path, name)
