@@ -89,18 +89,16 @@ def as_integer(what: str, given: Any) -> int:
 
 
 def as_number(what: str, given: Any, remedy: str = "Give a number.") -> float:
-    """An argument of any number type (numpy's and torch's too) as Python's own.
+    """An argument of any number type (numpy's and torch's too) as Python's ``float``.
 
     Raises:
-        RequestError: If it is no number.
+        RequestError: If it is no number, or too large.
     """
     if isinstance(given, bool):
         raise RequestError(f"{what} is {given!r}.", remedy)
-    if isinstance(given, (int, float)):
-        return given
     try:
         return float(given.__float__())
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise RequestError(f"{what} is {given!r}.", remedy) from error
 
 

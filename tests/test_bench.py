@@ -881,3 +881,38 @@ def test_a_defect_stops_the_run(
     monkeypatch.setattr(units, "answers", broken)
     with pytest.raises(RuntimeError, match="must match"):
         bench(model, cases, tmp_path)
+
+
+def test_one_condition_written_in_two_ways_is_run_once(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path
+) -> None:
+    def arms(one: Any) -> list[Arm]:
+        config = dl.FtConfig(layer=1, steps=2, lr=one)
+        return [Arm("ft", "ft-m", config, (dl.SADR(gamma=one),))]
+
+    bench(model, cases[:2], tmp_path, arms(1.0))
+    bench(model, cases[:2], tmp_path, arms(1))
+    bench(model, cases[:2], tmp_path, arms(np.float64(1)))
+    assert len((tmp_path / UNITS).read_text().splitlines()) == 2
+
+
+def test_defaults_that_are_not_written_out_are_those_of_the_model(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match="No layers are known"):
+        bench(model, cases[:1], tmp_path, [Arm("ft", "ft-m")])
+    with pytest.warns(UserWarning, match="No layers are known"):
+        (_, arm) = make_arms(model, ["ft-m"], ["none"])
+    assert BenchResult(tmp_path).plan["arms"][0]["config"] == json.loads(
+        json.dumps(arm.to_dict()["config"])
+    )
+
+
+def test_an_arm_that_no_model_can_run_is_refused_before_anything_is_kept(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="99"):
+        bench(model, cases, tmp_path, [Arm("ft", "ft-m", replace(QUICK, layer=99))])
+    with pytest.raises(RequestError, match="steps is -1"):
+        bench(model, cases, tmp_path, [Arm("ft", "ft-m", replace(QUICK, steps=-1))])
+    assert not (tmp_path / UNITS).exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from driftlens.editing.config_files import EditPlan
@@ -44,6 +44,18 @@ class Arm:
             "config": None if self.config is None else asdict(self.config),
             "penalties": [penalty.to_dict() for penalty in self.penalties],
         }
+
+    def settled(self, model: LensModel) -> Arm:
+        """This arm with the hyperparameters that its edits take on a model, all of their own types:
+        ``lr=1`` and ``lr=1.0`` are one condition, and no hyperparameters are the model's defaults.
+
+        Raises:
+            RequestError: If the method or a hyperparameter is unknown, or a value out of range.
+            ModelError: If a layer is out of range or cannot be edited.
+        """
+        if self.method is None:
+            return self
+        return replace(self, config=resolve_config(model, self.method, self.config))
 
     def edit_options(self, seed: int) -> dict[str, Any]:
         """Arguments of :func:`~driftlens.edit` and its like that make this arm's edits.

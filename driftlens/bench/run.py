@@ -64,13 +64,15 @@ def run_bench(
 
     Raises:
         RequestError: If there is nothing to run, or nothing is asked; if two arms or cases have
-            one name; if a case could not be read back from its file; or if texts have no
-            beginnings, or are to be longer than the model's context.
-        ModelError: If an edit is applied to the model, or its weights changed on the way.
+            one name; if an arm has no such hyperparameters; if a case could not be read back from
+            its file; or if texts have no beginnings, or are to be longer than the model's context.
+        ModelError: If an edit is applied to the model, or its weights changed on the way; if an
+            arm edits a layer that is not there.
         DataError: If the folder cannot be written, or another run is writing to it.
     """
     setting = Setting() if setting is None else setting
     _check(model, cases, arms)
+    arms = [arm.settled(model) for arm in arms]
     _check_asked(model, cases, setting)
     folder = Path(out)
     try:
