@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -367,7 +368,15 @@ def _executor(
     from driftlens.bench.ray_executor import RayExecutor
 
     load = functools.partial(_load_for_worker, model, device, dtype)
-    return RayExecutor(load, lens.identity(), workers=workers, address=address)
+    return RayExecutor(load, lens.identity(), workers=workers, device=device, address=address)
+
+
+def _device_here(device: str | None, executor: str) -> str | None:
+    """A device of this process: Ray's workers may be on GPUs where this machine has none."""
+    import torch
+
+    is_elsewhere = executor == "ray" and str(device).startswith("cuda")
+    return None if is_elsewhere and not torch.cuda.is_available() else device
 
 
 def _load_for_worker(name: str, device: str | None, dtype: str | None) -> Any:
@@ -498,7 +507,7 @@ def bench(
     if setting.texts:
         chosen = with_beginnings(chosen)
     _tell_what_is_missing(chosen, cases, setting, metrics == "all")
-    lens = _load(model, device, quiet, dtype)
+    lens = _load(model, _device_here(device, executor), quiet, dtype)
     runs = _executor(executor, lens, model, device, dtype, workers, ray_address)
     named = list(METHODS) if methods == "all" else _listed(methods)
     arms = make_arms(lens, named, _listed(penalties))
@@ -515,7 +524,7 @@ def bench(
         setting=setting,
         executor=runs,
         retry_failed=retry_failed,
-        command=" ".join(["driftlens", *sys.argv[1:]]),
+        command=shlex.join(["driftlens", *sys.argv[1:]]),
         progress=not quiet,
     )
     _write_json(json_file, result.summary())
@@ -641,7 +650,7 @@ def reproduce(
         seed=seed,
         retry_failed=retry_failed,
         progress=not quiet,
-        command=" ".join(["driftlens", *sys.argv[1:]]),
+        command=shlex.join(["driftlens", *sys.argv[1:]]),
         method=method,
         plans=_plans(config or []),
     )

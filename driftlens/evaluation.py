@@ -437,9 +437,12 @@ def rate_cells(
     ]
 
 
-def with_failures(arm: str, failed: int) -> str:
-    """An arm for a table, with the number of its cases that the rates are without."""
-    return f"{arm} ({failed} failed)" if failed else arm
+def with_failures(arm: str, failed: int, without_texts: int = 0) -> str:
+    """An arm for a table, with the number of its cases that the rates are without, and of those
+    that only what is told of texts is without."""
+    counts = {"failed": failed, "without texts": without_texts}
+    told = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+    return f"{arm} ({told})" if told else arm
 
 
 def harmonic_mean(values: Iterable[float]) -> float:

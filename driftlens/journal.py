@@ -52,15 +52,23 @@ class Journal:
 
         Args:
             units: Those of a run.
-            made_by: Their ``versions``, were they made now.
+            made_by: Their ``versions``, were they made now; what one of both does not tell is not
+                compared.
             stacklevel: Of the warning, from here.
         """
         made = [self[unit].get("versions", {}) for unit in units if unit in self]
-        others = [versions for versions in made if versions != made_by]
+        others = [
+            versions
+            for versions in made
+            if not versions
+            or any(made_by.get(name, value) != value for name, value in versions.items())
+        ]
         if not others:
             return
         changed = [
-            f"{name} {value}" for name, value in others[0].items() if value != made_by.get(name)
+            f"{name} {value}"
+            for name, value in others[0].items()
+            if value != made_by.get(name, value)
         ]
         warnings.warn(
             f"{len(others)} of the units in {self.path} were made by other versions "

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ from driftlens import __version__
 from driftlens.disk import make_folder, write_atomically
 from driftlens.errors import DataError
 
+LIBRARIES = ("transformers", "transformer-lens", "nltk", "scikit-learn")
+"""That results depend on, besides torch."""
+
 
 def versions() -> dict[str, str]:
-    """Of what a result depends on."""
+    """Of what a result depends on besides the model and what is asked: the code, the libraries that
+    compute or tell of texts, and how exact torch's products of float32 are."""
     return {
         "driftlens": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -145,6 +146,9 @@ def test_tables(whole: BenchResult, cases: list[Case]) -> None:
 
 def test_a_summary_holds_paired_differences(whole: BenchResult) -> None:
     assert whole.pairs() == [("ft", UNEDITED), ("ft + sadr", "ft")]
+    alone = copy.copy(whole)
+    alone.plan = {**whole.plan, "arms": [a for a in whole.plan["arms"] if a["name"] != "ft"]}
+    assert alone.pairs() == [("ft + sadr", UNEDITED)]  # nothing else to compare it with
     found = whole.summary()["differences"]
     json.dumps(found, allow_nan=False)
     values = {row["arm"]: row["value"] for row in found if row["metric"] == "RS"}
@@ -248,8 +252,13 @@ def test_texts_that_are_written_together_are_those_of_each_case(
         return together(model, groups, *args, **options)
 
     monkeypatch.setattr(units, "generate_each", counted)
-    found = run_bench(model, writing, arms, tmp_path, cases_at_once=4, setting=setting,
-                      progress=False).records  # fmt: skip
+    result = run_bench(
+        model, writing, arms, tmp_path, cases_at_once=4, setting=setting, progress=False
+    )
+    assert all(result.left_out(arm.name) == [] for arm in arms)  # its answers are counted
+    assert {arm for arm, case, _ in result.failed} == {arm.name for arm in arms}
+    assert "| ft (1 without texts) |" in result.to_markdown()
+    found = result.records
     assert calls == [3, 3]  # GRACE's adapters are applied one by one
     for arm in arms:
         told = found[arm.name]
@@ -869,6 +878,8 @@ def test_a_case_that_the_cpu_has_no_memory_for_is_a_failed_case(
     assert {(arm, case) for arm, case, _ in found.failed} == {
         (arm, cases[1].id) for arm in found.arms
     }
+    assert all(found.left_out(arm) == [cases[1].id] for arm in found.arms)
+    assert "| ft (1 failed) |" in found.to_markdown()
     assert all("can't allocate memory" in why for *_, why in found.failed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -20,8 +21,10 @@ from test_bench import ARMS, SEARCHED, bench, cases, model, records
 import driftlens as dl
 from driftlens.bench import BenchResult, Job, Setting, ray_executor, run_bench, units
 from driftlens.bench.ray_executor import RayExecutor
+from driftlens.bench.results import UNITS
 from driftlens.cases import Case
 from driftlens.errors import ModelError, RequestError
+from driftlens.records import versions
 
 ray = pytest.importorskip("ray")
 __all__ = ["cases", "model"]  # fixtures
@@ -178,20 +181,52 @@ def test_what_ends_a_local_run_ends_this_one(
         bench(model, cases, tmp_path / "out", executor=executor)
 
 
-def test_what_workers_may_differ_in(model: dl.LensModel) -> None:
-    def worker(**changes: str) -> Any:
-        identity = model.identity() | changes
-        threads = torch.get_num_threads()
-        return ray_executor._Worker(lambda: model, identity, threads, Setting())
+def worker(model: dl.LensModel, *, gpus: float = 0.0, made_by: Any = None, **changes: str) -> Any:
+    return ray_executor._Worker(
+        lambda: model, model.identity() | changes, made_by or versions(), torch.get_num_threads(),
+        Setting(), gpus,
+    )  # fmt: skip
 
-    assert worker(device="cuda")._prepare().model is model
+
+def test_workers_that_would_give_other_results_are_refused(model: dl.LensModel) -> None:
+    assert worker(model)._prepare().model is model
     with pytest.raises(ModelError, match="in separator, tokenizer"):
-        worker(tokenizer="other", separator="")._prepare()
+        worker(model, tokenizer="other", separator="")._prepare()
+    with pytest.raises(ModelError, match=r"is on cpu, .* to be of cuda.*--device cpu"):
+        worker(model, device="cuda")._prepare()
+    other = versions() | {"torch": "1.0", "nltk": "0"}
+    own = versions()
+    told = f"torch {own['torch']} (1.0), nltk {own['nltk']} (0)"
+    with pytest.raises(ModelError, match=re.escape(told)):
+        worker(model, made_by=other)._prepare()
+
+
+def test_results_are_of_the_device_of_the_workers(model: dl.LensModel) -> None:
+    executor = RayExecutor(lambda: model, model.identity(), device="cuda:1", threads=1)
+    assert executor.device == "cuda"
+    assert RayExecutor(lambda: model, model.identity(), threads=1).device == "cpu"
+
+
+class Elsewhere:
+    """Runs jobs here, and says that it is a GPU that does."""
+
+    device = "cuda"
+
+    def __init__(self, model: dl.LensModel) -> None:
+        self.run = units.LocalExecutor(model).run
+
+
+def test_units_of_workers_on_gpus_are_not_those_of_cpus(
+    model: dl.LensModel, cases: Any, tmp_path: Path
+) -> None:
+    for executor in (Elsewhere(model), None, Elsewhere(model)):
+        bench(model, cases[:1], tmp_path, ARMS[:1], executor=executor)
+    kept = [json.loads(line) for line in (tmp_path / UNITS).read_text().splitlines()]
+    assert [record["unit"]["device"] for record in kept] == ["cuda", "cpu"]
 
 
 def test_a_worker_does_not_leave_its_gpu_unused(model: dl.LensModel) -> None:
-    identity, threads = model.identity(), torch.get_num_threads()
-    idle = ray_executor._Worker(lambda: model, identity, threads, Setting(), gpus=0.5)
+    idle = worker(model, gpus=0.5)
     with pytest.raises(ModelError, match=r"given a GPU, and its model is on the CPU.*device=.cuda"):
         idle._prepare()
 
@@ -207,6 +242,8 @@ def test_workers_on_the_command_line_load_onto_their_gpu(monkeypatch: pytest.Mon
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
         cli._load_for_worker("m", None, None)
         cli._load_for_worker("m", "cuda:1", None)
+        here = [cli._device_here("cuda:1", kind) for kind in ("ray", "local")]
+        assert here == ["cuda:1" if has_gpu else None, "cuda:1"]
     assert asked == [("m", None), ("m", "cuda:1"), ("m", "cuda"), ("m", "cuda:1")]
 
 

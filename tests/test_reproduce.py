@@ -11,7 +11,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from driftlens.bench import UNEDITED, Arm, BenchResult, run_bench, units
 from driftlens.cases import Case, Cloze, Probe, balanced, with_beginnings
 from driftlens.editing import defaults, methods
 from driftlens.editing.contexts import sample_contexts
-from driftlens.errors import RequestError
+from driftlens.errors import ModelError, RequestError
 from driftlens.evaluation import Answer, answers, compare, rates
 from driftlens.experiments import sadr_search
 from driftlens.experiments.reproduce import (
@@ -530,6 +530,20 @@ def test_the_page_gathers_several_calls(
     reproduce(quick_study(3, "third command"), ["fig3"])
     shown = (tmp_path / "index.html").read_text()
     assert shown.count("Of an earlier call, on 2 cases") == 2
+    # Nor is one with other hyperparameters like this call's, on the same cases.
+    plans = {"rome": dl.EditPlan("rome", {"steps": 7}, (dl.SADR(0.5),))}
+    own = replace(quick_study(3, "fourth command"), plans=plans)
+    reproduce(own, ["fig3"])
+    record = json.loads((tmp_path / "fig3.json").read_text())
+    assert record["data"].endswith(", own settings of rome")
+    assert record["plans"]["rome"]["config"] == {"steps": 7}
+    assert record["plans"]["rome"]["penalties"][0]["gamma"] == 0.5
+    shown = (tmp_path / "index.html").read_text()
+    assert shown.count("Of an earlier call") == 2
+    reproduce(replace(own, plans={"rome": dl.EditPlan("rome", {"steps": 8}, ())}), ["table1"])
+    shown = (tmp_path / "index.html").read_text()
+    assert shown.count("Of an earlier call") == 2 and "fourth command" in shown
+    reproduce(quick_study(2, "second command"), ["table1"])
     # Without its picture the text is left; another model's, or a damaged one, is left out.
     (tmp_path / "fig4.figure.json").unlink()
     record = json.loads((tmp_path / "table1.json").read_text())
@@ -1643,3 +1657,63 @@ def test_the_search_for_the_settings_of_sadr(
     assert sadr_search.search(model, "rome", cases[:2], tmp_path / "search") == (best, found)
     with pytest.raises(RequestError, match="grace does not search for a value"):
         sadr_search.search(model, "grace", cases, tmp_path)
+
+
+class Bar:
+    """What a progress bar is told."""
+
+    made: ClassVar[list[Bar]] = []
+
+    def __init__(self, *_: Any, total: int, initial: int = 0, disable: bool, **__: Any) -> None:
+        self.total, self.n, self.disabled = total, initial, disable
+        self.seen = [initial]
+        Bar.made.append(self)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def update(self) -> None:
+        self.n += 1
+        self.seen.append(self.n)
+
+    def set_postfix_str(self, *_: Any, **__: Any) -> None: ...
+
+
+def test_progress_counts_what_is_done_already_and_no_more(
+    study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from driftlens.bench import run
+
+    monkeypatch.setattr(Bar, "made", [])
+    monkeypatch.setattr(measuring, "tqdm", Bar)
+    monkeypatch.setattr(run, "tqdm", Bar)
+    first = replace(study, out=tmp_path, cases=study.cases[:1], progress=True)
+
+    def each(which: Study) -> None:
+        measuring.each_case(which, "n", "n.jsonl", "rome", lambda _: {}, lambda _: {"found": 1})
+        which.bench(which.arms(("rome",))[:1])
+
+    each(first)
+    each(replace(first, cases=study.cases[:2], progress=False))
+    assert [bar.seen for bar in Bar.made] == [[0, 1], [0, 1], [1, 2], [1, 2]]
+    assert [bar.total for bar in Bar.made] == [1, 1, 2, 2]
+    assert [bar.disabled for bar in Bar.made] == [False, False, True, True]
+
+
+def test_a_case_after_which_weights_are_others_is_not_kept(study: Study, tmp_path: Path) -> None:
+    weight = study.model.down_projection(0).weight
+    before = weight.data.clone()
+
+    def harm(case: Case) -> dict[str, Any]:
+        weight.data[0, 0] += 1.0
+        return {"found": 1}
+
+    own = replace(study, out=tmp_path, progress=False)
+    try:
+        with pytest.raises(ModelError, match="not what they were"):
+            measuring.each_case(own, "n", "n.jsonl", "rome", lambda _: {}, harm)
+    finally:
+        weight.data.copy_(before)
+    assert not (tmp_path / "n.jsonl").exists()

@@ -18,6 +18,7 @@ from driftlens.bench.units import Job, JobRunner, Setting
 from driftlens.cases import Case
 from driftlens.errors import DriftLensError, ModelError, RequestError, first_line
 from driftlens.models import LensModel
+from driftlens.records import versions
 
 Record = dict[str, Any]
 
@@ -66,13 +67,15 @@ class RayExecutor:
     Args:
         load: Makes a worker's model, e.g. ``functools.partial(dl.load_model, "smollm2-135m")``.
         identity: Of the model that the run is about (:meth:`~driftlens.LensModel.identity`); a
-            worker with other weights, another type of number or another tokenizer is refused. It
-            may run on another kind of device.
+            worker with other weights, another type of number, another tokenizer or other versions
+            of libraries is refused.
         workers: How many; by default one for each GPU of the cluster, or, without any, for each
             ``threads`` CPUs. In a cluster with GPUs, nodes without any have no workers.
         threads: Of each worker; by default those of this process.
         attempts: How many workers may die of a job before its cases are asked about one by one,
             and how many of one case alone before that is recorded as failed.
+        device: Kind of device of the workers' models (``"cpu"``, ``"cuda"``), which results are
+            of; by default that of ``identity``. A worker whose model is elsewhere is refused.
         address: Of a running cluster, or ``"auto"`` for the one of this machine; by default one
             is started here, unless Ray is initialised already.
 
@@ -88,11 +91,14 @@ class RayExecutor:
         workers: int | None = None,
         threads: int | None = None,
         attempts: int = 3,
+        device: str | None = None,
         address: str | None = None,
     ) -> None:
         self._ray = _import_ray()
         self._load = load
-        self._identity = identity
+        self._identity = dict(identity)
+        if device is not None:
+            self._identity["device"] = torch.device(device).type
         self.threads = torch.get_num_threads() if threads is None else threads
         self._address = address
         self.attempts = attempts
@@ -103,12 +109,18 @@ class RayExecutor:
                 raise RequestError(f"{name} is {number}.", "Give at least 1.")
         self._wanted = workers
 
+    @property
+    def device(self) -> str:
+        """Kind of device of the workers' models."""
+        return str(self._identity["device"])
+
     def run(self, jobs: Iterable[Job], setting: Setting) -> Iterator[tuple[Job, Case, Record]]:
         """A record for each missing case of each job, as they come.
 
         Raises:
             RequestError: If there is no room for the workers.
-            ModelError: If a worker cannot load the model, has another one, or does not use its GPU.
+            ModelError: If a worker cannot load the model, has another one or other versions of
+                libraries, or its model is on another kind of device.
             DriftLensError: What ends a local run, too.
         """
         ray = self._ray
@@ -128,8 +140,9 @@ class RayExecutor:
 
         def hire() -> Any:
             return worker_class.options(**resources).remote(
-                self._load, self._identity, self.threads, setting, resources["num_gpus"]
-            )
+                self._load, self._identity, versions(), self.threads, setting,
+                resources["num_gpus"],
+            )  # fmt: skip
 
         waiting = deque(_parts(jobs))
         idle = [hire() for _ in range(min(count, len(waiting)))]
@@ -155,6 +168,8 @@ class RayExecutor:
                 except ray.exceptions.RayError as error:
                     del running[stream]
                     yield from self._recover(at_work, error, waiting)
+                    with suppress(Exception):  # it may live, and hold the place of the next one
+                        ray.kill(at_work.worker)
                     idle.append(hire())
                 else:
                     at_work.received.add(case_id)
@@ -279,12 +294,14 @@ class _Worker:
         self,
         load: Callable[[], LensModel],
         identity: Mapping[str, Any],
+        made_by: Mapping[str, str],
         threads: int,
         setting: Setting,
         gpus: float = 0.0,
     ) -> None:
         torch.set_num_threads(threads)
         self._load, self._identity, self._setting, self._gpus = load, identity, setting, gpus
+        self._made_by = made_by
         self._runner: JobRunner | None = None
 
     def run(self, job: Job) -> Iterator[tuple[str, Record]]:
@@ -295,6 +312,14 @@ class _Worker:
             yield case.id, record
 
     def _prepare(self) -> JobRunner:
+        own = versions()
+        other = [name for name in own if own[name] != self._made_by.get(name) and name != "python"]
+        if other:
+            told = ", ".join(f"{name} {own[name]} ({self._made_by.get(name)})" for name in other)
+            raise ModelError(
+                f"A worker has other versions than the run: {told}.",
+                "Install the same ones on every machine: results would be of both.",
+            )
         model = self._load()
         if self._gpus and model.device.type == "cpu":
             raise ModelError(
@@ -306,6 +331,13 @@ class _Worker:
             raise ModelError(
                 f"A worker's model differs from the run's in {', '.join(other)}.",
                 "Give every machine the same files, and load them alike.",
+            )
+        if model.device.type != self._identity["device"]:
+            raise ModelError(
+                f"A worker's model is on {model.device.type}, and the run's results are to be of "
+                f"{self._identity['device']}.",
+                f"Say where workers compute (--device {model.device.type}; "
+                f"device={model.device.type!r} in Python), or load their models elsewhere.",
             )
         return JobRunner(model, self._setting)
 

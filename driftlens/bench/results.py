@@ -116,12 +116,25 @@ class BenchResult:
 
     @property
     def failed(self) -> list[tuple[str, str, str]]:
-        """Arm, case and reason of each unit that failed."""
+        """Arm, case and reason of each unit that failed, or whose texts did."""
         return [
             (arm, case, record["error"])
             for arm, records in self.records.items()
             for case, record in records.items()
             if "error" in record
+        ]
+
+    def left_out(self, arm: str) -> list[str]:
+        """Cases that failed under an arm, so that its rates are without them; not those of which
+        only texts could not be written.
+
+        Raises:
+            RequestError: If there is no such arm.
+        """
+        return [
+            case
+            for case, record in self._of(arm).items()
+            if "error" in record and not record.get("answers")
         ]
 
     @property
@@ -236,21 +249,20 @@ class BenchResult:
 
     def pairs(self) -> list[tuple[str, str]]:
         """What is compared with what: each restricted arm with the same editor without, each
-        editor with the unedited model."""
+        other editor with the unedited model."""
         known = {one["name"]: one for one in self.plan["arms"]}
         found = []
         for name, one in known.items():
             if one["method"] is None:
                 continue
-            if one["penalties"]:
-                found += [
-                    (name, other)
-                    for other, plain in known.items()
-                    if not plain["penalties"]
-                    and (plain["method"], plain["config"]) == (one["method"], one["config"])
-                ]
-            elif UNEDITED in known:
-                found.append((name, UNEDITED))
+            same = [
+                (name, other)
+                for other, plain in known.items()
+                if one["penalties"]
+                and not plain["penalties"]
+                and (plain["method"], plain["config"]) == (one["method"], one["config"])
+            ]
+            found += same or [(name, UNEDITED)] * (UNEDITED in known)
         return found
 
     def differences(self) -> list[dict[str, Any]]:
@@ -405,7 +417,9 @@ class BenchResult:
             cells += [str(told[m]) if m in told else "-" for m in texts]
             seconds = self.seconds(arm)
             cells.append("-" if np.isnan(seconds) else f"{seconds:.1f}")
-            lines.append(f"| {' | '.join([with_failures(arm, failed[arm]), *cells])} |")
+            left_out = len(self.left_out(arm))
+            name = with_failures(arm, left_out, failed[arm] - left_out)
+            lines.append(f"| {' | '.join([name, *cells])} |")
         return "\n".join(lines)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
@@ -88,13 +87,14 @@ def run_bench(
             f"The folder {folder} cannot be written to: {error.strerror or error}."
         ) from error
     with held:
-        known = model.identity()
+        run = LocalExecutor(model) if executor is None else executor
+        known = model.identity() | {"device": run.device}
         units = {
             (case.id, arm.name): identity(known, case, arm, setting)
             for arm in arms
             for case in cases
         }
-        made_by = {**versions(), "transformers": transformers.__version__}
+        made_by = versions()
         _write_plan(folder, model, cases, arms, units, setting, command, made_by)
         journal = Journal(folder / UNITS)
         journal.warn_of_other_versions(units.values(), made_by, stacklevel=3)
@@ -105,7 +105,6 @@ def run_bench(
         bar = tqdm(total=len(units), initial=len(units) - len(missing), desc="bench",
                    unit="unit", disable=not progress)  # fmt: skip
         with bar:
-            run = LocalExecutor(model) if executor is None else executor
             for job, case, record in run.run(jobs, setting):
                 journal.add(units[case.id, job.arm.name], **record, versions=made_by)
                 bar.update()

@@ -288,6 +288,11 @@ def _told(
 class Executor(Protocol):
     """Runs jobs somewhere; records may come in any order."""
 
+    @property
+    def device(self) -> str:
+        """Kind of device that its models are on: results are of it."""
+        ...
+
     def run(
         self, jobs: Iterable[Job], setting: Setting
     ) -> Iterator[tuple[Job, Case, dict[str, Any]]]:
@@ -320,6 +325,11 @@ class LocalExecutor:
 
     def __init__(self, model: LensModel) -> None:
         self.model = model
+
+    @property
+    def device(self) -> str:
+        """Kind of device of the model."""
+        return self.model.device.type
 
     def run(
         self, jobs: Iterable[Job], setting: Setting

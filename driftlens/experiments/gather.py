@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -238,7 +239,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.folders and options.page is None and not options.into:
         parser.error("give folders to gather, or --page, or --into")
-    command = " ".join(["python -m driftlens.experiments.gather", *sys.argv[1:]])
+    command = f"python -m driftlens.experiments.gather {shlex.join(sys.argv[1:])}"
     try:
         written = gather(options.folders, options.out)
         if options.page is not None:

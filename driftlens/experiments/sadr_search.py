@@ -144,8 +144,7 @@ def check(
 def merit(result: BenchResult, reference: Arm, held: Arm) -> tuple[float, float]:
     """What settings are compared by: points beyond what SADR may cost (negative), then the
     points that it gains. A setting under which a case fails is worth nothing."""
-    failed = {arm for arm, _, _ in result.failed}
-    if held.name in failed or reference.name in failed:
+    if result.left_out(held.name) or result.left_out(reference.name):
         return -math.inf, -math.inf
     found = result.compare(held.name, reference.name)
     gained = sum(found[metric].value for metric in GAINS if metric in found)

@@ -343,7 +343,7 @@ def _at_no_higher_price(result: BenchResult, arm: str, others: Sequence[str]) ->
 
 def _with_failures(result: BenchResult) -> set[str]:
     """Arms under which a case failed."""
-    return {arm for arm, _, _ in result.failed}
+    return {arm for arm in result.arms if result.left_out(arm)}
 
 
 def _left_out(result: BenchResult, others: Sequence[str]) -> str:

@@ -94,8 +94,25 @@ class Study:
 
     @property
     def label(self) -> str:
-        """What tables call the cases; with the editor, unless it is the paper's own choice."""
-        return self.data if self.method == "rome" else f"{self.data}, edits of {self.method}"
+        """What tables call the cases; with the editor, unless it is the paper's own choice, and
+        with the editors whose hyperparameters are not the model's defaults."""
+        found = [self.data]
+        if self.method != "rome":
+            found.append(f"edits of {self.method}")
+        if self.plans:
+            found.append(f"own settings of {' and '.join(sorted(self.plans))}")
+        return ", ".join(found)
+
+    @property
+    def planned(self) -> dict[str, Any]:
+        """The plans, JSON-ready."""
+        return {
+            method: {
+                "config": plan.config,
+                "penalties": [penalty.to_dict() for penalty in plan.penalties],
+            }
+            for method, plan in self.plans.items()
+        }
 
     @property
     def editor(self) -> Arm:
@@ -261,6 +278,7 @@ class Finding:
             "content": content_digest(study.cases),
             "quick": study.quick,
             "seed": study.seed,
+            "plans": plain(study.planned),
             "command": study.command,
             "seconds_of_last_run": round(seconds),
             "seconds_in_all": None if self.seconds is None else round(self.seconds),

@@ -17,7 +17,7 @@ from driftlens.bench.units import COVARIANCE, is_failure, reason
 from driftlens.cases import Case, Metric, Probe
 from driftlens.drift import measure_drift
 from driftlens.edits import Edit
-from driftlens.errors import RequestError
+from driftlens.errors import ModelError, RequestError
 from driftlens.experiments.reproduce.finding import Failure, Study
 from driftlens.intervals import bootstrap_interval
 from driftlens.journal import Journal, total
@@ -143,6 +143,10 @@ def each_case(
         determined_by: What a case's record is of, besides the model and the case, JSON-ready.
         of_case: What is measured of a case.
         stacklevel: Of a warning, from here.
+
+    Raises:
+        ModelError: If the model's weights are not the same after a case, which is not kept then.
+        DataError: If the file cannot be written.
     """
     journal = Journal(study.out / file)
     common = {
@@ -154,9 +158,17 @@ def each_case(
     units = [{**common, **determined_by(case), "case": case.to_record()} for case in study.cases]
     made_by = versions()
     journal.warn_of_other_versions(units, made_by, stacklevel=stacklevel + 1)
-    bar = tqdm(study.cases, desc=f"{name}, {label}", unit="case", disable=not study.progress)
-    for unit, case in zip(units, bar, strict=True):
-        if not journal.is_finished(unit, study.retry_failed):
+    missing = [
+        (unit, case)
+        for unit, case in zip(units, study.cases, strict=True)
+        if not journal.is_finished(unit, study.retry_failed)
+    ]
+    before = study.model.fingerprint()
+    with tqdm(
+        total=len(units), initial=len(units) - len(missing), desc=f"{name}, {label}", unit="case",
+        disable=not study.progress,
+    ) as bar:  # fmt: skip
+        for unit, case in missing:
             started = time.monotonic()
             try:
                 found = of_case(case)
@@ -164,7 +176,10 @@ def each_case(
                 if not is_failure(error):
                     raise
                 found = {"error": reason(error)}
+            if study.model.fingerprint() != before:
+                raise ModelError("The model's weights are not what they were before the case.")
             journal.add(unit, **found, seconds=time.monotonic() - started, versions=made_by)
+            bar.update()
     records = [journal[unit] for unit in units]
     failed = [
         (label, case.id, record["error"])
