@@ -13,6 +13,7 @@ import driftlens as dl
 from driftlens.bench.results import ALLOWED
 from driftlens.cases import METRICS
 from driftlens.experiments import tables
+from driftlens.experiments.paper import TABLE_3
 from driftlens.experiments.reproduce.editors import PAPERS
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -278,3 +279,54 @@ def test_readme_says_in_short_what_the_search_found():
         f"greedy decoding gives {level['unedited', 'RS', 'exact']:.1f} % of such answers before an "
         f"edit (of {asked} held-back cases)."
     ) in flowing(README)
+
+
+def test_readme_sets_what_was_found_beside_what_the_paper_reports():
+    """Each number of the table of claims, from the results."""
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in README.splitlines()
+             if line.startswith("|")]  # fmt: skip
+    rows = {line[0]: line[1:] for line in lines if len(line) == 5}
+    rate = main_rates()
+    small, large = (("shipped facts", name) for name in ("smollm2-135m", "gemma-3-270m"))
+    theirs = ("counterfact_wikidata_dev", "smollm2-135m")
+    gpt_j = {(row.editor, row.sadr): row for row in TABLE_3 if row.model == TABLE_3[0].model}
+
+    def of(where: tuple[str, str], arm: str, metric: str) -> str:
+        return f"{rate[(*where, arm, metric)]:.1f}"
+
+    def of_paper(editor: str, sadr: bool, metric: str) -> str:
+        return f"{getattr(gpt_j[editor, sadr], metric):.1f}"
+
+    def fall(metric: str) -> list[str]:
+        here = [f"{of(w, 'unedited', metric)} to {of(w, 'rome', metric)}"
+                for w in (theirs, small, large)]  # fmt: skip
+        paper = f"{of_paper('none', False, metric)} to {of_paper('rome', False, metric)}"
+        return [f"{metric} {paper}", here[0], f"{here[1]}; {here[2]}"]
+
+    assert rows["An edit breaks other relations of its subject"][:3] == fall("RS")
+    assert rows["It breaks neighbours behind the edited sentence"][:3] == fall("DNS")
+    kept = [", ".join(f"{m} {of(w, 'rome', m)} to {of(w, 'rome + sadr', m)}" for m in ("RS", "DNS"))
+            for w in (theirs, small, large)]  # fmt: skip
+    paper = ", ".join(f"{m} {of_paper('rome', False, m)} to {of_paper('rome', True, m)}"
+                      for m in ("RS", "DNS"))  # fmt: skip
+    assert rows["SADR keeps more of both"][:3] == [paper, kept[0], f"{kept[1]}; {kept[2]}"]
+    costs = [", ".join(f"{m} {rate[(*w, 'rome + sadr', m)] - rate[(*w, 'rome', m)]:+.1f}"
+                       for m in ("ES", "PS")) for w in (theirs, small, large)]  # fmt: skip
+    paper = ", ".join(
+        f"{m} {getattr(gpt_j['rome', True], m) - getattr(gpt_j['rome', False], m):+.1f}"
+        for m in ("ES", "PS")
+    )
+    assert rows["It costs the edit little"][:3] == [paper, costs[0], f"{costs[1]}; {costs[2]}"]
+    found = {(row["data"], row["model"], row["kind"]): f"{row['pearson']:.2f}"
+             for row in result_rows("fig4")
+             if (row["drift"], row["damage"]) == ("max head", "rise of P(new target)")}  # fmt: skip
+    kinds = ("relation", "distract neighbourhood")
+    drift = [", ".join(found[(*w, kind)] for kind in kinds) for w in (theirs, small, large)]
+    (told,) = (row for claim, row in rows.items() if claim.startswith("Attention drift"))
+    assert told[1:3] == [drift[0], f"{drift[1]}; {drift[2]}"]
+    share = {(row["data"], row["model"]): f"{row['share, %']:.0f} %" for row in result_rows("fig5")
+             if (row["layers"], row["patched"], row["kind"]) == ("all", "pattern", kinds[1])
+             }  # fmt: skip
+    told = rows["Original attention brings the answer back"]
+    assert told[1] == f"{share[theirs]} of the loss on distract neighbourhoods"
+    assert told[2] == f"{share[small]} of it; {share[large]}"

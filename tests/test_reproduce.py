@@ -1717,3 +1717,13 @@ def test_a_case_after_which_weights_are_others_is_not_kept(study: Study, tmp_pat
     finally:
         weight.data.copy_(before)
     assert not (tmp_path / "n.jsonl").exists()
+
+
+def test_what_figure_7_varies_follows_the_editors_own_hyperparameters() -> None:
+    weaker = editors._weaker
+    assert weaker(dl.RomeConfig(layer=1)) == {
+        "steps 5": {"steps": 5}, "steps 10": {"steps": 10}, "lr 0.2": {"lr": 0.2},
+        "KL 1": {"kl_factor": 1.0},
+    }  # fmt: skip
+    other = dl.RomeConfig(layer=1, steps=3, lr=1.0, kl_factor=0.0)
+    assert weaker(other) == {"steps 1": {"steps": 1}, "lr 0.4": {"lr": 0.4}}
