@@ -149,7 +149,13 @@ def test_a_summary_holds_paired_differences(whole: BenchResult) -> None:
     alone = copy.copy(whole)
     alone.plan = {**whole.plan, "arms": [a for a in whole.plan["arms"] if a["name"] != "ft"]}
     assert alone.pairs() == [("ft + sadr", UNEDITED)]  # nothing else to compare it with
-    found = whole.summary()["differences"]
+    told = whole.summary()
+    by_case = {(row["arm"], row["metric"]): row["value"] for row in told["table by case"]}
+    assert by_case["ft", "NS"] == pytest.approx(whole.rates("ft", by="case")["NS"].value)
+    for measure in ("exact", "prob", "margin"):
+        rows = {(row["arm"], row["metric"]): row["value"] for row in told["magnitudes"][measure]}
+        assert rows["ft", "RS"] == pytest.approx(whole.rates("ft", measure)["RS"].value)
+    found = told["differences"]
     json.dumps(found, allow_nan=False)
     values = {row["arm"]: row["value"] for row in found if row["metric"] == "RS"}
     table = whole.table().set_index(["arm", "metric"])["value"]

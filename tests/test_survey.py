@@ -34,7 +34,7 @@ def test_facts_are_well_formed(facts: Sequence[Case]):
         assert request.target_true != request.target_new
         assert len(case.relations) >= 3
         assert len(case.paraphrases) >= 2
-        assert case.neighbours
+        assert case.neighbours and case.distractors
         for query in [*case.relations, *case.distractors]:
             assert request.subject in query.prompt
         for query in [*case.relations, *case.distractors, *case.neighbours]:

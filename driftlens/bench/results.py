@@ -379,8 +379,9 @@ class BenchResult:
         ]
 
     def summary(self) -> dict[str, Any]:
-        """Everything but single answers, JSON-ready: how it was made, the table, and paired
-        differences."""
+        """Everything but single answers, JSON-ready: how it was made, success pooled over prompts
+        (``table``) and averaged by case, magnitudes, and paired differences."""
+        magnitudes: tuple[Measure, ...] = ("exact", "prob", "margin")
         failed = [{"arm": a, "case": c, "reason": reason} for a, c, reason in self.failed]
         return {
             **{name: self.plan[name] for name in ("command", "model", "versions", "setting")},
@@ -388,6 +389,8 @@ class BenchResult:
             "arms": self.conditions(),
             "failed": failed,
             "table": plain(self.table().to_dict("records")),
+            "table by case": plain(self.table(by="case").to_dict("records")),
+            "magnitudes": {name: plain(self.table(name).to_dict("records")) for name in magnitudes},
             "differences": self.differences(),
         }
 
