@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from documents import REPOSITORY, flowing, main_rates, result_rows
+from documents import REPOSITORY, flowing, main_rates, result_rows, result_runs
 
 from driftlens.assets import asset, survey_result
 from driftlens.cases import METRICS
 from driftlens.editing.methods import METHODS
 from driftlens.experiments import gather, many, sadr_search
+from driftlens.experiments.paper import TABLE_3
 from driftlens.experiments.reproduce import EXPERIMENTS
 from driftlens.experiments.reproduce.editors import PAPERS
 from driftlens.experiments.survey import markdown, paired_markdown
@@ -146,7 +147,7 @@ def test_pictures_are_of_these_results():
         assert f"]({picture})" in README or f"](../{picture})" in PAGE
 
 
-NOT_GATHERED = {"fluency", "steps"}
+NOT_GATHERED = {"steps"}
 
 
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - NOT_GATHERED))
@@ -1227,3 +1228,47 @@ def test_page_says_what_is_left_at_equal_strength():
         f"gives the new target on {row['new target given with, %']:.1f} % of them with ROME, on "
         f"{row['new target given without, %']:.1f} without SADR."
     ) in readme
+
+
+def test_page_says_of_fluency_what_was_measured() -> None:
+    page = flowing(PAGE)
+    found = {(row["model"], row["arm"]): row["value"] for row in result_rows("fluency")}
+    less = {
+        (run["model"]["name"], arm, other): tuple(map(float, values))
+        for run in result_runs("fluency")
+        for point in run["points"]
+        for arm, other, *values in re.findall(
+            r"^(.+) less (.+): FL ([-+.\d]+) \[([-+.\d]+), ([-+.\d]+)\]\.$", point
+        )
+    }
+    assert len(less) == 12
+    small, large = ("smollm2-135m", "gemma-3-270m")
+    loss = {(model, m): less[model, m, "unedited"] for model in (small, large) for m in PAPERS}
+    held = [less[model, f"{m} + sadr", m] for model in (small, large) for m in PAPERS]
+    assert all(low < 0 < high for _, low, high in held)  # nowhere clearly
+    assert all(loss[small, m][1] < 0 < loss[small, m][2] for m in PAPERS)
+    assert all(loss[large, m][2] < 0 for m in PAPERS)
+    assert all(-loss[large, m][0] <= 0.01 * found[large, "unedited"] for m in PAPERS)
+    most = max(-loss[small, m][0] for m in PAPERS)
+    rome, memit, pmet = (
+        f"{-value:.1f} [{-high:.1f}, {-low:.1f}]"
+        for value, low, high in (loss[large, m] for m in PAPERS)
+    )
+    assert (
+        f"On SmolLM2 ({found[small, 'unedited']:.1f} before an edit) no editor's loss is clear "
+        f"({most:.1f} at most); on Gemma ({found[large, 'unedited']:.1f}) each one's is, of at "
+        f"most 1 %: {rome} with ROME, {memit} with MEMIT, {pmet} with PMET."
+    ) in page
+    paper = {(row.model, row.editor, row.sadr): row.FL for row in TABLE_3}
+
+    def lost(model: str, editor: str) -> float:
+        return paper[model, "none", False] - paper[model, editor, False]
+
+    gpt_j, llama = (max(lost(model, m) for m in PAPERS) for model in ("GPT-J 6B", "Llama-3 8B"))
+    neox = "GPT-NeoX 20B"
+    back = [paper[neox, m, True] - paper[neox, m, False] for m in ("rome", "pmet")]
+    assert (
+        f"GPT-J loses at most {gpt_j:.1f} and Llama-3 at most {llama:.1f}, but GPT-NeoX "
+        f"{lost(neox, 'rome'):.1f} with ROME and {lost(neox, 'pmet'):.1f} with PMET, of which SADR "
+        f"gives back {back[0]:.1f} and {back[1]:.1f};"
+    ) in page
