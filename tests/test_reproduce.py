@@ -598,6 +598,9 @@ def test_fluency_is_that_of_single_calls(study: Study) -> None:
     assert len(set(rows["value"])) == 3
     less = np.mean(told["rome"]) - np.mean(told["unedited"])
     held = np.mean(told["rome + sadr"]) - np.mean(told["rome"])
+    both = np.mean(told["rome + sadr"]) - np.mean(told["unedited"])
+    assert [bar.name for bar in finding.figure.data] == ["rome", "rome + sadr"]
+    assert [bar.y[0] for bar in finding.figure.data] == pytest.approx([less, both])
     first, second = finding.points
     assert first.startswith(f"rome less unedited: FL {less:+.1f} [")
     assert second.startswith(f"rome + sadr less rome: FL {held:+.1f} [")
@@ -879,6 +882,22 @@ def test_prompts_of_other_versions_are_told(
     with pytest.warns(UserWarning, match=r"1 of the units in .*fig3.* \(driftlens .* are kept"):
         again = EXPERIMENTS["fig3"](quick)
     pd.testing.assert_frame_equal(again.rows, found.rows)
+
+
+def test_fluency_without_a_text_has_an_empty_picture(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwritten(*_: Any, **__: Any) -> Any:
+        raise RequestError("Nothing can be written.")
+
+    monkeypatch.setattr(units, "measure_texts", unwritten)
+    monkeypatch.setattr(units, "generate_each", unwritten)
+    own = replace(study, cases=study.cases[:1], out=study.out / "unwritten", quick=True)
+    finding = EXPERIMENTS["fluency"](own)
+    assert not finding.figure.data and len(finding.rows) == 0
+    assert {reason for *_, reason in finding.failed} == {
+        "texts: RequestError: Nothing can be written."
+    }
 
 
 def test_fluency_is_asked_of_cases_with_beginnings_of_texts(study: Study) -> None:

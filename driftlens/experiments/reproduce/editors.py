@@ -99,7 +99,15 @@ def fluency(study: Study) -> Finding:
         f"model repeats itself. Differences are paired by case.{study.untuned(methods)}"
     )
     title = "Fluency of texts, without and with SADR"
-    figure = figures.rate_bars(rows, ["FL"], title=title, unit="bits, times 100", top=None)
+    less = [
+        {"arm": arm, "metric": "FL", "value": own.value, "low": own.low, "high": own.high}
+        for arm in result.arms
+        if arm != UNEDITED and (own := result.compare_texts(arm, UNEDITED).get("FL"))
+    ]
+    figure = figures.rate_bars(
+        pd.DataFrame(less, columns=["arm", "metric", "value", "low", "high"]), ["FL"],
+        title="Fluency of texts less the unedited model's", unit="bits, times 100", top=None,
+    )  # fmt: skip
     found = _finding("fluency", title, result, rows, figure, text, points, _paper_fluency())
     return replace(found, cases=[*result.cases.values()])
 
