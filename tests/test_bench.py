@@ -650,6 +650,8 @@ def test_the_folder_is_free_after_an_interrupt(
     model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stopped:
+        device = "cpu"
+
         def run(self, jobs: Any, setting: Setting) -> Any:
             raise KeyboardInterrupt
 

@@ -74,6 +74,8 @@ def test_what_is_missing_or_failed_is_said(
     model: dl.LensModel, result: BenchResult, tmp_path: Path
 ) -> None:
     class Half:
+        device = "cpu"
+
         def run(
             self, jobs: Iterable[Job], setting: Setting
         ) -> Iterator[tuple[Job, Case, dict[str, Any]]]:
@@ -212,6 +214,8 @@ def test_tall_charts_are_shown_whole(browser: Browser) -> None:  # noqa: F811
 
 class Chance:
     """Answers by chance, as many as a real run would have."""
+
+    device = "cpu"
 
     def run(
         self, jobs: Iterable[Job], setting: Setting

@@ -290,7 +290,7 @@ class Executor(Protocol):
 
     @property
     def device(self) -> str:
-        """Kind of device that its models are on: results are of it."""
+        """Kind of device that its models are on, which results are of."""
         ...
 
     def run(
