@@ -56,24 +56,22 @@ class Journal:
                 compared.
             stacklevel: Of the warning, from here.
         """
+
+        def changed(versions: Mapping[str, str]) -> list[str]:
+            return [
+                f"{name} {value}"
+                for name, value in versions.items()
+                if value != made_by.get(name, value)
+            ]
+
         made = [self[unit].get("versions", {}) for unit in units if unit in self]
-        others = [
-            versions
-            for versions in made
-            if not versions
-            or any(made_by.get(name, value) != value for name, value in versions.items())
-        ]
+        others = [versions for versions in made if not versions or changed(versions)]
         if not others:
             return
-        changed = [
-            f"{name} {value}"
-            for name, value in others[0].items()
-            if value != made_by.get(name, value)
-        ]
         warnings.warn(
             f"{len(others)} of the units in {self.path} were made by other versions "
-            f"({', '.join(changed) or 'unknown'}), and are kept. Choose another folder to make all "
-            "anew.",
+            f"({', '.join(changed(others[0])) or 'unknown'}), and are kept. Choose another folder "
+            "to make all anew.",
             stacklevel=stacklevel + 1,
         )
 

@@ -197,17 +197,17 @@ def _loads(text: str) -> Any:
         return _Unreadable("no JSON, nested too deeply")
 
 
-def _named_once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+def _named_once(fields: list[tuple[str, Any]]) -> dict[Any, Any]:
     """An object of JSON; of fields of one name it would keep the last one only."""
-    found = dict(fields)
+    found: dict[Any, Any] = dict(fields)
     if len(found) < len(fields):
         twice = next(name for name, n in Counter(name for name, _ in fields).items() if n > 1)
         found[_TWICE] = twice
     return found
 
 
-_TWICE = "\0twice"
-"""Under this name an object tells which field it has more than once."""
+_TWICE = object()
+"""Under this key, which no file can hold, an object tells which field it has more than once."""
 
 
 def _field_that_stands_twice(value: Any) -> str | None:
@@ -470,10 +470,11 @@ def _none_is_nothing(value: Any) -> Any:
 
 
 def _one_is_several(value: Any) -> Any:
-    """A prompt alone is a list of one; null is a list of none."""
+    """A prompt alone is a list of one, and is checked here: its place is no list's. Null is a list
+    of none."""
     if value is None:
         return []
-    return [value] if isinstance(value, str) else value
+    return [_filled_in(_checked_text(value))] if isinstance(value, str) else value
 
 
 class _Groups(pydantic.BaseModel):
@@ -586,9 +587,13 @@ class ZsRE(_Schema):
         )
 
 
-class _Asked(pydantic.BaseModel):
+class _Own(pydantic.BaseModel):
+    """What the project's own format holds: an unknown field is an error."""
+
     model_config = pydantic.ConfigDict(extra="forbid")
 
+
+class _Asked(_Own):
     prompt: Prompt
     answer: Text
 
@@ -596,10 +601,8 @@ class _Asked(pydantic.BaseModel):
         return Cloze(self.prompt, self.answer)
 
 
-class _Alias(pydantic.BaseModel):
+class _Alias(_Own):
     """A prompt whose answer is the new target, or a prompt with an answer of its own."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
 
     prompt: Prompt
     answer: Text | None
@@ -608,7 +611,7 @@ class _Alias(pydantic.BaseModel):
     @classmethod
     def _alone_or_with_its_answer(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return {"prompt": value, "answer": None}
+            return {"prompt": _filled_in(_checked_text(value)), "answer": None}
         if not isinstance(value, dict):
             raise ValueError("it is neither a valid prompt nor a prompt with an answer")
         if "answer" in value and value["answer"] is None:
@@ -616,9 +619,7 @@ class _Alias(pydantic.BaseModel):
         return value
 
 
-class _Choice(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid")
-
+class _Choice(_Own):
     prompt: Prompt
     right: Text
     wrong: Text

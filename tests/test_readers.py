@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import operator
 import random
 from pathlib import Path
 from typing import Any
@@ -211,7 +213,7 @@ def changed(name: str, path: str, value: Any) -> dict[str, Any]:
         ("zsre", "loc", ..., "of loc and loc_ans there is one without the other"),
         ("driftlens", "paraphrases", ["Where is {}? In"], r"paraphrases.0: it holds \{\}, and"),
         ("driftlens", "neighbors.0.prompt", "{} is in", r"neighbors.0.prompt: it holds \{\}"),
-        ("driftlens", "aliases", ["{} is in"], r"aliases.0.prompt: it holds \{\}"),
+        ("driftlens", "aliases", ["{} is in"], r"aliases.0: it holds \{\}"),
         ("driftlens", "aliases", [{"prompt": "{} is", "answer": "b"}], "aliases.0.prompt: it hol"),
         ("driftlens", "aliases", [{"prompt": "Paris is"}], "aliases.0.answer: Field required"),
         ("driftlens", "aliases", [{"prompt": "P is", "answer": None}], "aliases.0: its answer is"),
@@ -219,7 +221,9 @@ def changed(name: str, path: str, value: Any) -> dict[str, Any]:
         ("driftlens", "commonsense.0.left", "x", "commonsense.0.left: Extra inputs are not"),
         ("merged", "l-relation.prompts", ["x", "{}"], r"l-relation.prompts.1: it holds \{\}"),
         ("counterfact", "neighborhood_prompts", ["{} is"], r"neighborhood_prompts.0: it holds"),
-        ("knowedit", "rephrase", "{} lies in", r"rephrase.0: it holds \{\}"),
+        ("knowedit", "rephrase", "{} lies in", r"rephrase: it holds \{\}"),
+        ("knowedit", "rephrase", " ", "rephrase: it is empty"),
+        ("driftlens", "aliases", ["Paris is", ""], "aliases.1: it is empty"),
         ("knowedit", "rephrase", ["It is in", "{} is"], r"rephrase.1: it holds \{\}"),
         ("knowedit", "rephrase", 3, "rephrase: .*valid list"),
         ("knowedit", "rephrase_prompt", "It lies in", "of rephrase and rephrase_prompt there may"),
@@ -268,6 +272,12 @@ def test_a_field_that_stands_twice(tmp_path: Path) -> None:
     whole.write_text(f"[{line}, {twice}]")
     found = read_cases(whole, strict=False)  # the others are read
     assert (len(found), str(found.skipped[0])) == (1, "Record 1, alt: it stands there twice.")
+
+
+def test_no_name_of_a_field_is_taken_for_one_that_stands_twice(tmp_path: Path) -> None:
+    record = RECORDS["knowedit"] | {"\0twice": "subject"}
+    (case,) = read_cases(write(tmp_path, record), "knowedit")
+    assert case == CASES["knowedit"]
 
 
 def test_two_records_of_one_name(tmp_path: Path) -> None:
@@ -392,9 +402,14 @@ def damaged(rng: random.Random, record: Any, values: list[Any]) -> Any:
 
 def names_a_place(field: str, record: Any) -> bool:
     """Whether a path leads to something in a record, or to where something is missing."""
-    there = {".".join(map(str, place)) for place in paths(record)}  # names may hold dots
-    parent, _, last = field.rpartition(".")
-    return field in there or ((parent in there or not parent) and not last.isdigit())
+
+    def at(place: tuple[Any, ...]) -> Any:
+        return functools.reduce(operator.getitem, place, record)
+
+    there = {".".join(map(str, place)): at(place) for place in paths(record)}  # names hold dots
+    parent, _, _ = field.rpartition(".")
+    container = there.get(parent) if parent else record
+    return not field or field in there or isinstance(container, dict)
 
 
 @pytest.mark.parametrize("value", [[1], 1.5, True, {}, ""])

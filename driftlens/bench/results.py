@@ -255,14 +255,16 @@ class BenchResult:
         for name, one in known.items():
             if one["method"] is None:
                 continue
-            same = [
-                (name, other)
+            twins = [
+                other
                 for other, plain in known.items()
-                if one["penalties"]
-                and not plain["penalties"]
+                if not plain["penalties"]
                 and (plain["method"], plain["config"]) == (one["method"], one["config"])
             ]
-            found += same or [(name, UNEDITED)] * (UNEDITED in known)
+            if one["penalties"] and twins:
+                found += [(name, twin) for twin in twins]
+            elif UNEDITED in known:
+                found.append((name, UNEDITED))
         return found
 
     def differences(self) -> list[dict[str, Any]]:

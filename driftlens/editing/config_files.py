@@ -48,6 +48,14 @@ class EditPlan:
     config: dict[str, Any]
     penalties: tuple[Penalty, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """What it gives, JSON-ready."""
+        return {
+            "method": self.method,
+            "config": self.config,
+            "penalties": [penalty.to_dict() for penalty in self.penalties],
+        }
+
 
 def read_config(path: str | os.PathLike[str]) -> EditPlan:
     """Read a TOML file.

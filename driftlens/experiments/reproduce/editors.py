@@ -181,12 +181,11 @@ def _weaker(config: ValueSearch) -> dict[str, dict[str, Any]]:
     that change nothing."""
     steps = [config.steps // 4, config.steps // 2]
     lr, kl = config.lr * 0.4, config.kl_factor * 16
-    changes: dict[str, dict[str, Any]] = {
+    return {
         **{f"steps {n}": {"steps": n} for n in steps if n},
         f"lr {lr:g}": {"lr": lr},
         **({f"KL {kl:g}": {"kl_factor": kl}} if kl else {}),
     }
-    return changes
 
 
 def rules(study: Study) -> Finding:

@@ -106,13 +106,10 @@ class Study:
     @property
     def planned(self) -> dict[str, Any]:
         """The plans, JSON-ready."""
-        return {
-            method: {
-                "config": plan.config,
-                "penalties": [penalty.to_dict() for penalty in plan.penalties],
-            }
-            for method, plan in self.plans.items()
-        }
+        found: dict[str, Any] = plain(
+            {method: plan.to_dict() for method, plan in self.plans.items()}
+        )
+        return found
 
     @property
     def editor(self) -> Arm:
@@ -278,7 +275,7 @@ class Finding:
             "content": content_digest(study.cases),
             "quick": study.quick,
             "seed": study.seed,
-            "plans": plain(study.planned),
+            "plans": study.planned,
             "command": study.command,
             "seconds_of_last_run": round(seconds),
             "seconds_in_all": None if self.seconds is None else round(self.seconds),

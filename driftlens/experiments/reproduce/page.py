@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from driftlens.bench.units import content_digest
 from driftlens.documents import Section, TableOf, document
 from driftlens.experiments.reproduce.finding import Recorded, Study
-from driftlens.records import plain
 
 QUICK = " A quick run: numbers are not for conclusions."
 
@@ -40,7 +39,7 @@ def _earlier(study: Study, found: Recorded) -> list[str]:
     record = found.record
     setting = [record[name] for name in ("content", "quick", "seed", "data")]
     same = setting == [content_digest(study.cases), study.quick, study.seed, study.label]
-    if same and record.get("plans", {}) == plain(study.planned):
+    if same and record.get("plans", {}) == study.planned:
         return []
     quick = QUICK if record["quick"] else ""
     of = f"{len(record['cases'])} cases ({record['data']})"
