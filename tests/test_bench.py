@@ -150,8 +150,15 @@ def test_a_summary_holds_paired_differences(whole: BenchResult) -> None:
     alone.plan = {**whole.plan, "arms": [a for a in whole.plan["arms"] if a["name"] != "ft"]}
     assert alone.pairs() == [("ft + sadr", UNEDITED)]  # nothing else to compare it with
     told = whole.summary()
-    by_case = {(row["arm"], row["metric"]): row["value"] for row in told["table by case"]}
-    assert by_case["ft", "NS"] == pytest.approx(whole.rates("ft", by="case")["NS"].value)
+    by_case, pooled = (
+        {row["metric"]: row["value"] for row in told[name] if row["arm"] == "ft"}
+        for name in ("table by case", "table")
+    )
+    rates_by_case = whole.rates("ft", by="case")
+    assert {metric: by_case[metric] for metric in rates_by_case} == pytest.approx(
+        {metric: rate.value for metric, rate in rates_by_case.items()}
+    )
+    assert any(by_case[metric] != pytest.approx(pooled[metric]) for metric in rates_by_case)
     for measure in ("exact", "prob", "margin"):
         rows = {(row["arm"], row["metric"]): row["value"] for row in told["magnitudes"][measure]}
         assert rows["ft", "RS"] == pytest.approx(whole.rates("ft", measure)["RS"].value)
