@@ -150,15 +150,6 @@ def test_a_summary_holds_paired_differences(whole: BenchResult) -> None:
     alone.plan = {**whole.plan, "arms": [a for a in whole.plan["arms"] if a["name"] != "ft"]}
     assert alone.pairs() == [("ft + sadr", UNEDITED)]  # nothing else to compare it with
     told = whole.summary()
-    by_case, pooled = (
-        {row["metric"]: row["value"] for row in told[name] if row["arm"] == "ft"}
-        for name in ("table by case", "table")
-    )
-    rates_by_case = whole.rates("ft", by="case")
-    assert {metric: by_case[metric] for metric in rates_by_case} == pytest.approx(
-        {metric: rate.value for metric, rate in rates_by_case.items()}
-    )
-    assert any(by_case[metric] != pytest.approx(pooled[metric]) for metric in rates_by_case)
     for measure in ("exact", "prob", "margin"):
         rows = {(row["arm"], row["metric"]): row["value"] for row in told["magnitudes"][measure]}
         assert rows["ft", "RS"] == pytest.approx(whole.rates("ft", measure)["RS"].value)
@@ -169,6 +160,22 @@ def test_a_summary_holds_paired_differences(whole: BenchResult) -> None:
     for arm, other in whole.pairs():
         assert values[arm] == pytest.approx(table[arm, "RS"] - table[other, "RS"])
     assert {row["less"] for row in found} == {UNEDITED, "ft"}
+
+
+def test_a_summary_holds_averages_by_case(whole: BenchResult) -> None:
+    """Of one case with one prompt that is right, and another with several that are wrong."""
+    first, second = list(whole.records["ft"])[:2]
+    told = {"metric": "NS", "right_prob": 0.1, "wrong_prob": 0.1, "exact": False}
+    right, wrong = ({**told, "right": r, "wrong": -1.0 - r} for r in (0.0, -1.0))
+    uneven = copy.copy(whole)
+    asked = {first: {"answers": [right]}, second: {"answers": [wrong] * 3}}
+    uneven.records = {arm: asked if arm == "ft" else {} for arm in whole.records}
+    found = uneven.summary()
+    ((pooled,), (by_case,)) = (
+        [row["value"] for row in found[name] if row["metric"] == "NS"]
+        for name in ("table", "table by case")
+    )
+    assert (pooled, by_case) == (25.0, 50.0)
 
 
 def test_avg_s_has_an_interval_over_cases(whole: BenchResult) -> None:
