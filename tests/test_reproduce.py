@@ -1225,6 +1225,12 @@ def test_what_the_first_table_says(study: Study, monkeypatch: pytest.MonkeyPatch
         f"{start}\nrome (ES 99.0): {change('rome', 'unedited', 'RS', -50)}.\nmemit (nothing to "
         "compare): nothing to compare."
     )
+    paper = EXPERIMENTS["table1"](replace(study, quick=True)).paper
+    assert paper.startswith(
+        "GPT-J 6B rome: RS 79.7 to 11.9, DNS 62.0 to 30.4, NS 82.4 to 80.3; GPT-J 6B memit: RS "
+        "79.7 to 25.8, DNS 62.0 to 38.0, NS 82.4 to 81.4; "
+    )
+    assert "Llama-3 8B pmet: RS 92.7 to 19.8, DNS 64.2 to 32.1, NS 87.2 to 81.1; " in paper
 
 
 def test_what_figure_6_says(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,9 +64,8 @@ def table1(study: Study) -> Finding:
     figure = figures.rate_bars(
         rows, [m for m in shown if m in set(rows["metric"])], title="Specificity failure"
     )
-    paper = "GPT-J: ROME RS 79.73 to 11.94, DNS 61.99 to 30.42, NS 82.43 to 80.26 (table 3)."
     title = "Specificity failure of each editor"
-    return _finding("table1", title, result, rows, figure, text, points, paper)
+    return _finding("table1", title, result, rows, figure, text, points, _paper_failures())
 
 
 def table3(study: Study) -> Finding:
@@ -415,6 +414,20 @@ def gains(plain: Asked, held: Asked) -> str:
             share = "" if more is None else f", {more} relative"
         parts.append(f"{metric} {found[metric]}{share}")
     return "; ".join(parts) or "nothing to compare"
+
+
+def _paper_failures() -> str:
+    """What the paper's own editors break, from its table 3."""
+    found = {(row.model, row.editor): row for row in TABLE_3 if not row.sadr}
+    told = []
+    for (model, editor), row in found.items():
+        if editor in PAPERS:
+            before = found[model, "none"]
+            told.append(
+                f"{model} {editor}: RS {before.RS:.1f} to {row.RS:.1f}, DNS {before.DNS:.1f} to "
+                f"{row.DNS:.1f}, NS {before.NS:.1f} to {row.NS:.1f}"
+            )
+    return f"{'; '.join(told)} (table 3)."
 
 
 def _paper_gains() -> str:
