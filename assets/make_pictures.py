@@ -50,6 +50,8 @@ BOX = """
 const [first, last] = [...arguments].map((s) => document.querySelector(s).getBoundingClientRect());
 return [first.top + scrollY, last.bottom + scrollY];
 """
+MORE = {"heads-gemma": ("heads", "gemma-3-270m", "shipped facts")}
+"""Charts of other runs than an experiment's first: the experiment, the model, the data."""
 DIGESTS = "digests.json"
 """In a folder of charts, what each was drawn from."""
 
@@ -86,9 +88,15 @@ def make_pictures(page: Path, folder: Path) -> list[Path]:
 
 
 def make_charts(results: Path, folder: Path) -> list[Path]:
-    """The chart of the first run of each experiment that was gathered, and what it is of."""
+    """The chart of the first run of each experiment that was gathered, and of some others; and
+    what each is of."""
     found = {path.stem: json.loads(path.read_text("utf-8")) for path in results.glob("*.json")}
-    runs = {name: record["runs"][0] for name, record in sorted(found.items()) if "runs" in record}
+    gathered = {name: record["runs"] for name, record in sorted(found.items()) if "runs" in record}
+    runs = {name: own[0] for name, own in gathered.items()}
+    for name, (experiment, *of) in MORE.items():
+        (runs[name],) = (
+            run for run in gathered[experiment] if [run["model"]["name"], run["data"]] == of
+        )
     folder.mkdir(exist_ok=True)
     made = []
     with tempfile.TemporaryDirectory() as pages, chrome() as driver:

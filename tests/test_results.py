@@ -138,10 +138,13 @@ def test_what_was_gathered_stands_in_the_texts():
 
 def test_pictures_are_of_these_results():
     drawn = json.loads((REPOSITORY / "assets/figures/digests.json").read_text())
-    assert drawn.keys() == EXPERIMENTS.keys() - NOT_GATHERED
+    assert drawn.keys() - {"heads-gemma"} == EXPERIMENTS.keys() - NOT_GATHERED
     for name, of in drawn.items():
-        record = json.loads((REPOSITORY / f"assets/results/{name}.json").read_text())
-        assert digest(record["runs"][0]["figure"]) == of, f"python assets/make_pictures.py ({name})"
+        experiment, *other = name.split("-")
+        record = json.loads((REPOSITORY / f"assets/results/{experiment}.json").read_text())
+        run = record["runs"][-1 if other else 0]
+        assert run["model"]["name"].startswith(*(other or ["smollm2"]))
+        assert digest(run["figure"]) == of, f"python assets/make_pictures.py ({name})"
         picture = f"assets/figures/{name}.png"
         assert (REPOSITORY / picture).is_file()
         assert f"]({picture})" in README or f"](../{picture})" in PAGE
@@ -229,20 +232,115 @@ def test_page_says_that_pmet_is_no_different_inside():
     ).format(*likelier["pmet"], *likelier["rome"]) in text
 
 
-def test_page_and_readme_say_which_heads_bring_answers_back():
-    (run,) = json.loads((REPOSITORY / "assets/results/heads.json").read_text())["runs"]
-    assert (run["data"], run["model"]["name"]) == ("counterfact_wikidata_dev", "smollm2-135m")
+def heads_of(model: str, data: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """The run of single heads, and its rows by kind of prompts."""
+    (run,) = (
+        run
+        for run in json.loads((REPOSITORY / "assets/results/heads.json").read_text())["runs"]
+        if (run["model"]["name"], run["data"]) == (model, data)
+    )
     own = {
-        kind: [row for row in result_rows("heads") if row["kind"] == kind]
+        kind: [
+            row
+            for row in result_rows("heads")
+            if (row["model"], row["data"], row["kind"]) == (model, data, kind)
+        ]
         for kind in ("distract neighbourhood", "relation")
     }
+    assert {len(rows) for rows in own.values()} == {270 if model == "smollm2-135m" else 72}
+    return run, own
+
+
+def best_heads(rows: list[dict[str, Any]], what: str) -> list[tuple[str, float]]:
+    ordered = sorted(rows, key=lambda row: row[what], reverse=True)
+    return [(f"L{row['layer']}H{row['head']}", row[what]) for row in ordered]
+
+
+def test_page_and_readme_say_that_one_head_carries_half_of_the_loss_by_its_values():
+    text, short, models = flowing(PAGE), flowing(README), ("smollm2-135m", "gemma-3-270m")
+    brought, shares, halves, patterns, on_others = {}, {}, [], {}, []
+    correlated: dict[tuple[str, str, str], str] = {}
+    drifting, by_value = {}, {}
+    for model in models:
+        run, own = heads_of(model, "shipped facts")
+        for kind in ("relation", "distract neighbourhood"):
+            rows, place = own[kind], (model, kind)
+            lost = rows[0]["lost P(answer)"]
+            (head, most), *_ = by_value[place] = best_heads(rows, "values")
+            brought[place] = (head, f"{100 * most:.2f}", f"{100 * lost:.2f}")
+            shares[place] = round(100 * most / lost)
+            patterns[place] = best_heads(rows, "pattern")[0][1]
+            drifting[place] = best_heads(rows, "drift")
+
+            def chosen(what: str, told=run["points"], kind=kind) -> list[tuple[str, str]]:
+                (point,) = (p for p in told if p.startswith(f"{kind}, {what}, chosen on half"))
+                return re.findall(r"(L\d+H\d+) (\S+ \[.+?\])", point)
+
+            (again, half), *_ = chosen("values")
+            assert again == head
+            halves.append(half.replace("+", ""))
+            on_others += [float(value.split()[0]) for _, value in chosen("pattern")]
+            for measure in ("Pearson", "Spearman"):
+                (point,) = (p for p in run["points"]
+                            if p.startswith(f"{kind}: over heads") and measure in p)  # fmt: skip
+                (found,) = re.findall(r"values (-?[\d.]+ \[.+?\])", point)
+                correlated[model, kind, measure] = found
+    about, near = (("smollm2-135m", kind) for kind in ("relation", "distract neighbourhood"))
+    gemma_about, gemma_near = (("gemma-3-270m", kind) for _, kind in (about, near))
+    assert brought[about][0] == brought[near][0] == "L23H4"
+    assert brought[gemma_about][0] == brought[gemma_near][0] == "L12H2"
+    assert (
+        "With its original values alone {} brings back {} of the {} points that SmolLM2 lost on "
+        "relations ({} %), and {} of {} on distract neighbourhoods ({} %); on Gemma {} brings back "
+        "{} of {} ({} %) and {} of {} ({} %)."
+    ).format(
+        *brought[about], shares[about], *brought[near][1:], shares[near],
+        *brought[gemma_about], shares[gemma_about], *brought[gemma_near][1:], shares[gemma_near],
+    ) in text  # fmt: skip
+    assert "brings back {}, {}, {} and {} on the other half.".format(*halves) in text
+    assert (
+        "that one head's brings back is {:.2f} and {:.2f} points on SmolLM2, {:.2f} and ".format(
+            *(100 * patterns[place] for place in (about, near, gemma_about))
+        )
+        in text
+    )
+    assert f"and {100 * patterns[gemma_near]:.2f} on Gemma, and of the five" in text
+    assert f"none brings back more than {max(on_others):.2f} on the other." in text
+    assert {name for name, _ in by_value[near][:2]} == {name for name, _ in drifting[near][:2]}
+    (one, much), (two, less), *_ = drifting[near]
+    (alone, gemmas), *_ = drifting[gemma_near]
+    assert alone == brought[gemma_near][0]
+    assert (
+        f"{one} and {two}, the two whose values bring back most, are the two that drift most on "
+        f"SmolLM2 ({much:+.3f} and {less:+.3f}), and {alone} is the one on Gemma ({gemmas:+.3f})."
+    ) in text
+    for place in (about, gemma_about):
+        assert brought[place][0] not in [name for name, _ in drifting[place][:5]]
+    told = [correlated[*place, measure] for measure in ("Pearson", "Spearman")
+            for place in (near, gemma_near)]  # fmt: skip
+    assert (
+        "at {} on SmolLM2 and at {} on Gemma (Pearson, which is that of these few; by rank {} and "
+        "{})."
+    ).format(*told) in text
+    told = [correlated[*place, "Pearson"] for place in (about, gemma_about)]
+    assert "the two go together at {} and {}.".format(*told) in text
+    least = {model: max(100 * most / heads_of(model, "shipped facts")[1][kind][0]["lost P(answer)"]
+                        for (own, kind), most in patterns.items() if own == model)
+             for model in models}  # fmt: skip
+    assert (
+        "the original values of {} alone bring back {} % of what P(answer) lost on relations and "
+        "{} % on distract neighbourhoods on SmolLM2, those of {} {} and {} % on Gemma; the "
+        "original pattern of any one head at most {:.0f} and {:.0f} %."
+    ).format(
+        brought[about][0], shares[about], shares[near],
+        brought[gemma_about][0], shares[gemma_about], shares[gemma_near], *least.values(),
+    ) in short  # fmt: skip
+
+
+def test_page_and_readme_say_which_heads_bring_answers_back():
+    run, own = heads_of("smollm2-135m", "counterfact_wikidata_dev")
     near, about = own.values()
-    assert len(near) == len(about) == 270
-
-    def best(rows: list[dict[str, Any]], what: str) -> list[tuple[str, float]]:
-        ordered = sorted(rows, key=lambda row: row[what], reverse=True)
-        return [(f"L{row['layer']}H{row['head']}", row[what]) for row in ordered]
-
+    best = best_heads
     (first, most), (second, more), (_, next_most), *_ = best(near, "pattern")
     drifting = [name for name, _ in best(near, "drift")[:3]]
     assert (first, second) == ("L23H4", "L23H5")
