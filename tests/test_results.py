@@ -48,11 +48,11 @@ def test_page_says_of_paired_differences_what_was_measured():
             for k, c in kinds.items()}  # fmt: skip
     shares = {s: [round(100 * own[s]["value"] / lost[kind]) for kind, own in found.items()]
               for s in ("restored: pattern", "restored: values", "sadr")}  # fmt: skip
-    assert "11 % (relation), 31 %\n(distractor) and 7 %" in PAGE
+    assert "11 % (relation), 31 % (distractor) and 7 %" in flowing(PAGE)
     assert shares["restored: pattern"] == [11, 31, 7]
-    assert "brings back 80 to 101 %" in PAGE
+    assert "brings back 80 to 101 %" in flowing(PAGE)
     assert (min(shares["restored: values"]), max(shares["restored: values"])) == (80, 101)
-    assert "prevents 9 to 10 %" in PAGE
+    assert "prevents 9 to 10 %" in flowing(PAGE)
     assert (min(shares["sadr"]), max(shares["sadr"])) == (9, 10)
 
 
