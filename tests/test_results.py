@@ -438,9 +438,18 @@ def test_page_and_readme_say_which_heads_bring_answers_back():
 def test_page_says_of_substitution_and_drift_what_was_measured():
     text = flowing(PAGE)
     worst: dict[tuple[str, str, str], float] = {}
+    of_paper: dict[tuple[str, str], float] = {}
     for row in result_rows("fig3"):
         place = row["model"], row["kind"], row["patched"]
-        worst[place] = min(worst.get(place, 0.0), row["change of P(answer)"])
+        kept, key = (worst, place) if row["data"] == "shipped facts" else (of_paper, place[1:])
+        kept[key] = min(kept.get(key, 0.0), row["change of P(answer)"])  # type: ignore[index]
+    near = [of_paper["distract neighbourhood", what] for what in ("attn_out", "mlp_out", "resid")]
+    told = "5.26): {:.1f}, {:.1f} and {:.1f} points.".format(*(-100 * cost for cost in near))
+    assert told in text
+    assert f"is in the attention output, too ({100 * near[0] / near[2]:.0f} %)." in text
+    about = [-100 * cost for (kind, _), cost in of_paper.items() if kind == "relation"]
+    assert f"loses {max(about):.1f} points at most" in text
+    assert all(cost < 2 * of_paper[place[1:]] for place, cost in worst.items())
     shares = {what: [round(100 * cost / worst[model, kind, "resid"])
                      for (model, kind, found), cost in worst.items() if found == what]
               for what in ("attn_out", "mlp_out")}  # fmt: skip
