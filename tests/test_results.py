@@ -215,7 +215,9 @@ def test_page_says_that_pmet_is_no_different_inside():
     share, likelier, text = {}, {}, flowing(PAGE)
     for method, data in (("rome", ""), ("pmet", ", edits of pmet")):
         for row in result_rows("fig5"):
-            if row["data"] != f"counterfact_wikidata_dev{data}" or row["patched"] != "pattern":
+            if (row["data"], row["model"], row["patched"]) != (
+                f"counterfact_wikidata_dev{data}", "smollm2-135m", "pattern"
+            ):  # fmt: skip
                 continue
             if row["layers"] == "all" and row["kind"] == "distract neighbourhood":
                 share[method] = f"{row['share, %']:.0f} %"
@@ -227,6 +229,54 @@ def test_page_says_that_pmet_is_no_different_inside():
         f"{share['rome']}), and make the answer likelier than the new target on "
         "{} % of the prompts instead of {} % on relations (ROME: {} instead of {} %)."
     ).format(*likelier["pmet"], *likelier["rome"]) in text
+
+
+def test_page_says_what_drift_and_patterns_do_in_gemma_on_the_papers_data():
+    place = {"data": "counterfact_wikidata_dev", "model": "gemma-3-270m"}
+
+    def rows(name: str, **of: str) -> list[dict[str, Any]]:
+        return [row for row in result_rows(name)
+                if all(row[key] == value for key, value in (place | of).items())]  # fmt: skip
+
+    text, kinds = flowing(PAGE), ("relation", "distract neighbourhood")
+    drift = {(row["damage"], row["kind"]): row for row in rows("fig4", drift="max head")}
+    moved = [f"{drift['fall of P(answer)', kind]['mean']:+.3f}" for kind in kinds]
+    assert "There is drift ({} on relations and {} on distract".format(*moved) in text
+    (about, read), (near, near_read) = (
+        [row for what in ("pattern", "values")
+         for row in rows("fig5", kind=kind, layers="all", patched=what)]
+        for kind in kinds
+    )  # fmt: skip
+    assert (
+        f"on {about['answer likelier, %']:.0f} % of the prompts about relations, on "
+        f"{about['likelier edited, %']:.0f} % without them ({about['likelier original, %']:.0f} % "
+        f"before the edit, {read['answer likelier, %']:.0f} % with original values)."
+    ) in text
+    share = with_interval(
+        *(near[f"share{end}"] for end in (", %", " low", " high")), digits=0, unit=" %"
+    )
+    assert (
+        f"({near['answer likelier, %']:.0f} % of the prompts instead of "
+        f"{near['likelier edited, %']:.0f}; {share} of what P(answer) lost)"
+    ) in text
+    assert near_read["share, %"] > 100
+    rises = [
+        with_interval(row["pearson"], row["pearson_low"], row["pearson_high"], digits=2)
+        for row in (drift["rise of P(new target)", kind] for kind in kinds)
+    ]
+    falls = [f"{drift['fall of P(answer)', kind]['pearson']:.2f}" for kind in kinds]
+    assert (
+        "at {} and {}, and not with the fall of P(answer) ({} and {}).".format(*rises, *falls)
+        in text
+    )
+    undone = []
+    for what in ("pattern", "values"):
+        for model in ("smollm2-135m", "gemma-3-270m"):
+            (row,) = rows("fig5", model=model, kind="relation", layers="all", patched=what)
+            before, after = row["likelier original, %"], row["likelier edited, %"]
+            undone.append(round(100 * (row["answer likelier, %"] - after) / (before - after)))
+    assert "looks undoes {} and {} % of what".format(*undone[:2]) in text
+    assert "what it reads undoes {} and {} %.".format(*undone[2:]) in text
 
 
 def heads_of(model: str, data: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
