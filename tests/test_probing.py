@@ -171,7 +171,7 @@ def test_what_arrives_in_the_residual_stream(
         added: before[added],
         block: before[block] + moved * pushed,
     }
-    assert probing._arrives(before, after, 0) is arrives
+    assert probing._arrives(before, after, 0, before) is arrives
 
 
 def test_the_probe_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
