@@ -86,7 +86,7 @@ def probe_interventions(model: LensModel) -> None:
         batch = cases[start : start + PROBE_ROWS]
         hooks: list[Hook] = []
         seen: dict[str, torch.Tensor] = {}
-        # The last row is left alone: the same kernels compute it, which another batch may not share.
+        # The last row is left alone; the kernels that compute it are those of the other rows.
         quiet = len(batch)
         for row, (layer, kind) in enumerate(batch):
             hooks += _probe_hooks(store, quiet + 1, row, layer, kind)

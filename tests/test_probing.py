@@ -174,6 +174,16 @@ def test_what_arrives_in_the_residual_stream(
     assert probing._arrives(before, after, 0, before) is arrives
 
 
+def test_what_another_pass_rounds_is_no_change_on_the_way() -> None:
+    pushed = torch.linspace(0.1, 1.0, 8)
+    down, added, block = probing._around_down([0])
+    before = {down: torch.ones(8), added: torch.ones(8), block: torch.ones(8)}
+    after = {down: before[down] + pushed, added: before[added], block: 1 + pushed + 0.01}
+    assert not probing._arrives(before, after, 0, before)
+    assert probing._arrives(before, after, 0, before | {block: torch.full((8,), 1.006)})
+    assert not probing._arrives(before, after, 0, before | {block: torch.full((8,), 1.004)})
+
+
 def test_the_probe_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probing, "recording", blunting)
     dl.load_model(build("llama"), tiny.tokenizer(), probe=False)
