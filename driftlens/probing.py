@@ -60,8 +60,7 @@ def probe_interventions(model: LensModel) -> None:
     try:
         with torch.no_grad():
             downs = [y for y in range(n_layers) if _has_down(model, y)]
-            around = recording(store, _around_down(downs))
-            base = model.run(ids, [*around, *(noting(n, fn) for n, fn in recording(store, names))])
+            base = model.run(ids, [noting(n, fn) for n, fn in recording(store, names)])
     except Exception as error:
         raise ModelError(
             f"{model.info.name} cannot be intervened on: a probing pass failed ({error})."
@@ -96,11 +95,8 @@ def probe_interventions(model: LensModel) -> None:
             logits = model.run(ids.expand(quiet + 1, -1), hooks)
         for row, layer in pushes.items():
             names = [name for name in _around_down([layer]) if name in seen]
-            alone, before, after = (
-                {name: told[name][i] for name in names}
-                for told, i in ((store, 0), (seen, quiet), (seen, row))
-            )
-            if _arrives(before, after, layer, alone):
+            before, after = ({name: seen[name][i] for name in names} for i in (quiet, row))
+            if _arrives(before, after, layer):
                 direct.add(layer)
         for row, case in enumerate(batch):
             moved[case] = largest_difference(logits[row], logits[quiet])
@@ -162,10 +158,7 @@ def _around_down(layers: Iterable[int]) -> list[str]:
 
 
 def _arrives(
-    before: Mapping[str, torch.Tensor],
-    after: Mapping[str, torch.Tensor],
-    layer: int,
-    alone: Mapping[str, torch.Tensor],
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], layer: int
 ) -> bool:
     """Whether what was added to a down-projection's output arrived in the residual stream as it
     was. A stream that is far larger rounds it; then nothing may stand between the projection and
@@ -175,8 +168,6 @@ def _arrives(
         before: Activations of one sequence.
         after: The same with something added.
         layer: Of both.
-        alone: Those of ``before`` as a pass without other sequences computes them: how far they
-            differ is rounding, too.
     """
     down, mlp, block = _around_down([layer])
     pushed, moved = (in_float32(after[name]) - in_float32(before[name]) for name in (down, block))
@@ -188,7 +179,6 @@ def _arrives(
         return True
     eps = torch.finfo(before[block].dtype).eps
     rounding = 2 * eps * (in_float32(before[block]).abs() + in_float32(after[block]).abs())
-    rounding += 2 * (in_float32(before[block]) - in_float32(alone[block])).abs().max()
     added = before.get(mlp)
     is_bare = added is not None and torch.equal(added.reshape(pushed.shape), before[down])
     return is_bare and bool((error <= allowed + rounding).all())

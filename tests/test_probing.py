@@ -151,6 +151,15 @@ def test_what_is_scaled_before_the_residual_stream_does_not_arrive_as_it_was(
     assert dl.load_model(inner.to(dtype), tiny.tokenizer()).writes_directly == direct
 
 
+def test_kernels_that_round_single_sequences_otherwise_hide_no_layer() -> None:
+    """As on CPUs whose matrix products differ in the last bits between one row and several."""
+    inner = tiny.hf_model("llama", 1, scale=5.0, noise=0.3)
+    embedding = inner.get_input_embeddings()
+    embedding.register_forward_hook(lambda _module, _args, out: out * (1 + 1e-3 * (len(out) == 1)))
+    found = dl.load_model(inner, tiny.tokenizer())
+    assert found.writes_directly == set(range(found.info.n_layers))
+
+
 @pytest.mark.parametrize(
     ("mlp", "moved", "stream", "arrives"),
     [
@@ -171,17 +180,7 @@ def test_what_arrives_in_the_residual_stream(
         added: before[added],
         block: before[block] + moved * pushed,
     }
-    assert probing._arrives(before, after, 0, before) is arrives
-
-
-def test_what_another_pass_rounds_is_no_change_on_the_way() -> None:
-    pushed = torch.linspace(0.1, 1.0, 8)
-    down, added, block = probing._around_down([0])
-    before = {down: torch.ones(8), added: torch.ones(8), block: torch.ones(8)}
-    after = {down: before[down] + pushed, added: before[added], block: 1 + pushed + 0.01}
-    assert not probing._arrives(before, after, 0, before)
-    assert probing._arrives(before, after, 0, before | {block: torch.full((8,), 1.006)})
-    assert not probing._arrives(before, after, 0, before | {block: torch.full((8,), 1.004)})
+    assert probing._arrives(before, after, 0) is arrives
 
 
 def test_the_probe_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -442,9 +442,8 @@ def test_page_and_readme_say_that_one_head_carries_half_of_the_loss_by_its_value
 def test_page_and_readme_say_which_heads_bring_answers_back():
     run, own = heads_of("smollm2-135m", "counterfact_wikidata_dev")
     near, about = own.values()
-    best = best_heads
-    (first, most), (second, more), (_, next_most), *_ = best(near, "pattern")
-    drifting = [name for name, _ in best(near, "drift")[:3]]
+    (first, most), (second, more), (_, next_most), *_ = best_heads(near, "pattern")
+    drifting = [name for name, _ in best_heads(near, "drift")[:3]]
     assert (first, second) == ("L23H4", "L23H5")
     assert drifting == ["L21H6", second, first]
     text, lost = flowing(PAGE), 100 * near[0]["lost P(answer)"]
@@ -453,7 +452,8 @@ def test_page_and_readme_say_which_heads_bring_answers_back():
         f"P(answer) lost, {second} {100 * more:.2f}, and the next head {100 * next_most:.2f}."
     ) in text
     assert (
-        f"which drifts most, brings back {100 * dict(best(near, 'pattern'))['L21H6']:.2f}." in text
+        f"which drifts most, brings back {100 * dict(best_heads(near, 'pattern'))['L21H6']:.2f}."
+        in text
     )
     told = {}
     for measure in ("Pearson", "Spearman"):
@@ -476,7 +476,7 @@ def test_page_and_readme_say_which_heads_bring_answers_back():
         digits=2, unit=" points",
     )  # fmt: skip
     assert f"next to nothing ({lost_about}), and no head" in text
-    assert f"more than {100 * best(about, 'pattern')[0][1]:.2f} by its pattern." in text
+    assert f"more than {100 * best_heads(about, 'pattern')[0][1]:.2f} by its pattern." in text
     assert (
         f"the original pattern of {first} alone brings back {100 * most:.2f} of the {lost:.2f} "
         f"points of P(answer) that SmolLM2 lost, that of {second} {100 * more:.2f}, that of any "
