@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from driftlens.editing.methods import METHODS
 from driftlens.editing.rivals import EssenceKL, HiddenDrift, KeyDrift
 from driftlens.editing.sadr import SADR
 from driftlens.evaluation import Answer, Asked, Difference, compare, growth, rates
-from driftlens.experiments.paper import TABLE_3
+from driftlens.experiments.paper import TABLE_3, Row
 from driftlens.experiments.reproduce.finding import Finding, Study
 
 PAPERS = ("rome", "memit", "pmet")
@@ -418,44 +418,40 @@ def gains(plain: Asked, held: Asked) -> str:
 
 def _paper_failures() -> str:
     """What the paper's own editors break, from its table 3."""
-    found = {(row.model, row.editor): row for row in TABLE_3 if not row.sadr}
-    told = []
-    for (model, editor), row in found.items():
-        if editor in PAPERS:
-            before = found[model, "none"]
-            told.append(
-                f"{model} {editor}: RS {before.RS:.1f} to {row.RS:.1f}, DNS {before.DNS:.1f} to "
-                f"{row.DNS:.1f}, NS {before.NS:.1f} to {row.NS:.1f}"
-            )
-    return f"{'; '.join(told)} (table 3)."
+    found = [
+        f"{plain.model} {plain.editor}: RS {before.RS:.1f} to {plain.RS:.1f}, DNS "
+        f"{before.DNS:.1f} to {plain.DNS:.1f}, NS {before.NS:.1f} to {plain.NS:.1f}"
+        for before, plain, _ in _paper_rows()
+    ]
+    return f"{'; '.join(found)} (table 3)."
 
 
 def _paper_gains() -> str:
     """The paper's own gains, from its table 3."""
-    found = []
-    rows = {(row.model, row.editor, row.sadr): row for row in TABLE_3}
-    for (model, editor, sadr), row in rows.items():
-        if sadr:
-            plain = rows[model, editor, False]
-            found.append(
-                f"{model} {editor}: RS {plain.RS:.1f} to {row.RS:.1f}, DNS {plain.DNS:.1f} to "
-                f"{row.DNS:.1f}, ES {plain.ES:.1f} to {row.ES:.1f}, PS {plain.PS:.1f} to "
-                f"{row.PS:.1f}"
-            )
+    found = [
+        f"{plain.model} {plain.editor}: RS {plain.RS:.1f} to {held.RS:.1f}, DNS {plain.DNS:.1f} "
+        f"to {held.DNS:.1f}, ES {plain.ES:.1f} to {held.ES:.1f}, PS {plain.PS:.1f} to {held.PS:.1f}"
+        for _, plain, held in _paper_rows()
+    ]
     return f"{'; '.join(found)} (table 3)."
 
 
 def _paper_fluency() -> str:
     """The paper's own fluency, from its table 3."""
-    found = {(row.model, row.editor, row.sadr): row.FL for row in TABLE_3}
-    told = []
+    told: dict[str, list[str]] = {}
+    for before, plain, held in _paper_rows():
+        parts = told.setdefault(before.model, [f"unedited {before.FL:.1f}"])
+        parts.append(f"{plain.editor} {plain.FL:.1f}, with SADR {held.FL:.1f}")
+    found = [f"{model}: {'; '.join(parts)}" for model, parts in told.items()]
+    return f"{'. '.join(found)} (table 3)."
+
+
+def _paper_rows() -> Iterator[tuple[Row, Row, Row]]:
+    """Of each of the paper's models and editors: before the edit, without SADR and with it."""
+    rows = {(row.model, row.editor, row.sadr): row for row in TABLE_3}
     for model in dict.fromkeys(row.model for row in TABLE_3):
-        parts = [f"unedited {found[model, 'none', False]:.1f}"]
         for editor in PAPERS:
-            plain, held = (found[model, editor, sadr] for sadr in (False, True))
-            parts.append(f"{editor} {plain:.1f}, with SADR {held:.1f}")
-        told.append(f"{model}: {'; '.join(parts)}")
-    return f"{'. '.join(told)} (table 3)."
+            yield rows[model, "none", False], rows[model, editor, False], rows[model, editor, True]
 
 
 def _trade_offs(result: BenchResult, method: str) -> list[str]:
