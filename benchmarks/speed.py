@@ -51,6 +51,7 @@ from driftlens.editing.target import (  # noqa: E402
 )
 from driftlens.generation import generate, generate_each  # noqa: E402
 from driftlens.interventions import down_in_name  # noqa: E402
+from driftlens.memory import kept_for_gradient  # noqa: E402
 from driftlens.scoring import ask, score_questions  # noqa: E402
 
 ITEMS = (
@@ -583,7 +584,6 @@ def measure_memory(name: str) -> dict[str, Any]:
     model = dl.load_model(name)
     parameters = list(model.hf_model.parameters())
     model_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    own = {p.untyped_storage().data_ptr() for p in parameters}
     contexts = sample_contexts(model)
     facts = [json.loads(line) for line in asset("facts.jsonl").read_text().splitlines()]
     fact = next(f for f in facts if f["id"] == "eiffel-tower-city")
@@ -611,7 +611,7 @@ def measure_memory(name: str) -> dict[str, Any]:
     one_step = descent_of(resolve_config(model, "rome", config, {"steps": 1}))
     assert begun.reused is not None
     plain, held = (
-        kept_for_gradient(partial(optimise_value, begun, one_step, penalties, False), own)
+        kept_for_gradient(partial(optimise_value, begun, one_step, penalties, False), parameters)
         for penalties in ((), (dl.SADR(),))
     )
     activations = plain + begun.reused.kept_bytes
@@ -626,21 +626,6 @@ def measure_memory(name: str) -> dict[str, Any]:
         "equal": None,
         "floor_share": None,
     }
-
-
-def kept_for_gradient(run: Callable[[], Any], own: set[int]) -> int:
-    """Bytes that a computation keeps for its gradient, without those of some storages."""
-    saved: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run()
-    return sum(saved.values())
 
 
 def memory_of(field: str) -> int:

@@ -580,8 +580,8 @@ def reproduce(
     experiments: Annotated[
         list[str],
         typer.Argument(
-            help="table1, table3, fluency, fig3 to fig7, heads, steps, strength, cure, rules, "
-            "rivals, sequential, or all."
+            help="table1, table3, fluency, fig3 to fig7, heads, steps, strength, cure, cost, "
+            "rules, rivals, sequential, or all."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; continued if any.")],

@@ -25,6 +25,18 @@ def bootstrap_interval(
     return ends(means, len(counts))
 
 
+def median_interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of a median, by bootstrap; not a number of one value.
+
+    Args:
+        values: One of each case.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
+    chosen = np.random.default_rng(seed).integers(0, len(values), size=(draws, len(values)))
+    return ends(np.median(values[chosen], axis=1), len(values))
+
+
 def ends(
     drawn: np.ndarray, groups: int, method: Literal["linear", "nearest"] = "linear"
 ) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from driftlens.bench import UNEDITED, Arm, BenchResult, run_bench, units
 from driftlens.cases import Case, Cloze, Probe, balanced, with_beginnings
 from driftlens.editing import defaults, methods
 from driftlens.editing.contexts import sample_contexts
-from driftlens.errors import ModelError, RequestError
+from driftlens.errors import EditError, ModelError, RequestError
 from driftlens.evaluation import Answer, answers, compare, rates
 from driftlens.experiments import sadr_search
 from driftlens.experiments.reproduce import (
@@ -772,6 +772,75 @@ def test_edits_are_compared_as_strong_as_each_other(study: Study) -> None:
     row = rows.loc["rome", "at equal strength", "drift, max head: relation"]
     more = with_interval(row["value"], row["low"], row["high"], digits=3, sign="+")
     assert f"| {row['without']:.3f} / {row['with']:.3f}, {more} |" in table[3]
+
+
+def test_edits_are_timed_beside_each_other(
+    study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Both edits of a case one after the other, either of them first; rows by hand."""
+    cost: Any = importlib.import_module("driftlens.experiments.reproduce.cost")
+    made: list[tuple[str, str, bool, int]] = []
+    took = {False: [1.0, 2.0, 4.0], True: [1.5, 2.0, 8.0]}
+    names = [case.request.subject for case in study.cases]
+
+    def spied(model: dl.LensModel, request: dl.EditRequest, **options: Any) -> dl.Edit:
+        held, config = bool(options["penalty"]), options["config"]
+        made.append((options["method"], request.subject, held, config.steps))
+        edit = dl.edit(model, request, **options)
+        seconds = took[held][names.index(request.subject)] * len(edit.trace)
+        return replace(edit, info={**edit.info, "seconds": seconds})
+
+    monkeypatch.setattr(cost, "edit", spied)
+    turned = {case.id: str(i % 2) for i, case in enumerate(study.cases)}
+    monkeypatch.setattr(cost, "digest", turned.__getitem__)
+    fresh = replace(study, out=tmp_path)
+    finding = EXPERIMENTS["cost"](fresh)
+    expected = [
+        (method, name, held, steps)
+        for method in ("rome", "memit", "pmet")
+        for i, name in enumerate(names)
+        for held, steps in ((False, 1), (True, 1), (i % 2 == 1, 12), (i % 2 == 0, 12))
+    ]
+    assert made == expected
+    rows = finding.rows.set_index(["method", "quantity"])
+    assert len(rows) == 3 * 3 and set(rows["cases"]) == {3}
+    for method in ("rome", "memit", "pmet"):
+        step = rows.loc[method, "time of a step"]
+        assert (step["without"], step["with"]) == (2.0, 2.0)
+        assert (step["value"], step["low"], step["high"]) == (50.0, 0.0, 100.0)
+        memory = rows.loc[method, "memory of a step"]
+        assert 0 < memory["low"] <= memory["value"] <= memory["high"] < 100
+        assert memory["with"] > memory["without"] > 0
+    rome = rows.loc["rome", "time of an edit"]
+    assert rome["without"] == 2.0 * rome["steps without"]
+    point = finding.points[0]
+    assert point.startswith(
+        f"rome without and with SADR, {rome['steps without']:g} and {rome['steps with']:g} steps: "
+        f"time of an edit {rome['value']:+.1f} % ["
+    )
+    assert "; time of a step +50.0 % [+0.0, +100.0] (2 and 2 s); memory of a step +" in point
+    assert finding.cases is not None and len(finding.cases) == 3
+    lines = [json.loads(line) for line in (tmp_path / "costs.jsonl").read_text().splitlines()]
+    assert finding.seconds == pytest.approx(sum(line["seconds"] for line in lines))
+    assert EXPERIMENTS["cost"](fresh).points == finding.points and made == expected  # kept
+    found = [{"data": "d", "model": "m", **r} for r in in_json(finding.rows.to_dict("records"))]
+    table = TABLES["cost"]({"rows": found}).splitlines()
+    assert table[2].startswith("| d | m | rome | 3 | ")
+    assert "| 2 / 2 s, +50.0 % [+0.0, +100.0] |" in table[2]
+
+
+def test_few_of_many_cases_are_timed(
+    study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cost: Any = importlib.import_module("driftlens.experiments.reproduce.cost")
+    monkeypatch.setattr(cost, "CASES", 2)
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise EditError("no")
+
+    monkeypatch.setattr(cost, "edit", fails)
+    with pytest.raises(RequestError, match="Each of the 6 edits failed; the first, "):
+        EXPERIMENTS["cost"](replace(study, out=tmp_path))
 
 
 def test_the_stronger_edit_is_scaled_down_on_either_side(study: Study) -> None:

@@ -93,6 +93,7 @@ ORDER = [
     "experiments.reproduce.single_heads",
     "experiments.reproduce.inside",
     "experiments.reproduce.cure",
+    "experiments.reproduce.cost",
     "experiments.reproduce.strength",
     "experiments.reproduce.sequential",
     "experiments.reproduce.page",

@@ -191,6 +191,26 @@ def _with_more(row: Mapping[str, Any] | None, digits: int) -> str:
     return f"{sides}, {with_interval(*ends, digits=digits, sign='+')}"
 
 
+def costs_markdown(record: Mapping[str, Any]) -> str:
+    """Steps and time of edits, and memory of a step, without and with SADR, and what it adds."""
+    quantities = list(dict.fromkeys(row["quantity"] for row in record["rows"]))
+    lines = []
+    for place, rows in _by(record, "data", "model", "method"):
+        own = {row["quantity"]: row for row in rows}
+        steps = " / ".join(f"{rows[0][f'steps {side}']:g}" for side in ("without", "with"))
+        lines.append(
+            (*place, str(rows[0]["cases"]), steps, *(_added(own[name]) for name in quantities))
+        )
+    return _table(["data", "model", "editor", "cases", "steps", *quantities], lines)
+
+
+def _added(row: Mapping[str, Any]) -> str:
+    """Without and with SADR, and what it adds, in per cent."""
+    sides = " / ".join(f"{row[side]:.3g}" for side in ("without", "with"))
+    more = with_interval(row["value"], row["low"], row["high"], sign="+", unit=" %")
+    return f"{sides} {row['unit']}, {more}"
+
+
 def sequence_markdown(record: Mapping[str, Any]) -> str:
     """Success after some of the edits of a sequence: few, half of the looks, and all."""
     lines = []
@@ -218,6 +238,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "steps": restricted_markdown,
     "strength": equally_strong_markdown,
     "cure": cured_markdown,
+    "cost": costs_markdown,
     "rules": restricted_markdown,
     "rivals": restricted_markdown,
     "sequential": sequence_markdown,

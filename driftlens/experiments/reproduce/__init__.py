@@ -4,8 +4,8 @@ Each experiment is one function from a :class:`Study` to a :class:`Finding`: num
 what these say, computed from them, beside what the paper reports. ``editors.py`` holds
 those that ask edited models, ``inside.py`` those that look into them, ``single_heads.py`` one
 head at a time, ``cure.py`` what SADR takes off the drift, ``strength.py`` edits that are equally
-strong, ``sequential.py`` edits that pile up. To add one, write such a function and name it in
-EXPERIMENTS.
+strong, ``cost.py`` time and memory, ``sequential.py`` edits that pile up. To add one, write such a
+function and name it in EXPERIMENTS.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from driftlens.errors import RequestError
+from driftlens.experiments.reproduce.cost import cost
 from driftlens.experiments.reproduce.cure import cure
 from driftlens.experiments.reproduce.editors import (
     fig6,
@@ -46,6 +47,7 @@ EXPERIMENTS: dict[str, Callable[[Study], Finding]] = {
     "steps": steps,
     "strength": strength,
     "cure": cure,
+    "cost": cost,
     "rules": rules,
     "rivals": rivals,
     "sequential": sequential,

@@ -13,11 +13,11 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from driftlens.bench import Arm
-from driftlens.bench.units import COVARIANCE, is_failure, reason
+from driftlens.bench.units import COVARIANCE, check_unchanged, is_failure, reason
 from driftlens.cases import Case, Metric, Probe
 from driftlens.drift import measure_drift
 from driftlens.edits import Edit
-from driftlens.errors import ModelError, RequestError
+from driftlens.errors import RequestError
 from driftlens.experiments.reproduce.finding import Failure, Study
 from driftlens.intervals import bootstrap_interval
 from driftlens.journal import Journal, total
@@ -176,8 +176,7 @@ def each_case(
                 if not is_failure(error):
                     raise
                 found = {"error": reason(error)}
-            if study.model.fingerprint() != before:
-                raise ModelError("The model's weights are not what they were before the case.")
+            check_unchanged(study.model, before)
             journal.add(unit, **found, seconds=time.monotonic() - started, versions=made_by)
             bar.update()
     records = [journal[unit] for unit in units]
