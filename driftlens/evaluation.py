@@ -290,6 +290,7 @@ def compare(
     measure: Measure = "success",
     draws: int = 2000,
     seed: int = 0,
+    by: Averaging = "prompt",
 ) -> dict[Metric, Difference]:
     """Paired differences of each metric over the cases that both have.
 
@@ -299,7 +300,9 @@ def compare(
         measure: One of `MEASURES`.
         draws: Of the bootstrap.
         seed: Of the bootstrap.
+        by: As for :func:`rates`.
     """
+    check_choice("by", by, get_args(Averaging))
     common = [name for name in first if name in second]
     found: dict[Metric, Difference] = {}
     for metric in ALL_METRICS:
@@ -310,7 +313,10 @@ def compare(
         asked = counts > 0
         if not asked.any():
             continue
-        found[metric] = difference((sums - others)[asked], counts[asked], draws, seed)
+        gains, of = (sums - others)[asked], counts[asked]
+        if by == "case":
+            gains, of = gains / of, np.ones_like(of)
+        found[metric] = difference(gains, of, draws, seed)
     return found
 
 
@@ -320,8 +326,13 @@ def compare_combined(
     metrics: Sequence[Metric],
     draws: int = 2000,
     seed: int = 0,
+    mean: Callable[[Sequence[float]], float] = statistics.fmean,
+    by: Averaging = "prompt",
 ) -> Difference | None:
     """The paired difference of a mean of several metrics' success over the cases that both have.
+
+    Effect size and cases that are better or worse are those of each case's arithmetic mean over the
+    metrics that it was asked.
 
     Args:
         first: Answers by the case's id.
@@ -329,10 +340,13 @@ def compare_combined(
         metrics: Which; ``None`` is returned where one has no prompt.
         draws: Of the bootstrap.
         seed: Of the bootstrap.
+        mean: Of the metrics' values, in per cent; with :func:`harmonic_mean` and the five main
+            metrics that of Avg. S.
+        by: As for :func:`rates`.
     """
     common = [name for name in first if name in second]
     several = [[side[name] for name in common] for side in (first, second)]
-    found, other = (_combined(g, metrics, statistics.fmean, "prompt", draws, seed) for g in several)
+    found, other = (_combined(g, metrics, mean, by, draws, seed) for g in several)
     if found is None or other is None:
         return None
     gains, asked = np.zeros(len(common)), np.zeros(len(common))

@@ -6,6 +6,7 @@ format is a model with a method ``case`` in `FORMATS`.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections import Counter
@@ -165,17 +166,19 @@ class _NoCase(Exception):
 
 
 def _records(source: Path) -> Iterator[tuple[int, Any]]:
-    """Numbered records; a line that is no JSON is one that cannot be read."""
+    """Numbered records; a line that is no JSON, or no text, is one that cannot be read."""
     try:
-        text = source.read_bytes().decode("utf-8-sig")
+        content_bytes = source.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise DataError(f"The cases {source} cannot be read: {error.strerror or error}.") from error
+    if source.suffix in (".jsonl", ".ndjson"):
+        yield from enumerate(_loads(line) for line in content_bytes.split(b"\n") if line.strip())
+        return
+    try:
+        text = content_bytes.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"The cases {source} are no UTF-8 text: {error.reason}.") from error
     lines = [line for line in text.split("\n") if line.strip()]
-    if source.suffix in (".jsonl", ".ndjson"):
-        yield from enumerate(map(_loads, lines))
-        return
     content = _loads(text)
     if isinstance(content, _Unreadable):
         several = [_loads(line) for line in lines]
@@ -188,9 +191,12 @@ def _records(source: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(content)
 
 
-def _loads(text: str) -> Any:
+def _loads(text: str | bytes) -> Any:
     try:
+        text = text.decode() if isinstance(text, bytes) else text
         return json.loads(text, object_pairs_hook=_named_once)
+    except UnicodeDecodeError as error:
+        return _Unreadable(f"no UTF-8 text, {error.reason}")
     except ValueError as error:
         return _Unreadable(f"no JSON, {error}")
     except RecursionError:
@@ -210,17 +216,18 @@ _TWICE = object()
 """Under this key, which no file can hold, an object tells which field it has more than once."""
 
 
-def _field_that_stands_twice(value: Any) -> str | None:
-    """In a record, or in anything that it holds."""
+def _field_that_stands_twice(value: Any, place: tuple[Any, ...] = ()) -> str | None:
+    """In a record, or in anything that it holds, as a path into the record."""
     if isinstance(value, dict):
-        inner: Iterable[Any] = value.values()
         if _TWICE in value:
-            return str(value[_TWICE])
+            return ".".join(map(str, (*place, value[_TWICE])))
+        inner: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list):
-        inner = value
+        inner = enumerate(value)
     else:
         return None
-    return next(filter(None, map(_field_that_stands_twice, inner)), None)
+    found = (_field_that_stands_twice(part, (*place, name)) for name, part in inner)
+    return next(filter(None, found), None)
 
 
 def _format_of(records: Sequence[Any], source: Path) -> str:
@@ -547,8 +554,19 @@ class KnowEdit(_Schema):
         )  # fmt: skip
 
 
+class _OneHop(pydantic.BaseModel):
+    """A question that takes the new answer one step further."""
+
+    question: Annotated[Prompt, pydantic.Field(alias="New Question")]
+    answer: Annotated[Text, pydantic.Field(alias="New Answer")]
+
+    def query(self) -> Cloze:
+        return Cloze(self.question, self.answer)
+
+
 class ZsRE(_Schema):
-    """zsRE for editing: the answer becomes ``alt``; ``loc`` asks about something else."""
+    """zsRE for editing: the answer becomes ``alt``; ``loc`` asks about something else, and
+    ``portability``, which EasyEdit's file adds, what follows from the new answer."""
 
     marks: ClassVar[frozenset[str]] = frozenset({"subject", "src", "alt"})
     template = "src"
@@ -561,11 +579,12 @@ class ZsRE(_Schema):
     rephrase: Prompt | None = None
     loc: Prompt | None = None
     loc_ans: Annotated[Text | None, pydantic.BeforeValidator(_first_answer)] = None
+    portability: _OneHop | None = None
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _no_other_prompts(cls, record: Any) -> Any:
-        return _no_others(record, ("rephrase",), _is_a_group)
+        return _no_others(record, ("rephrase", "portability"), _is_a_group)
 
     @pydantic.model_validator(mode="after")
     def _asked_with_its_answer(self) -> ZsRE:
@@ -584,6 +603,7 @@ class ZsRE(_Schema):
             self._request(self.src, self.subject, self.alt, self.answers[0]),
             paraphrases=(self.rephrase,) if self.rephrase else (),
             neighbours=elsewhere,
+            reasoning=() if self.portability is None else (self.portability.query(),),
         )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import platform
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,23 @@ LIBRARIES = ("transformers", "transformer-lens", "nltk", "scikit-learn")
 """That results depend on, besides torch."""
 
 
+@cache
+def code_digest() -> str:
+    """Of the package's own source files, 16 hexadecimal digits: versions between two releases
+    differ by nothing else."""
+    found = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        found.update(f"{path.relative_to(folder).as_posix()}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def versions() -> dict[str, str]:
     """Of what a result depends on besides the model and what is asked: the code, the libraries that
     compute or tell of texts, and how exact torch's products of float32 are."""
     return {
         "driftlens": __version__,
+        "code": code_digest(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},

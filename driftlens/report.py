@@ -23,6 +23,7 @@ from driftlens.editing.methods import edit
 from driftlens.edits import Edit
 from driftlens.errors import ModelError, RequestError
 from driftlens.evaluation import Answer, Rate
+from driftlens.intervals import with_interval
 from driftlens.models import LensModel
 
 ABOUT_THE_SUBJECT: tuple[Metric, ...] = ("DNS", "RS", "distractor", "distract-relation")
@@ -205,18 +206,20 @@ def _differences(result: BenchResult) -> list[Section]:
     """Each restricted editor less the plain one, and each editor less the unedited model."""
     rows = [
         {
-            "arm": arm, "less": other, "metric": metric, "difference": str(found),
-            "effect size": found.effect, "better": found.better, "worse": found.worse,
-            "cases": found.cases,
+            "arm": found["arm"], "less": found["less"], "metric": found["metric"],
+            "difference": with_interval(found["value"], found["low"], found["high"], sign="+"),
+            "effect size": found["effect"], "better": found["better"], "worse": found["worse"],
+            "cases": found["cases"],
         }
-        for arm, other in result.pairs()
-        for metric, found in result.compare(arm, other).items()
+        for found in result.differences()
     ]  # fmt: skip
     if not rows:
         return []
     text = (
-        "Differences in percentage points, on the cases that both have. The effect size is Cohen's "
-        "d of paired samples; better and worse count cases."
+        "Differences in percentage points, on the cases that both have (of texts in their own "
+        "units, of the perplexity that of its logarithm). The effect size is Cohen's d of paired "
+        "samples; better and worse count cases. For Avg. S these are of each case's arithmetic "
+        "mean over its metrics."
     )
     table = TableOf("Paired differences, with 95 % intervals", pd.DataFrame(rows))
     return [Section("differences", "Paired differences", texts=[text], tables=[table])]

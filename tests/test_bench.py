@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -160,6 +161,16 @@ def test_a_summary_holds_paired_differences(whole: BenchResult) -> None:
     for arm, other in whole.pairs():
         assert values[arm] == pytest.approx(table[arm, "RS"] - table[other, "RS"])
     assert {row["less"] for row in found} == {UNEDITED, "ft"}
+    mean = {row["arm"]: row["value"] for row in found if row["metric"] == "Avg. S"}
+    for arm, other in whole.pairs():
+        assert mean[arm] == pytest.approx(table[arm, "Avg. S"] - table[other, "Avg. S"])
+    for measure, own in told["differences in magnitude"].items():
+        table = whole.table(measure).set_index(["arm", "metric"])["value"]
+        assert {row["metric"] for row in own} == set(table["ft"].index)
+        for row in own:
+            place = row["metric"]
+            expected = table[row["arm"], place] - table[row["less"], place]
+            assert row["value"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_summary_holds_averages_by_case(whole: BenchResult) -> None:
@@ -374,6 +385,35 @@ def test_parquet(whole: BenchResult, tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="cannot be written"):
         whole.to_parquet(tmp_path / "rows.parquet" / "rows.parquet")
+    with pytest.raises(RequestError, match="of"):
+        whole.to_parquet(tmp_path / "rows.parquet", of="cases")  # type: ignore[arg-type]
+
+
+def test_a_row_for_each_unit(
+    model: dl.LensModel, cases: list[Case], whole: BenchResult, tmp_path: Path
+) -> None:
+    rows = whole.units_dataframe().set_index(["arm", "case"])
+    assert len(rows) == sum(map(len, whole.records.values()))
+    for arm, own in whole.records.items():
+        for case, record in own.items():
+            row = rows.loc[(arm, case)]
+            assert row["category"] == whole.cases[case].category
+            assert row["spent"] == record["spent"] > 0
+            for name in ("seconds", "steps"):
+                known = name in record
+                assert known == (arm != UNEDITED)
+                assert row[name] == record[name] if known else pd.isna(row[name])
+    assert rows[["error", "FL", "reference", "perplexity"]].isna().all(axis=None)
+    # Of a run that asks nothing but texts, each unit has them.
+    writing = [replace(case, generation=("The Louvre is",)) for case in cases[:2]]
+    setting = Setting((), texts=("FL",), text_length=8)
+    texts = bench(model, writing, tmp_path / "texts", setting=setting)
+    assert not len(texts.to_dataframe())
+    texts.to_parquet(tmp_path / "units.parquet", of="units")
+    kept = pd.read_parquet(tmp_path / "units.parquet").set_index(["arm", "case"])
+    for arm in texts.arms:
+        found = kept.loc[arm]["FL"]
+        assert found.mean() == pytest.approx(texts.text_rates(arm)["FL"].value)
 
 
 def test_nothing_finished_is_done_again(
@@ -587,6 +627,26 @@ def test_changed_weights_end_the_run(
     assert records(found) == records(undisturbed)
 
 
+def test_an_edit_that_is_left_on_ends_the_run(
+    model: dl.LensModel, cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit = dl.edit(model, cases[0].request, "ft-m", config=QUICK, progress=False)
+    real, left = units.answers, contextlib.ExitStack()
+
+    def leave_on(*args: Any) -> Any:
+        found = real(*args)
+        left.enter_context(edit.applied(model))
+        return found
+
+    monkeypatch.setattr(units, "answers", leave_on)
+    try:
+        with pytest.raises(ModelError, match="not what they were"):
+            bench(model, cases[:2], tmp_path)
+    finally:
+        left.close()
+    assert not (tmp_path / UNITS).exists()
+
+
 def test_bad_requests(
     model: dl.LensModel, cases: list[Case], whole: BenchResult, tmp_path: Path
 ) -> None:
@@ -715,7 +775,7 @@ SCRIPT = """
 
     model = dl.load_model(tiny.hf_model("gpt2", 1), tiny.tokenizer(), name="tiny")
     cases = list(read_cases(asset("facts.jsonl"))[:3])
-    out, rng, kills, run = {out!r}, random.Random(0), 0, 0
+    out, rng, kills, amid, run = {out!r}, random.Random(0), 0, 0, 0
 
     def start(name):
         child = os.fork()
@@ -723,6 +783,10 @@ SCRIPT = """
             test_bench.bench(model, cases, out + "/" + name, test_bench.{arms})
             os._exit(0)
         return child
+
+    def finished_units(run):
+        path = out + "/killed-" + str(run) + "/" + test_bench.UNITS
+        return open(path, "rb").read().count(b"\\n") if os.path.exists(path) else 0
 
     assert os.waitpid(start("first"), 0)[1] == 0  # covariances are kept
     times = []
@@ -741,9 +805,10 @@ SCRIPT = """
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         kills += 1
+        amid += 0 < finished_units(run) < 3 * len(test_bench.{arms})
     for i in range(run + 1):
         assert os.waitpid(start("killed-" + str(i)), 0)[1] == 0
-    print("kills", kills)
+    print("amid", amid, "kills", kills)
 """
 
 
@@ -755,7 +820,9 @@ def test_killed_at_30_random_moments(arms: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=900
     )
-    assert done.stdout.strip().endswith("kills 30"), done.stderr
+    told = re.search(r"amid (\d+) kills 30$", done.stdout.strip())
+    assert told, done.stderr
+    assert int(told[1]) >= 5  # with some units finished and others not
     expected = BenchResult(tmp_path / "undisturbed")
     assert expected.is_complete
     killed = sorted(tmp_path.glob("killed-*"))

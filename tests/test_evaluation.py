@@ -296,6 +296,11 @@ def test_paired_differences_by_hand() -> None:
     assert found.effect == pytest.approx(of_case.mean() / of_case.std(ddof=1))
     assert found.low == -100.0  # only the third case drawn
     assert found.high == 100.0  # only the second
+    alike = compare(first, second, by="case")["RS"]
+    assert alike.value == pytest.approx(of_case.mean())
+    assert (alike.effect, alike.low, alike.high) == (found.effect, -100.0, 100.0)
+    with pytest.raises(RequestError, match="by"):
+        compare(first, second, by="prompts")  # type: ignore[arg-type]
     same = compare(first, first)["RS"]
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
     assert np.isnan(same.effect)
@@ -365,6 +370,17 @@ def test_a_paired_difference_of_a_mean_of_several_metrics_by_hand() -> None:
     apart = [compare(first, second)[m].value for m in ("RS", "NS")]
     assert found.value == pytest.approx(np.mean(apart))
     assert compare_combined(first, second, ["RS", "PS"]) is None
+    # As Avg. S is: 2 / (3/200 + 1/100) less 2 / (3/100 + 1/50), of RS 66.7, NS 100; 33.3, 50.
+    harmonic = compare_combined(first, second, ["RS", "NS"], mean=harmonic_mean)
+    assert harmonic is not None
+    assert harmonic.value == pytest.approx(80 - 40)
+    assert (harmonic.better, harmonic.worse, harmonic.cases) == (2, 0, 2)
+    # By case RS is (50 + 100) / 2, before (50 + 0) / 2.
+    by_case = compare_combined(first, second, ["RS", "NS"], mean=harmonic_mean, by="case")
+    assert by_case is not None
+    assert by_case.value == pytest.approx(2 / (1 / 75 + 1 / 100) - 2 / (1 / 25 + 1 / 50))
+    # A draw has twice the first case (66.7 less 0), both, or twice the second (100 less 0).
+    assert (harmonic.low, harmonic.high) == (pytest.approx(40), pytest.approx(100))
 
 
 def test_a_mean_of_several_metrics_by_hand() -> None:

@@ -7,6 +7,7 @@ import functools
 import json
 import operator
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,11 @@ RECORDS: dict[str, dict[str, Any]] = {
         "loc": "nq question: who wrote Hamlet",
         "loc_ans": "Shakespeare",
         "cond": "Lyon >> Rome || What city is The Louvre in?",
+        "portability": {
+            "Recalled Relation": "(Rome, country, Italy)",
+            "New Question": "In which country is The Louvre?",
+            "New Answer": "Italy",
+        },
     },
     "driftlens": {
         "id": "louvre-city",
@@ -121,6 +127,7 @@ CASES = {
         dl.EditRequest("What city is {} in?", "The Louvre", "Rome", "Paris"),
         ("Where is The Louvre?",),
         (Cloze("nq question: who wrote Hamlet?", "Shakespeare"),),
+        reasoning=(Cloze("In which country is The Louvre?", "Italy"),),
     ),
     "driftlens": Case(
         "louvre-city", REQUEST, PARAPHRASES, NEIGHBOURS, RELATIONS, ALIASES, REASONING,
@@ -208,7 +215,9 @@ def changed(name: str, path: str, value: Any) -> dict[str, Any]:
         ("knowedit", "paraphrase", "x", "no prompts are called 'paraphrase'"),
         ("knowedit", "Locality", {}, "no prompts are called 'Locality'; locality, portability"),
         ("zsre", "answers", [], "answers: .*at least 1 item"),
-        ("zsre", "locality_prompts", [], "no prompts are called 'locality_prompts'; rephrase are"),
+        ("zsre", "locality_prompts", [], "called 'locality_prompts'; portability, rephrase are"),
+        ("zsre", "portability.New Answer", ..., "portability.New Answer: Field required"),
+        ("zsre", "portability.New Question", "", "portability.New Question: "),
         ("zsre", "loc_ans", None, "of loc and loc_ans there is one without the other"),
         ("zsre", "loc", ..., "of loc and loc_ans there is one without the other"),
         ("driftlens", "paraphrases", ["Where is {}? In"], r"paraphrases.0: it holds \{\}, and"),
@@ -266,7 +275,7 @@ def test_a_field_that_stands_twice(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Record 1, alt: it stands there twice"):
         read_cases(path)
     path.write_text(f"{json.dumps(RECORDS['driftlens'])}\n{inner}\n")
-    with pytest.raises(DataError, match="Record 1, answer: it stands there twice"):
+    with pytest.raises(DataError, match=r"Record 1, neighbors.0.answer: it stands there twice"):
         read_cases(path)
     whole = tmp_path / "data.json"
     whole.write_text(f"[{line}, {twice}]")
@@ -295,6 +304,18 @@ def test_a_line_that_is_no_json(tmp_path: Path) -> None:
     found = read_cases(path, strict=False)
     assert [case.id for case in found] == ["data-1"]
     assert str(found.skipped[0]).startswith("Record 0: no JSON")
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.ndjson"])
+def test_a_line_that_is_no_text(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, RECORDS["zsre"], name="lines.jsonl")
+    line = path.read_bytes()
+    path = path.rename(tmp_path / name)
+    path.write_bytes(b"\xef\xbb\xbf" + line.rstrip() + b"\n" + line.replace(b"Rome", b"R\xffme"))
+    with pytest.raises(DataError, match="Record 1: no UTF-8 text, invalid start byte"):
+        read_cases(path)
+    found = read_cases(path, strict=False)
+    assert (len(found), [skipped.record for skipped in found.skipped]) == (1, [1])
 
 
 @pytest.mark.parametrize(
@@ -375,6 +396,15 @@ def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [prefix, *inner] if prefix else inner
 
 
+def strings(value: Any) -> Iterator[str]:
+    """All texts in a record."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
 def damaged(rng: random.Random, record: Any, values: list[Any]) -> Any:
     """A record with one to three fields removed, replaced or added, or something else instead."""
     if rng.random() < 0.05:
@@ -445,11 +475,16 @@ def test_ten_thousand_damaged_records(name: Any, file: str, tmp_path: Path) -> N
         path.write_text("\n".join(lines) if file.endswith("l") else f"[{', '.join(lines)}]")
         found = read_cases(path, name, strict=False)
         assert found[0] == CASES[name]
-        assert len(found) + len(found.skipped) == RECORDS_IN_A_FILE + 1
-        for case in found:
-            assert case.request.text.strip()
+        refused_ones = {skipped.record - 1 for skipped in found.skipped}
+        accepted = [record for i, record in enumerate(bad) if i not in refused_ones]
+        assert len(found) == 1 + len(accepted)
+        assert len(refused_ones) >= 20  # some damage is of what is not read
+        for case, record in zip(found[1:], accepted, strict=True):
+            texts = {part.strip() for part in strings(record)}
+            assert {case.request.subject, case.request.target_new} <= texts  # none made up
             assert all(probe.prompt and probe.right for probe in case.probes(ALL_METRICS))
         assert all(skipped.reason for skipped in found.skipped)
+        assert sum(bool(skipped.field) for skipped in found.skipped) > len(found.skipped) / 2
         for skipped in found.skipped:
             assert names_a_place(skipped.field, bad[skipped.record - 1]), skipped
         if found.skipped:

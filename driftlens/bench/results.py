@@ -16,7 +16,7 @@ import pandas as pd
 
 from driftlens.bench.arms import UNEDITED
 from driftlens.cases import METRICS, TEXT_METRICS, Case, Metric, Probe, TextMetric
-from driftlens.errors import DataError, RequestError
+from driftlens.errors import DataError, RequestError, check_choice
 from driftlens.evaluation import (
     Answer,
     Difference,
@@ -29,6 +29,7 @@ from driftlens.evaluation import (
     compare_combined,
     difference,
     growth,
+    harmonic_mean,
     rates,
     with_failures,
 )
@@ -47,10 +48,8 @@ ALLOWED: dict[Metric, float] = {"ES": 1.0, "PS": 4.0}
 PLAN, CASES, UNITS = "bench.json", "cases.jsonl", "units.jsonl"
 
 
-def difference_rows(
-    arm: str, other: str, found: Mapping[Metric, Difference]
-) -> list[dict[str, Any]]:
-    """Paired differences of two arms, a row for each metric, JSON-ready."""
+def difference_rows(arm: str, other: str, found: Mapping[Any, Difference]) -> list[dict[str, Any]]:
+    """Paired differences of two arms, by metric; a row for each, JSON-ready."""
     return [
         plain({"arm": arm, "less": other, "metric": metric, **asdict(one)})
         for metric, one in found.items()
@@ -196,10 +195,23 @@ class BenchResult:
         return found
 
     def compare(
-        self, arm: str, other: str, measure: Measure = "success"
+        self,
+        arm: str,
+        other: str,
+        measure: Measure = "success",
+        by: Literal["prompt", "case"] = "prompt",
     ) -> dict[Metric, Difference]:
         """Paired differences: an arm less another, over the cases that both have."""
-        return compare(self.answers(arm), self.answers(other), measure)
+        return compare(self.answers(arm), self.answers(other), measure, by=by)
+
+    def compare_average(
+        self, arm: str, other: str, by: Literal["prompt", "case"] = "prompt"
+    ) -> Difference | None:
+        """The paired difference of Avg. S; ``None`` if one of its metrics was not asked. Effect
+        size, better and worse are of each case's arithmetic mean over its metrics."""
+        return compare_combined(
+            self.answers(arm), self.answers(other), METRICS, mean=harmonic_mean, by=by
+        )
 
     def compare_texts(self, arm: str, other: str) -> dict[TextMetric, Difference]:
         """Paired differences of what is told of texts, over the cases that both have; of the
@@ -267,13 +279,18 @@ class BenchResult:
                 found.append((name, UNEDITED))
         return found
 
-    def differences(self) -> list[dict[str, Any]]:
-        """Paired differences in success of all :meth:`pairs`, by metric, JSON-ready."""
-        return [
-            row
-            for arm, other in self.pairs()
-            for row in difference_rows(arm, other, self.compare(arm, other))
-        ]
+    def differences(self, measure: Measure = "success") -> list[dict[str, Any]]:
+        """Paired differences in a measure of all :meth:`pairs`, by metric, JSON-ready; beside
+        success those of ``Avg. S`` and of what is told of texts (:meth:`compare_texts`), too."""
+        rows = []
+        for arm, other in self.pairs():
+            found: dict[Any, Difference] = dict(self.compare(arm, other, measure))
+            if measure == "success":
+                whole = self.compare_average(arm, other)
+                found |= {} if whole is None else {"Avg. S": whole}
+                found |= self.compare_texts(arm, other)
+            rows += difference_rows(arm, other, found)
+        return rows
 
     def table(
         self, measure: Measure = "success", by: Literal["prompt", "case"] = "prompt"
@@ -355,14 +372,42 @@ class BenchResult:
                     )
         return pd.DataFrame(rows)
 
-    def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_dataframe` to a Parquet file, atomically.
+    def units_dataframe(self) -> pd.DataFrame:
+        """A row for each finished unit: ``arm``, ``case``, ``category``; ``error``, why it failed;
+        ``seconds`` and ``steps`` of its edit; ``spent``, all seconds that it took; and what is told
+        of its texts (`TEXT_METRICS`). Nothing where that is not known or was not asked."""
+        names = ("error", "seconds", "steps", "spent")
+        rows = [
+            {
+                "arm": arm,
+                "case": case,
+                "category": self.cases[case].category,
+                **{name: record.get(name) for name in names},
+                **{metric: record.get("texts", {}).get(metric) for metric in TEXT_METRICS},
+            }
+            for arm, records in self.records.items()
+            for case, record in records.items()
+        ]
+        columns = ["arm", "case", "category", *names, *TEXT_METRICS]
+        return pd.DataFrame(rows, columns=columns)
+
+    def to_parquet(
+        self, path: str | os.PathLike[str], of: Literal["prompts", "units"] = "prompts"
+    ) -> None:
+        """Write :meth:`to_dataframe`, or :meth:`units_dataframe`, to a Parquet file, atomically.
+
+        Args:
+            path: Of the file.
+            of: A row for each of these.
 
         Raises:
+            RequestError: If ``of`` is neither.
             DataError: If it cannot be written.
         """
+        check_choice("of", of, ("prompts", "units"))
+        rows = self.to_dataframe() if of == "prompts" else self.units_dataframe()
         buffer = io.BytesIO()
-        self.to_dataframe().to_parquet(buffer, index=False)
+        rows.to_parquet(buffer, index=False)
         write_result(Path(path), buffer.getvalue())
 
     def conditions(self) -> list[dict[str, Any]]:
@@ -382,7 +427,7 @@ class BenchResult:
 
     def summary(self) -> dict[str, Any]:
         """Everything but single answers, JSON-ready: how it was made, success pooled over prompts
-        (``table``) and averaged by case, magnitudes, and paired differences."""
+        (``table``) and averaged by case, magnitudes, and paired differences in all of these."""
         magnitudes: tuple[Measure, ...] = ("exact", "prob", "margin")
         failed = [{"arm": a, "case": c, "reason": reason} for a, c, reason in self.failed]
         return {
@@ -394,6 +439,7 @@ class BenchResult:
             "table by case": plain(self.table(by="case").to_dict("records")),
             "magnitudes": {name: plain(self.table(name).to_dict("records")) for name in magnitudes},
             "differences": self.differences(),
+            "differences in magnitude": {name: self.differences(name) for name in magnitudes},
         }
 
     def main_metrics(self) -> list[Metric]:

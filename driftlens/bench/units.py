@@ -140,6 +140,20 @@ def _tokens_from_subject(model: LensModel, case: Case) -> int:
         return 0
 
 
+def check_unchanged(model: LensModel, before: str) -> None:
+    """Refuse what was measured of a case that left other weights behind, or an edit applied.
+
+    Args:
+        model: After the case.
+        before: Its fingerprint, before it.
+
+    Raises:
+        ModelError: If so.
+    """
+    if model.weights.is_edited or model.fingerprint() != before:
+        raise ModelError("The model's weights are not what they were before the case.")
+
+
 def reason(error: Exception) -> str:
     """Why a case failed, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -176,8 +190,7 @@ def run_job(
             if not is_failure(error):
                 raise
             record = {"error": reason(error)}
-        if model.fingerprint() != before:
-            raise ModelError("The model's weights are not what they were before the case.")
+        check_unchanged(model, before)
         yield case, {**record, "spent": time.monotonic() - started}
         started = time.monotonic()
 
