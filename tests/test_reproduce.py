@@ -445,10 +445,13 @@ def test_other_measures_are_compared_with_the_largest_head() -> None:
     head = rows.loc["max head"]
     assert told.startswith(
         f"max head {head['pearson']:.2f} [{head['pearson_low']:.2f}, {head['pearson_high']:.2f}], "
+        f"by rank {head['spearman']:.2f} [{head['spearman_low']:.2f}, {head['spearman_high']:.2f}]; "
         f"mean head {rows.loc['mean head', 'pearson']:.2f} ["
     )
-    assert told.endswith(f"({own['less_max_head']:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}] "
-                         "less max head)")  # fmt: skip
+    assert told.endswith(
+        f"({own['less_max_head']:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}] less max head), by rank "
+        f"{own['spearman']:.2f} [{own['spearman_low']:.2f}, {own['spearman_high']:.2f}]"
+    )
 
 
 def test_no_variation_is_no_correlation() -> None:

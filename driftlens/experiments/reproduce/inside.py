@@ -92,8 +92,8 @@ def fig4(study: Study) -> Finding:
         for (kind, damage), own in rows.groupby(["kind", "damage"], sort=False)
     ]
     text = (
-        "Drift of the last token, averaged over layers, against damage, Pearson's correlation, "
-        "prompt by prompt. Where there is little drift, there is little to correlate."
+        "Drift of the last token, averaged over layers, against damage, prompt by prompt: Pearson's "
+        "correlation, and by rank Spearman's. Where there is little drift, there is little to correlate."
     )
     paper = (
         "The largest head correlates best: Pearson 0.49 on distract neighbourhood, 0.62 on "
@@ -270,7 +270,8 @@ def _with_interval(name: str, values: np.ndarray, cases: int) -> dict[str, float
 
 
 def _told_correlations(rows: pd.DataFrame) -> str:
-    """The largest head's first, as in the paper; the others' beside it."""
+    """The largest head's first, as in the paper; the others' beside it. Pearson's, then
+    Spearman's."""
     parts = []
     for row in rows.to_dict("records"):
         if not np.isfinite(row["pearson"]):
@@ -278,8 +279,10 @@ def _told_correlations(rows: pd.DataFrame) -> str:
         part = f"{row['drift']} {_correlated(row, 'pearson')}"
         if row["drift"] != "max head" and np.isfinite(row["less_max_head"]):
             part += f" ({_correlated(row, 'less_max_head', '+')} less max head)"
+        if np.isfinite(row["spearman"]):
+            part += f", by rank {_correlated(row, 'spearman')}"
         parts.append(part)
-    return ", ".join(parts) or "no correlation can be told"
+    return "; ".join(parts) or "no correlation can be told"
 
 
 def _drift_level(rows: pd.DataFrame) -> str:
