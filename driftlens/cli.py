@@ -475,10 +475,17 @@ def bench(
     parquet: Annotated[
         Path | None, typer.Option(help="Also write a row for each answer to this file.")
     ] = None,
+    units: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a row for each unit to this Parquet file: its error, the seconds and "
+            "steps of its edit, fluency and the like."
+        ),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Edit many cases with many editors, ask everything, and keep each result at once."""
-    _check_outputs(json_file, parquet)
+    _check_outputs(json_file, parquet, units)
     _check_folder(out)
     import driftlens as dl
     from driftlens.assets import asset
@@ -530,6 +537,8 @@ def bench(
     _write_json(json_file, result.summary())
     if parquet is not None:
         result.to_parquet(parquet)
+    if units is not None:
+        result.to_parquet(units, "units")
     if json_file is None or str(json_file) != "-":
         print(result.to_markdown())
         for arm, case, reason in result.failed:

@@ -931,6 +931,13 @@ def test_bench_on_the_command_line(
     assert "--split held-back" not in notes[-1]
     data.write_text(json.dumps(tuning[0].to_record()) + "\n{}\n")
     run(*more, "--metrics", "ES,alias,reasoning", "--texts", "FL,reference")
+    kept = [tmp_path / "answers.parquet", tmp_path / "units.parquet"]
+    run(*more, "--metrics", "ES", "--parquet", str(kept[0]), "--units", str(kept[1]))
+    found = BenchResult(tmp_path / "c")
+    for path, rows in zip(kept, (found.to_dataframe(), found.units_dataframe()), strict=True):
+        assert len(rows) and len(pd.read_parquet(path)) == len(rows)
+    assert set(found.units_dataframe().columns) == set(pd.read_parquet(kept[1]).columns)
+    run(*more, "--metrics", "ES,alias,reasoning", "--texts", "FL,reference")
     texts = [one["texts"] for one in BenchResult(tmp_path / "c").records["slow"].values()]
     assert len(texts) == 1 and texts[0].keys() == {"FL"} and texts[0]["FL"] > 0
     for wrong, message in (
@@ -943,6 +950,7 @@ def test_bench_on_the_command_line(
         (["--texts", "x"], "no measure of texts 'x'"),
         (["--executor", "x"], "no executor 'x'"),
         (["--workers", "2"], "Add --executor ray"),
+        (["--units", str(tmp_path / "none" / "u.parquet")], "cannot be written to"),
     ):
         monkeypatch.setattr(
             sys, "argv", ["driftlens", *options, "--out", str(tmp_path / "c"), *wrong]

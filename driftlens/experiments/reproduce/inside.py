@@ -92,8 +92,9 @@ def fig4(study: Study) -> Finding:
         for (kind, damage), own in rows.groupby(["kind", "damage"], sort=False)
     ]
     text = (
-        "Drift of the last token, averaged over layers, against damage, prompt by prompt: Pearson's "
-        "correlation, and by rank Spearman's. Where there is little drift, there is little to correlate."
+        "Drift of the last token, averaged over layers, against damage, prompt by prompt: "
+        "Pearson's correlation, and by rank Spearman's. Where there is little drift, there is "
+        "little to correlate."
     )
     paper = (
         "The largest head correlates best: Pearson 0.49 on distract neighbourhood, 0.62 on "
