@@ -247,14 +247,37 @@ def _combined(
         if not counts.any():
             return None
         prompts += int(counts.sum())
-        if by == "case":
-            asked = counts > 0
-            sums, counts = np.divide(sums, counts, where=asked, out=sums), asked.astype(float)
+        sums, counts = _weighted(sums, counts, by)
         values.append(float(sums.sum() / counts.sum()))
         drawn = counts[chosen].sum(1)
         # A draw without a prompt of some metric tells nothing of it: the value of all.
         means.append(np.where(drawn > 0, sums[chosen].sum(1) / np.maximum(drawn, 1), values[-1]))
     return mean(values), np.array([mean(column) for column in np.array(means).T.tolist()]), prompts
+
+
+def _weighted(sums: np.ndarray, counts: np.ndarray, by: Averaging) -> tuple[np.ndarray, np.ndarray]:
+    """Of each case what counts: its prompts, or the case itself."""
+    if by == "prompt":
+        return sums, counts
+    asked = counts > 0
+    return np.divide(sums, counts, where=asked, out=sums.copy()), asked.astype(float)
+
+
+def _without_each(
+    groups: Sequence[Sequence[Answer]],
+    metrics: Sequence[Metric],
+    mean: Callable[[Sequence[float]], float],
+    by: Averaging,
+) -> np.ndarray:
+    """A mean of several metrics over all cases but one, for each; a metric that only this one has
+    keeps its value."""
+    values = []
+    for metric in metrics:
+        sums, counts = _weighted(*_sums(groups, metric, "success"), by)
+        left = counts.sum() - counts
+        whole = np.full(len(groups), sums.sum() / counts.sum())
+        values.append(np.divide(sums.sum() - sums, left, where=left > 0, out=whole))
+    return np.array([mean(column) for column in np.array(values).T.tolist()])
 
 
 @dataclass(frozen=True)
@@ -331,8 +354,9 @@ def compare_combined(
 ) -> Difference | None:
     """The paired difference of a mean of several metrics' success over the cases that both have.
 
-    Effect size and cases that are better or worse are those of each case's arithmetic mean over the
-    metrics that it was asked.
+    Effect size, and which cases are better or worse: of the arithmetic mean, by each case's own
+    mean over the metrics that it was asked; of another one, which no case has alone, by jackknife
+    pseudo-values.
 
     Args:
         first: Answers by the case's id.
@@ -349,13 +373,17 @@ def compare_combined(
     found, other = (_combined(g, metrics, mean, by, draws, seed) for g in several)
     if found is None or other is None:
         return None
+    low, high = ends(found[1] - other[1], len(common))
+    if mean is not statistics.fmean:
+        without = [_without_each(group, metrics, mean, by) for group in several]
+        n, value = len(common), found[0] - other[0]
+        return _difference(value, low, high, n * value - (n - 1) * (without[0] - without[1]))
     gains, asked = np.zeros(len(common)), np.zeros(len(common))
     for metric in metrics:  # of each case, the mean over those that it has
         (sums, counts), (others, _) = (_sums(group, metric, "success") for group in several)
         gains += np.divide(sums - others, counts, out=np.zeros_like(sums), where=counts > 0)
         asked += counts > 0
     of_case = gains[asked > 0] / asked[asked > 0]
-    low, high = ends(found[1] - other[1], len(common))
     return _difference(found[0] - other[0], low, high, of_case)
 
 

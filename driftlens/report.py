@@ -218,8 +218,8 @@ def _differences(result: BenchResult) -> list[Section]:
     text = (
         "Differences in percentage points, on the cases that both have (of texts in their own "
         "units, of the perplexity that of its logarithm). The effect size is Cohen's d of paired "
-        "samples; better and worse count cases. For Avg. S these are of each case's arithmetic "
-        "mean over its metrics."
+        "samples; better and worse count cases (of Avg. S, which no case has alone, jackknife "
+        "pseudo-values)."
     )
     table = TableOf("Paired differences, with 95 % intervals", pd.DataFrame(rows))
     return [Section("differences", "Paired differences", texts=[text], tables=[table])]

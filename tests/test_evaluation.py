@@ -374,7 +374,11 @@ def test_a_paired_difference_of_a_mean_of_several_metrics_by_hand() -> None:
     harmonic = compare_combined(first, second, ["RS", "NS"], mean=harmonic_mean)
     assert harmonic is not None
     assert harmonic.value == pytest.approx(80 - 40)
-    assert (harmonic.better, harmonic.worse, harmonic.cases) == (2, 0, 2)
+    # Without the first case 100 less 0, without the second 66.7 less 0: pseudo-values 2 * 40 less
+    # these.
+    pseudo = np.array([80 - 100, 80 - 200 / 3])
+    assert harmonic.effect == pytest.approx(pseudo.mean() / pseudo.std(ddof=1))
+    assert (harmonic.better, harmonic.worse, harmonic.cases) == (1, 1, 2)
     # By case RS is (50 + 100) / 2, before (50 + 0) / 2.
     by_case = compare_combined(first, second, ["RS", "NS"], mean=harmonic_mean, by="case")
     assert by_case is not None

@@ -74,7 +74,7 @@ def test_page_says_of_the_main_table_what_was_measured():
         f"PMET, and DNS by {dns[0]}, {dns[1]} and {dns[2]} %, PMET's no clear differences."
     ) in page
     record = json.loads((REPOSITORY / "assets/results/table3.json").read_text())
-    (run,) = (run for run in record["runs"] if run["data"] == theirs[0])
+    (run,) = (r for r in record["runs"] if (r["data"], r["model"]["name"]) == theirs)
     likely = {row["arm"]: row["value"] for row in run["probabilities"] if row["metric"] == "ES"}
     plain, held = ([likely[f"{method}{end}"] for method in PAPERS] for end in ("", " + sadr"))
     fall = (
@@ -612,7 +612,7 @@ def test_page_says_what_else_was_asked():
     rate = {
         (row["arm"], row["metric"]): row["value"]
         for row in result_rows("table3")
-        if row["data"] == "counterfact_wikidata_dev"
+        if (row["data"], row["model"]) == ("counterfact_wikidata_dev", "smollm2-135m")
     }
 
     def ends(metric: str, end: str = "") -> str:
@@ -693,14 +693,13 @@ def test_page_says_what_sadr_costs_by_probability():
 def test_what_is_said_of_the_shipped_facts_in_the_page_on_metrics():
     text = flowing((REPOSITORY / "docs/concepts/metrics.md").read_text(encoding="utf-8"))
     facts = {case.id: case for case in read_cases(asset("facts.jsonl"))}
-    runs = json.loads((REPOSITORY / "assets/results/table3.json").read_text())["runs"]
-    asked = [facts[name] for name in runs[1]["cases"]]
+    asked = [facts[name] for name in run_of("table3", "smollm2-135m")["cases"]]
     near = [neighbour.prompt for case in asked for neighbour in case.neighbours]
     subjects = {case.request.subject for case in asked}
     assert f"({len(set(near))} different ones among the {len(near)} of the 150" in text
     assert f"{len(subjects)} subjects come in them" in text
-    rate = {row["metric"]: row["value"] for row in result_rows("table3")
-            if (row["data"], row["arm"]) == ("counterfact_wikidata_dev", "unedited")}  # fmt: skip
+    rate = {metric: value for (*place, metric), value in main_rates().items()
+            if place == ["counterfact_wikidata_dev", "smollm2-135m", "unedited"]}  # fmt: skip
     assert f"has an NS of {rate['NS']:.1f} and a DNS of {rate['DNS']:.1f}" in text
 
 
@@ -761,7 +760,8 @@ def test_page_says_how_much_tuning_and_report_share():
         tuned |= set(json.loads(path.read_text())["search"]["cases"])
     subject = {case.id: case.request.subject for case in read_cases(DATA)}
     runs = json.loads((results / "table3.json").read_text())["runs"]
-    (reported,) = (r["cases"] for r in runs if r["data"] == "counterfact_wikidata_dev")
+    reported, of_gemma = (r["cases"] for r in runs if r["data"] == "counterfact_wikidata_dev")
+    assert set(of_gemma) <= set(reported)
     assert not tuned & set(reported)
     shared = [name for name in reported if subject[name] in {subject[one] for one in tuned}]
     assert (
@@ -1482,4 +1482,71 @@ def test_page_says_of_fluency_what_was_measured() -> None:
         f"GPT-J loses at most {gpt_j:.1f} and Llama-3 at most {llama:.1f}, but GPT-NeoX "
         f"{lost(neox, 'rome'):.1f} with ROME and {lost(neox, 'pmet'):.1f} with PMET, of which SADR "
         f"gives back {back[0]:.1f} and {back[1]:.1f};"
+    ) in page
+
+
+def test_page_and_readme_say_what_sadr_does_on_gemma_and_the_papers_data() -> None:
+    where = ("counterfact_wikidata_dev", "gemma-3-270m")
+    runs = json.loads((REPOSITORY / "assets/results/table3.json").read_text())["runs"]
+    (run,) = (r for r in runs if (r["data"], r["model"]["name"]) == where)
+    rate = {place[2:]: value for place, value in main_rates().items() if place[:2] == where}
+    prob, greedy = (
+        {row["arm"]: row["value"] for row in run[name] if row["metric"] == "ES"}
+        for name in ("probabilities", "greedy")
+    )
+    points = {point.partition(" + sadr less ")[0]: point for point in run["points"]}
+    relative = r"\S+ \[\S+ \S+, ([-+]\d+) % \[([-+]\d+), ([-+]\d+)\]"
+    told = {
+        (method, metric): re.search(f"{metric} {relative}", points[method])
+        for method in PAPERS
+        for metric in ("RS", "DNS")
+    }
+    grown = {place: [int(n) for n in found.groups()] for place, found in told.items() if found}
+    clear = {place for place, (_, low, _) in grown.items() if low > 0}
+    assert clear == {("rome", "RS"), ("rome", "DNS"), ("memit", "DNS")}
+    assert len(grown) == 6
+
+    def growth(method: str, metric: str) -> str:
+        value, low, high = grown[method, metric]
+        return (
+            f"{value} % relative [{low}, {high}]"
+            if metric == "RS"
+            else f"{value} % [{low}, {high}]"
+        )
+
+    def price(method: str) -> list[str]:
+        return [f"{rate[method, m] - rate[f'{method} + sadr', m]:.1f}" for m in ("ES", "PS")]
+
+    page, readme = flowing(PAGE), flowing(README)
+    rome = f"RS by {growth('rome', 'RS')} and DNS by {growth('rome', 'DNS')}, for "
+    assert f"it raises {rome}{price('rome')[0]} points of ES and {price('rome')[1]} of PS." in page
+    assert (
+        f"it raises {rome}{price('rome')[0]} points of ES and {price('rome')[1]} of PS;" in readme
+    )
+    assert (
+        f"With MEMIT DNS gains {growth('memit', 'DNS')} and RS {grown['memit', 'RS'][0]} %, no "
+        f"clear difference, for {price('memit')[0]} and {price('memit')[1]} points; with PMET RS "
+        f"gains {grown['pmet', 'RS'][0]} % and DNS {grown['pmet', 'DNS'][0]} %, neither clear."
+    ) in page
+    assert (
+        f"with MEMIT DNS by {growth('memit', 'DNS')}, for {price('memit')[0]} and "
+        f"{price('memit')[1]}; with PMET nothing clearly."
+    ) in readme
+    held = {name: f"from {prob[name]:.3f} to {prob[f'{name} + sadr']:.3f}" for name in PAPERS}
+    fall = f"prompt falls {held['rome']} with ROME and {held['memit']} with MEMIT"
+    assert fall in page and fall in readme
+    assert f"(not with PMET: {held['pmet'].removeprefix('from ')})" in page
+    given = {name: (f"{greedy[f'{name} + sadr']:.1f}", f"{greedy[name]:.1f}") for name in PAPERS}
+    assert (
+        "the new target on {} % of the edited prompts instead of {}, on {} instead of {} and on {} "
+        "instead of {}."
+    ).format(*(part for name in PAPERS for part in given[name])) in page
+    assert (
+        f"RS is {rate['unedited', 'RS']:.1f} before an edit, {rate['rome', 'RS']:.1f} after ROME's "
+        f"and {rate['rome + sadr', 'RS']:.1f} after ROME's with SADR."
+    ) in page
+    assert (
+        f"(Gemma: from {rate['unedited', 'NS']:.1f} to {rate['unedited', 'DNS']:.1f}, an unrelated "
+        f"one leaves it at {rate['unedited', 'lead-neighbour']:.1f}; ROME then takes it to "
+        f"{rate['rome', 'DNS']:.1f}.)"
     ) in page

@@ -208,7 +208,7 @@ class BenchResult:
         self, arm: str, other: str, by: Literal["prompt", "case"] = "prompt"
     ) -> Difference | None:
         """The paired difference of Avg. S; ``None`` if one of its metrics was not asked. Effect
-        size, better and worse are of each case's arithmetic mean over its metrics."""
+        size, better and worse are of jackknife pseudo-values, since no case has an Avg. S."""
         return compare_combined(
             self.answers(arm), self.answers(other), METRICS, mean=harmonic_mean, by=by
         )
