@@ -50,7 +50,10 @@ BOX = """
 const [first, last] = [...arguments].map((s) => document.querySelector(s).getBoundingClientRect());
 return [first.top + scrollY, last.bottom + scrollY];
 """
-MORE = {"heads-gemma": ("heads", "gemma-3-270m", "shipped facts")}
+MORE = {
+    "heads-gemma": ("heads", "gemma-3-270m", "shipped facts"),
+    "table3-gemma": ("table3", "gemma-3-270m", "counterfact_wikidata_dev"),
+}
 """Charts of other runs than an experiment's first: the experiment, the model, the data."""
 DIGESTS = "digests.json"
 """In a folder of charts, what each was drawn from."""

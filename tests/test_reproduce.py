@@ -850,8 +850,8 @@ def test_few_of_many_cases_are_timed(
 def test_the_stronger_edit_is_scaled_down_on_either_side(study: Study) -> None:
     arms = study.arms(("rome",), ("none", "sadr"))[1:]
     case = study.cases[0]
-    found = strength_module._of_case(study, arms, case)
-    turned = strength_module._of_case(study, arms[::-1], case)
+    found = strength_module._of_case(study, "rome", arms, case)
+    turned = strength_module._of_case(study, "rome", arms[::-1], case)
     other = {"without": "with", "with": "without"}
     assert found["probs"]["without"] > 1.05 * found["probs"]["with"]
     for field in ("probs", "factors"):

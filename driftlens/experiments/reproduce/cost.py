@@ -16,12 +16,10 @@ from driftlens.bench import Arm
 from driftlens.cases import Case, balanced
 from driftlens.editing.methods import edit
 from driftlens.edits import Edit
-from driftlens.errors import RequestError
-from driftlens.experiments.reproduce.editors import PAPERS
-from driftlens.experiments.reproduce.finding import Failure, Finding, Study, in_all
-from driftlens.experiments.reproduce.measuring import each_case
+from driftlens.experiments.reproduce.finding import Finding, Study, in_all
+from driftlens.experiments.reproduce.measuring import without_and_with
 from driftlens.intervals import median_interval, with_interval
-from driftlens.journal import digest, total
+from driftlens.journal import digest
 from driftlens.memory import kept_for_gradient
 
 CASES = 30
@@ -37,38 +35,23 @@ Pair = dict[str, float]
 def cost(study: Study) -> Finding:
     """Open question: what SADR costs in time and memory. Each case is edited without and with it,
     one right after the other, with nothing else in the same passes."""
-    methods = PAPERS[:1] if study.quick else PAPERS
     timed = replace(study, cases=balanced(study.cases, CASES))
+    found = without_and_with(
+        timed, "cost", "costs.jsonl", partial(_of_case, study), threads=torch.get_num_threads()
+    )
     rows: list[dict[str, Any]] = []
     points: list[str] = []
-    made: list[dict[str, Any]] = []
-    failed: list[Failure] = []
-    spent: list[float | None] = []
-    for method in methods:
-        arms = study.arms((method,), ("none", "sadr"))[1:]
-        records, own_failed = each_case(
-            timed, "cost", "costs.jsonl", method,
-            partial(_determined_by, arms), partial(_of_case, study, method, arms),
-        )  # fmt: skip
-        made += [{"name": arm.name, **arm.to_dict()} for arm in arms]
-        failed += own_failed
-        spent.append(total(records, "seconds"))
-        told = [record for record in records if "error" not in record]
+    for method, (_, told) in found.told.items():
         if told:
-            own = [*_rows(method, told)]
+            own = [*_rows(method, [*told.values()])]
             rows += own
             points.append(_told(method, own))
-    if not rows:
-        raise RequestError(
-            f"Each of the {len(failed)} edits failed; the first, {failed[0][1]}: {failed[0][2]}",
-            "Give other cases.",
-        )
     table = pd.DataFrame(rows)
     text = (
         "What SADR adds, in per cent of the same edit without it: medians over cases. The two "
         "edits of a case are made one right after the other, in about half of the cases the one "
         "with SADR first. A step's time is that of the edit over its steps; its memory is what one "
-        f"step keeps for its gradient, without the weights.{study.untuned(methods)}"
+        f"step keeps for its gradient, without the weights.{study.untuned([*found.told])}"
     )
     figure = figures.rate_bars(
         table.assign(arm=table["method"], metric=table["quantity"]), list(UNITS),
@@ -77,14 +60,9 @@ def cost(study: Study) -> Finding:
     title = "What SADR costs in time and memory"
     paper = "The paper reports neither time nor memory."
     return Finding(
-        "cost", title, table, figure, text, paper, points, made, failed,
-        seconds=in_all(spent), cases=timed.cases,
+        "cost", title, table, figure, text, paper, points, found.arms, found.failed,
+        seconds=in_all(found.spent), cases=timed.cases,
     )  # fmt: skip
-
-
-def _determined_by(arms: Sequence[Arm], _: Case) -> dict[str, Any]:
-    """What is timed, and on how many threads."""
-    return {"arms": [arm.to_dict() for arm in arms], "threads": torch.get_num_threads()}
 
 
 def _of_case(

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from driftlens.cases import Case, Metric, Probe
 from driftlens.drift import measure_drift
 from driftlens.edits import Edit
 from driftlens.errors import RequestError
+from driftlens.experiments.reproduce.editors import PAPERS
 from driftlens.experiments.reproduce.finding import Failure, Study
 from driftlens.intervals import bootstrap_interval
 from driftlens.journal import Journal, total
@@ -186,6 +189,72 @@ def each_case(
         if "error" in record
     ]
     return records, failed
+
+
+def _always(found: Mapping[str, Any]) -> Callable[[Case], Mapping[str, Any]]:
+    """The same of each case."""
+    return lambda _: found
+
+
+@dataclass(frozen=True)
+class BothSides:
+    """What was measured of editors without and with SADR.
+
+    Args:
+        told: Of each editor, its arms without and with SADR, and a record for each case.
+        arms: All of them, JSON-ready.
+        failed: Cases without a record.
+        spent: Seconds that each editor's cases took.
+    """
+
+    told: Mapping[str, tuple[Sequence[Arm], Mapping[str, dict[str, Any]]]]
+    arms: Sequence[dict[str, Any]]
+    failed: Sequence[Failure]
+    spent: Sequence[float | None]
+
+
+def without_and_with(
+    study: Study,
+    name: str,
+    file: str,
+    of_case: Callable[[str, Sequence[Arm], Case], dict[str, Any]],
+    **determined_by: Any,
+) -> BothSides:
+    """As :func:`each_case`, of the paper's editors (if quick, of its first), each without SADR and
+    with it.
+
+    Args:
+        study: The model and the cases.
+        name: Of the bar.
+        file: In the study's folder.
+        of_case: What is measured of a case, by the editor's name and both arms.
+        **determined_by: What a record is of, besides these, JSON-ready.
+
+    Raises:
+        RequestError: If each case failed with each editor.
+    """
+    told: dict[str, tuple[Sequence[Arm], dict[str, dict[str, Any]]]] = {}
+    made: list[dict[str, Any]] = []
+    failed: list[Failure] = []
+    spent: list[float | None] = []
+    for method in PAPERS[:1] if study.quick else PAPERS:
+        arms = study.arms((method,), ("none", "sadr"))[1:]
+        made += [{"name": arm.name, **arm.to_dict()} for arm in arms]
+        unit = {"arms": [arm.to_dict() for arm in arms], **determined_by}
+        records, own_failed = each_case(
+            study, name, file, method, _always(unit), partial(of_case, method, arms),
+            stacklevel=4,
+        )  # fmt: skip
+        failed += own_failed
+        spent.append(total(records, "seconds"))
+        pairs = zip(study.cases, records, strict=True)
+        told[method] = arms, {case.id: one for case, one in pairs if "error" not in one}
+    if not any(records for _, records in told.values()):
+        raise RequestError(
+            f"Each of the {len(failed)} edits failed; the first, {failed[0][1]}: {failed[0][2]}",
+            "Give other cases.",
+        )
+    return BothSides(told, made, failed, spent)
 
 
 def _of_case(

@@ -14,20 +14,19 @@ from driftlens import figures
 from driftlens.bench import Arm
 from driftlens.cases import METRICS, Case
 from driftlens.edits import Edit
-from driftlens.errors import EditError, RequestError
+from driftlens.errors import EditError
 from driftlens.evaluation import Answer, Asked, answers, compare, rates
-from driftlens.experiments.reproduce.editors import PAPERS, gains
+from driftlens.experiments.reproduce.editors import gains
 from driftlens.experiments.reproduce.finding import Failure, Finding, Study, in_all
 from driftlens.experiments.reproduce.measuring import (
     DRIFTS,
     drifted,
     drifts,
-    each_case,
     each_prompt,
     interval_of,
+    without_and_with,
 )
 from driftlens.intervals import with_interval
-from driftlens.journal import total
 from driftlens.models import LensModel
 from driftlens.strength import target_prob, weakened
 
@@ -42,26 +41,11 @@ def strength(study: Study) -> Finding:
     """Open question: whether SADR keeps more only because its edits are weaker. Of each case, the
     stronger of both edits (the larger P(new target) on the edited prompt) is given so much less of
     its change that it is as strong as the other."""
-    methods = PAPERS[:1] if study.quick else PAPERS
+    found = without_and_with(study, "strength", "strengths.jsonl", partial(_of_case, study))
     rows: list[dict[str, Any]] = []
     points: list[str] = []
-    made: list[dict[str, Any]] = []
-    failed: list[Failure] = []
-    spent: list[float | None] = []
-    for method in methods:
-        arms = study.arms((method,), ("none", "sadr"))[1:]
-        records, own_failed = each_case(
-            study, "strength", "strengths.jsonl", method,
-            partial(_both, arms), partial(_of_case, study, arms),
-        )  # fmt: skip
-        made += [{"name": arm.name, **arm.to_dict()} for arm in arms]
-        failed += own_failed
-        told = {
-            case.id: record
-            for case, record in zip(study.cases, records, strict=True)
-            if "error" not in record
-        }
-        spent.append(total(records, "seconds"))
+    failed, spent = [*found.failed], [*found.spent]
+    for method, (arms, told) in found.told.items():
         if told:
             by_prompt, unmeasured, seconds = _drifts(study, method, arms, told)
             failed += unmeasured
@@ -69,16 +53,11 @@ def strength(study: Study) -> Finding:
             asked, looked = [*_rows(method, told)], [*_drift_rows(method, by_prompt)]
             rows += [*asked, *looked]
             points += [*_told(method, told, asked), *_told_of_drift(method, looked)]
-    if not rows:
-        raise RequestError(
-            f"Each of the {len(failed)} edits failed; the first, {failed[0][1]}: {failed[0][2]}",
-            "Give other cases.",
-        )
     table = pd.DataFrame(rows)
     text = (
         "SADR's edits less those without it, in points, paired by case: as they are made, and with "
         "the stronger of both scaled down, case by case, until P(new target) on the edited prompt "
-        f"is within one per cent of the other's.{study.untuned(methods)}"
+        f"is within one per cent of the other's.{study.untuned([*found.told])}"
     )
     ends = table["compared"].map({AS_MADE: "", EQUAL: f", {EQUAL}"})
     answered = table[table["metric"].isin(METRICS)]
@@ -89,8 +68,9 @@ def strength(study: Study) -> Finding:
     title = "Editors without and with SADR at equal strength"
     paper = "The paper compares edits as they are made, and does not report P(new target)."
     return Finding(
-        "strength", title, table, figure, text, paper, points, made, failed, seconds=in_all(spent)
-    )
+        "strength", title, table, figure, text, paper, points, found.arms, failed,
+        seconds=in_all(spent),
+    )  # fmt: skip
 
 
 def _both(arms: Sequence[Arm], _: Case) -> dict[str, Any]:
@@ -98,7 +78,7 @@ def _both(arms: Sequence[Arm], _: Case) -> dict[str, Any]:
     return {"arms": [arm.to_dict() for arm in arms]}
 
 
-def _of_case(study: Study, arms: Sequence[Arm], case: Case) -> dict[str, Any]:
+def _of_case(study: Study, _: str, arms: Sequence[Arm], case: Case) -> dict[str, Any]:
     """P(new target) of both edits; how much is left of each at equal strength; and the answers."""
     model = study.model
     edits = {side: study.edit(case, arm) for side, arm in zip(SIDES, arms, strict=True)}
