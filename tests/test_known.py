@@ -16,6 +16,7 @@ from driftlens.cases import Case, Cloze, without_edited_facts
 from driftlens.errors import DataError
 from driftlens.experiments import known
 from driftlens.readers import read_cases
+from driftlens.records import data_file
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +41,22 @@ def test_known_is_what_greedy_decoding_gives(model: dl.LensModel) -> None:
     case = Case(
         "one",
         dl.EditRequest("{} is", "The Louvre", "Rome", "Oslo"),
+        paraphrases=("Go to The Louvre in",),
         neighbours=(Cloze(prompt, answer), Cloze(prompt, f"{answer} {answer}x")),
         relations=(Cloze(prompt, answer),),
     )
     found = known.known(model, case)
     expected = model.tokens.target_ids(answer)
     is_given = decoded(model, prompt, len(expected)) == model.tokens.decode(expected)
-    assert found["relations"] == {"known": int(is_given), "asked": 1}
-    assert found["neighbours"]["asked"] == 2
-    assert found["neighbours"]["known"] <= 1
-    assert found["distractors"] == {"known": 0, "asked": 0}
+    not_given = [] if is_given else [prompt]
+    assert found["relations"] == {"known": int(is_given), "asked": 1, "unknown": not_given}
+    wrong = [*not_given, prompt]
+    assert found["neighbours"] == {"known": int(is_given), "asked": 2, "unknown": wrong}
+    assert found["distractors"] == {"known": 0, "asked": 0, "unknown": []}
+    oslo = model.tokens.target_ids("Oslo")
+    says_so = decoded(model, "Go to The Louvre in", len(oslo)) == model.tokens.decode(oslo)
+    left = [] if says_so else ["Go to The Louvre in"]
+    assert found["paraphrases"] == {"known": int(says_so), "asked": 1, "unknown": left}
     assert found["prob"] == pytest.approx(
         dl.score_details(model, "The Louvre is", ["Oslo"])["Oslo"].prob
     )
@@ -63,6 +70,20 @@ def test_the_data_card_shows_what_was_measured() -> None:
         summary = json.loads(asset(f"results/known-{name}.json").read_text("utf-8"))["summary"]
         cells = [f"{summary[k]['known']} of {summary[k]['asked']}" for k in ("facts", *known.KINDS)]
         assert f"| {title} | {' | '.join(cells)} |" in card
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
+def test_what_was_recorded_is_what_the_model_knows(name: str) -> None:
+    record = json.loads(asset(f"results/known-{name}.json").read_text("utf-8"))
+    assert record["data"] == data_file(asset("facts.jsonl"))
+    model = dl.load_model(name)
+    facts = read_cases(asset("facts.jsonl"))
+    assert [row["id"] for row in record["facts"]] == [case.id for case in facts]
+    for case, row in list(zip(facts, record["facts"], strict=True))[::30]:
+        found = known.known(model, case)
+        assert found.pop("prob") == pytest.approx(row["prob"], rel=1e-3)
+        assert found.items() <= row.items()
 
 
 def test_the_data_card_says_how_many_prompts_ask_for_other_edits() -> None:

@@ -3,7 +3,7 @@
     python -m driftlens.experiments.known --model smollm2-135m
 
 For each fact: the probability of the true answer to the prompt that is edited, whether greedy
-decoding gives it, and of how many of its other prompts greedy decoding gives the answer.
+decoding gives it, and of which of its other prompts greedy decoding gives the answer.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from driftlens.cases import Case
 from driftlens.errors import DataError, DriftLensError
 from driftlens.experiments.options import add_model
 from driftlens.readers import read_cases
-from driftlens.records import result_json, write_result
+from driftlens.records import data_file, result_json, versions, write_result
 from driftlens.scoring import ask, score_questions
 
-KINDS = ("neighbours", "relations", "distractors")
+KINDS = ("paraphrases", "neighbours", "relations", "distractors")
 
 
 def known(model: dl.LensModel, case: Case) -> dict[str, Any]:
-    """What the model, as it is now, knows of a case.
+    """What the model, as it is now, knows of a case: of each of `KINDS` how many prompts it is
+    asked, of how many it knows the answer, and of which it does not.
 
     Raises:
         DataError: If the case does not say what is true now.
@@ -38,18 +39,27 @@ def known(model: dl.LensModel, case: Case) -> dict[str, Any]:
     if request.target_true is None:
         raise DataError(f"Case {case.id} has no target_true.", "Say what is true before the edit.")
     asked = {"fact": [(request.text, request.target_true)]}
-    asked |= {kind: [tuple(query) for query in getattr(case, kind)] for kind in KINDS}
+    asked["paraphrases"] = [(prompt, request.target_true) for prompt in case.paraphrases]
+    asked |= {kind: [tuple(query) for query in getattr(case, kind)] for kind in KINDS[1:]}
     flat = [(kind, prompt, answer) for kind, pairs in asked.items() for prompt, answer in pairs]
     scores = score_questions(model, [ask(model, prompt, answer) for _, prompt, answer in flat])
-    given: dict[str, list[bool]] = {kind: [] for kind in asked}
-    for (kind, _, _), found in zip(flat, scores, strict=True):
-        given[kind].append(found.rank == 0)
+    unknown: dict[str, list[str]] = {kind: [] for kind in asked}
+    for (kind, prompt, _), found in zip(flat, scores, strict=True):
+        if found.rank > 0:
+            unknown[kind].append(prompt)
     return {
         "id": case.id,
         "category": case.category,
         "prob": scores[0].prob,
-        "known": given["fact"][0],
-        **{kind: {"known": sum(given[kind]), "asked": len(given[kind])} for kind in KINDS},
+        "known": not unknown["fact"],
+        **{
+            kind: {
+                "known": len(asked[kind]) - len(unknown[kind]),
+                "asked": len(asked[kind]),
+                "unknown": unknown[kind],
+            }
+            for kind in KINDS
+        },
     }
 
 
@@ -77,6 +87,8 @@ def main() -> None:
         result = {
             "model": model.info.to_dict(),
             "fingerprint": model.fingerprint(),
+            "data": data_file(asset("facts.jsonl")),
+            "versions": versions(),
             "command": f"python -m driftlens.experiments.known --model {options.model}",
             "summary": summary,
             "facts": rows,
