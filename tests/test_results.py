@@ -1572,6 +1572,11 @@ def test_page_says_what_sadr_costs() -> None:
     }
     time = [f"{min(own):.1f} to {max(own):.1f} %" for own in edit]
     of_step = [f"{min(own):+.1f} to {max(own):+.1f} %" for own in step]
+    every, kept = ([value for own in both for value in own] for both in (edit, memory))
+    assert (
+        f"takes {min(every):.1f} to {max(every):.1f} % longer with it, and a step of its search "
+        f"keeps {min(kept):.1f} to {max(kept):.1f} % more;"
+    ) in flowing(README)
     text = flowing(PAGE)
     assert f"SADR adds {time[0]} to the time of an edit on SmolLM2 and {time[1]} on Gemma" in text
     assert f"about as long ({of_step[0]} and {of_step[1]}; least" in text
