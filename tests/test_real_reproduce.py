@@ -29,7 +29,7 @@ def test_all_experiments_run_quickly(
     shown = capsys.readouterr().out
     for name in EXPERIMENTS:
         record = json.loads((tmp_path / f"{name}.json").read_text())
-        assert len(record["cases"]) == (2 if name in ("fluency", "heads") else 4)
+        assert len(record["cases"]) == (2 if name in ("fluency", "heads", "cost") else 4)
         assert record["text"] in shown
     table = {
         (row["arm"], row["metric"]): row["value"]

@@ -35,7 +35,7 @@ Pair = dict[str, float]
 def cost(study: Study) -> Finding:
     """Open question: what SADR costs in time and memory. Each case is edited without and with it,
     one right after the other, with nothing else in the same passes."""
-    timed = replace(study, cases=balanced(study.cases, CASES))
+    timed = replace(study, cases=balanced(study.cases, 2 if study.quick else CASES))
     found = without_and_with(
         timed, "cost", "costs.jsonl", partial(_of_case, study), threads=torch.get_num_threads()
     )
