@@ -336,9 +336,7 @@ def compare(
         asked = counts > 0
         if not asked.any():
             continue
-        gains, of = (sums - others)[asked], counts[asked]
-        if by == "case":
-            gains, of = gains / of, np.ones_like(of)
+        gains, of = _weighted((sums - others)[asked], counts[asked], by)
         found[metric] = difference(gains, of, draws, seed)
     return found
 

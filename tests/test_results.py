@@ -73,8 +73,7 @@ def test_page_says_of_the_main_table_what_was_measured():
         f"SADR raises RS by {rs[0]} % relative for ROME, {rs[1]} % for MEMIT and {rs[2]} % for "
         f"PMET, and DNS by {dns[0]}, {dns[1]} and {dns[2]} %, PMET's no clear differences."
     ) in page
-    record = json.loads((REPOSITORY / "assets/results/table3.json").read_text())
-    (run,) = (r for r in record["runs"] if (r["data"], r["model"]["name"]) == theirs)
+    run = run_of("table3", *theirs[::-1])
     likely = {row["arm"]: row["value"] for row in run["probabilities"] if row["metric"] == "ES"}
     plain, held = ([likely[f"{method}{end}"] for method in PAPERS] for end in ("", " + sadr"))
     fall = (
@@ -141,7 +140,7 @@ def test_pictures_are_of_these_results():
     assert drawn.keys() - {"heads-gemma", "table3-gemma"} == EXPERIMENTS.keys()
     for name, of in drawn.items():
         experiment, *other = name.split("-")
-        runs = json.loads((REPOSITORY / f"assets/results/{experiment}.json").read_text())["runs"]
+        runs = result_runs(experiment)
         shown = [r for r in runs if r["model"]["name"].startswith(*other)] if other else runs[:1]
         assert other or shown[0]["model"]["name"].startswith("smollm2")
         drawings = [digest(run["figure"]) for run in shown]
@@ -282,11 +281,6 @@ def test_page_says_what_drift_and_patterns_do_in_gemma_on_the_papers_data():
 
 def heads_of(model: str, data: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """The run of single heads, and its rows by kind of prompts."""
-    (run,) = (
-        run
-        for run in json.loads((REPOSITORY / "assets/results/heads.json").read_text())["runs"]
-        if (run["model"]["name"], run["data"]) == (model, data)
-    )
     own = {
         kind: [
             row
@@ -296,7 +290,7 @@ def heads_of(model: str, data: str) -> tuple[dict[str, Any], dict[str, list[dict
         for kind in ("distract neighbourhood", "relation")
     }
     assert {len(rows) for rows in own.values()} == {270 if model == "smollm2-135m" else 72}
-    return run, own
+    return run_of("heads", model, data), own
 
 
 def best_heads(rows: list[dict[str, Any]], what: str) -> list[tuple[str, float]]:
@@ -1204,11 +1198,11 @@ def test_the_table_of_many_facts_is_the_result_file():
     assert result["command"] in " ".join(text.replace("\\\n", " ").split())
 
 
-def run_of(name: str, model: str) -> dict[str, Any]:
-    """The run of an experiment on a model and the shipped facts."""
-    runs = json.loads((REPOSITORY / f"assets/results/{name}.json").read_text())["runs"]
-    (run,) = (r for r in runs if (r["model"]["name"], r["data"]) == (model, "shipped facts"))
-    return dict(run)
+def run_of(name: str, model: str, data: str = "shipped facts") -> dict[str, Any]:
+    """The run of an experiment on a model and some data."""
+    runs = result_runs(name)
+    (run,) = (run for run in runs if (run["model"]["name"], run["data"]) == (model, data))
+    return run
 
 
 def less_than(run: dict[str, Any], other: str) -> dict[tuple[str, str], Any]:
@@ -1488,8 +1482,7 @@ def test_page_says_of_fluency_what_was_measured() -> None:
 
 def test_page_and_readme_say_what_sadr_does_on_gemma_and_the_papers_data() -> None:
     where = ("counterfact_wikidata_dev", "gemma-3-270m")
-    runs = json.loads((REPOSITORY / "assets/results/table3.json").read_text())["runs"]
-    (run,) = (r for r in runs if (r["data"], r["model"]["name"]) == where)
+    run = run_of("table3", *where[::-1])
     rate = {place[2:]: value for place, value in main_rates().items() if place[:2] == where}
     prob, greedy = (
         {row["arm"]: row["value"] for row in run[name] if row["metric"] == "ES"}
@@ -1563,12 +1556,10 @@ def test_page_says_what_sadr_costs() -> None:
     )
     more = [{f"{value:.1f}" for value in own} for own in memory]
     assert more == [{"0.5"}, {"0.1"}]
-    runs = json.loads((REPOSITORY / "assets/results/table3.json").read_text())["runs"]
     steps = {
-        (run["model"]["name"], arm["name"]): f"{arm['steps_per_edit']:g}"
-        for run in runs
-        if run["data"] == "counterfact_wikidata_dev"
-        for arm in run["arms"][1:]
+        (model, arm["name"]): f"{arm['steps_per_edit']:g}"
+        for model in models
+        for arm in run_of("table3", model, "counterfact_wikidata_dev")["arms"][1:]
     }
     time = [f"{min(own):.1f} to {max(own):.1f} %" for own in edit]
     of_step = [f"{min(own):+.1f} to {max(own):+.1f} %" for own in step]

@@ -73,11 +73,6 @@ def strength(study: Study) -> Finding:
     )  # fmt: skip
 
 
-def _both(arms: Sequence[Arm], _: Case) -> dict[str, Any]:
-    """What makes both edits of a case."""
-    return {"arms": [arm.to_dict() for arm in arms]}
-
-
 def _of_case(study: Study, _: str, arms: Sequence[Arm], case: Case) -> dict[str, Any]:
     """P(new target) of both edits; how much is left of each at equal strength; and the answers."""
     model = study.model
@@ -160,7 +155,7 @@ def _drifts(
 
     def determined_by(case: Case) -> dict[str, Any]:
         factors = told[case.id]["factors"] if case.id in told else None
-        return {**_both(arms, case), "factors": factors}
+        return {"arms": [arm.to_dict() for arm in arms], "factors": factors}
 
     prompts, failed, seconds = each_prompt(
         study, "strength-drift", method, determined_by, scaled, drifted
