@@ -17,6 +17,7 @@ from driftlens.errors import DataError
 from driftlens.experiments import known
 from driftlens.readers import read_cases
 from driftlens.records import data_file
+from driftlens.scoring import ContinuationScore
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,19 @@ def test_known_is_what_greedy_decoding_gives(model: dl.LensModel) -> None:
     )
     with pytest.raises(DataError, match="no target_true"):
         known.known(model, Case("two", dl.EditRequest("{} is", "The Louvre", "Rome")))
+
+
+def test_the_second_likeliest_answer_is_not_known(
+    model: dl.LensModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ("First", "Second", "Third")
+    case = Case("one", dl.EditRequest("{} is", "The Louvre", "Rome", "Oslo"), paraphrases=prompts)
+    ranks = [0, 0, 1, 2]  # of the fact, then of its paraphrases
+    scores = [ContinuationScore("Oslo", (-1.0,), (rank,)) for rank in ranks]
+    monkeypatch.setattr(known, "score_questions", lambda model, asked: scores)
+    found = known.known(model, case)
+    assert found["known"]
+    assert found["paraphrases"] == {"known": 1, "asked": 3, "unknown": ["Second", "Third"]}
 
 
 def test_the_data_card_shows_what_was_measured() -> None:
