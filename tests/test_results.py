@@ -699,19 +699,25 @@ def test_what_is_said_of_the_shipped_facts_in_the_page_on_metrics():
 
 
 @pytest.mark.parametrize(
-    ("method", "parts", "gains"),
+    ("model", "method", "parts", "gains"),
     [
-        ("rome", ("search", "check"), {"RS": "56 % [25, 110]", "DNS": "4 % [-8, 19]"}),
-        ("memit", ("check",), {"RS": "103 % [43, 253]", "DNS": "54 % [25, 106]"}),
-        ("pmet", ("check",), {"RS": "-10 % [-45, 35]", "DNS": "-12 % [-23, 1]"}),
+        (
+            "smollm2-135m",
+            "rome",
+            ("search", "check"),
+            {"RS": "56 % [25, 110]", "DNS": "4 % [-8, 19]"},
+        ),
+        ("smollm2-135m", "memit", ("check",), {"RS": "103 % [43, 253]", "DNS": "54 % [25, 106]"}),
+        ("gemma-3-270m", "memit", ("check",), {"RS": "93 % [59, 146]", "DNS": "17 % [1, 36]"}),
+        ("smollm2-135m", "pmet", ("check",), {"RS": "-10 % [-45, 35]", "DNS": "-12 % [-23, 1]"}),
     ],
 )
 def test_the_search_for_the_settings_of_sadr_is_the_result_file(
-    method: str, parts: tuple[str, ...], gains: dict[str, str]
+    model: str, method: str, parts: tuple[str, ...], gains: dict[str, str]
 ):
     text = (REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8")
     result = json.loads(
-        (REPOSITORY / f"assets/results/tuning/sadr-smollm2-135m-{method}.json").read_text()
+        (REPOSITORY / f"assets/results/tuning/sadr-{model}-{method}.json").read_text()
     )
     assert sadr_search.markdown(result, parts) in text
     assert result["command"] in flowing(text.replace("\\\n", " "))
@@ -809,6 +815,29 @@ def test_what_success_hides_in_the_search():
     text = flowing((REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8"))
     ends += [f"{level[arm, 'PS', 'prob']:.3f}" for arm in (plain, held)]
     assert "from {} to {} on the edited prompt, from {} to {} on paraphrases.".format(*ends) in text
+
+
+def test_what_memits_search_on_gemma_gained_is_told_by_greedy_decoding_too():
+    path = REPOSITORY / "assets/results/tuning/sadr-gemma-3-270m-memit.json"
+    check = json.loads(path.read_text())["check"]
+    _, plain, held = (arm["name"] for arm in check["arms"])
+    given, probs = (
+        {row["arm"]: row["value"] for row in check["magnitudes"]
+         if row["metric"] == "ES" and row["measure"] == measure}
+        for measure in ("exact", "prob")
+    )  # fmt: skip
+    said = f"on {given[held]:.1f} % of the edited prompts instead of {given[plain]:.1f}"
+    assert (
+        f"{said}, and P(new target) there is {probs[held]:.3f} instead of {probs[plain]:.3f}."
+    ) in flowing(PAGE)
+    sadr = (REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8")
+    assert f"{said}." in flowing(sadr)
+    (told,) = check["settings"].values()
+    less = told["less"][plain]
+    saved = less["RS"]["relative"].replace("+", "")
+    cost = [f"{-less[metric]['value']:.1f}" for metric in ("ES", "PS")]
+    paid = f"{cost[0]} points of ES and {cost[1]} of PS.)"
+    assert f"MEMIT gains {saved} of RS there, for {paid}" in flowing(README)
 
 
 def test_what_the_searches_for_memit_and_pmet_gained_is_told_by_greedy_decoding_too():
