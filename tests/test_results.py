@@ -817,32 +817,10 @@ def test_what_success_hides_in_the_search():
     assert "from {} to {} on the edited prompt, from {} to {} on paraphrases.".format(*ends) in text
 
 
-def test_what_memits_search_on_gemma_gained_is_told_by_greedy_decoding_too():
-    path = REPOSITORY / "assets/results/tuning/sadr-gemma-3-270m-memit.json"
-    check = json.loads(path.read_text())["check"]
-    _, plain, held = (arm["name"] for arm in check["arms"])
-    given, probs = (
-        {row["arm"]: row["value"] for row in check["magnitudes"]
-         if row["metric"] == "ES" and row["measure"] == measure}
-        for measure in ("exact", "prob")
-    )  # fmt: skip
-    said = f"on {given[held]:.1f} % of the edited prompts instead of {given[plain]:.1f}"
-    assert (
-        f"{said}, and P(new target) there is {probs[held]:.3f} instead of {probs[plain]:.3f}."
-    ) in flowing(PAGE)
-    sadr = (REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8")
-    assert f"{said}." in flowing(sadr)
-    (told,) = check["settings"].values()
-    less = told["less"][plain]
-    saved = less["RS"]["relative"].replace("+", "")
-    cost = [f"{-less[metric]['value']:.1f}" for metric in ("ES", "PS")]
-    paid = f"{cost[0]} points of ES and {cost[1]} of PS.)"
-    assert f"MEMIT gains {saved} of RS there, for {paid}" in flowing(README)
-
-
 def test_what_the_searches_for_memit_and_pmet_gained_is_told_by_greedy_decoding_too():
-    for method in ("memit", "pmet"):
-        path = REPOSITORY / f"assets/results/tuning/sadr-smollm2-135m-{method}.json"
+    for method, model in (("memit", "smollm2-135m"), ("memit", "gemma-3-270m"),
+                          ("pmet", "smollm2-135m")):  # fmt: skip
+        path = REPOSITORY / f"assets/results/tuning/sadr-{model}-{method}.json"
         check = json.loads(path.read_text())["check"]
         _, plain, *_, held = (arm["name"] for arm in check["arms"])
         level = {(row["arm"], row["metric"], row["measure"]): row["value"]
