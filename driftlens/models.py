@@ -20,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from driftlens.attention import head_name
 from driftlens.checkpoints import write_checkpoint
 from driftlens.codebook import Codebook
+from driftlens.digests import fingerprint, quick_digest
 from driftlens.errors import ModelError, RequestError, first_line
 from driftlens.interventions import Hook, keys_name, rotated_keys_name
 from driftlens.journal import digest
@@ -30,7 +31,7 @@ from driftlens.parameters import (
     unused_parameters,
 )
 from driftlens.tokens import Tokens
-from driftlens.weights import WeightStack, fingerprint, quick_digest
+from driftlens.weights import WeightStack
 
 _WEIGHTS = "_driftlens_weights"
 """Attribute of a wrapped module: all handles on it share one account of its active edits."""

@@ -12,7 +12,6 @@ is interrupted, what is left to do stays known, and is done before the model is 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 from jaxtyping import Float
 
 from driftlens.codebook import Codebook
+from driftlens.digests import quick_digest, tensor_digest
 from driftlens.equality import equal_fields
 from driftlens.errors import EditError
 from driftlens.precision import in_float32
@@ -135,40 +134,6 @@ def scaled(delta: Delta, factor: float) -> Delta:
     if isinstance(delta, LowRankDelta):
         return LowRankDelta(in_float32(delta.left) * factor, delta.right)
     return DenseDelta(in_float32(delta.tensor) * factor)
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes; the same on every device."""
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(_bytes_of(tensor))
-    return digest.hexdigest()
-
-
-def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all parameters."""
-    digest = hashlib.sha256()
-    for name in sorted(parameters):
-        digest.update(f"{name}:{tensor_digest(parameters[name])};".encode())
-    return digest.hexdigest()
-
-
-def quick_digest(parameters: Mapping[str, torch.Tensor]) -> str:
-    """The same content in a hash that is read at the speed of memory, to notice any change by.
-
-    128 bits, not cryptographic: for telling one state of a process's own memory from another.
-    """
-    digest = xxhash.xxh3_128()
-    for name in sorted(parameters):
-        tensor = parameters[name]
-        digest.update(f"{name}:{tensor.dtype}{tuple(tensor.shape)};".encode())
-        digest.update(_bytes_of(tensor))
-    return digest.hexdigest()
-
-
-def _bytes_of(tensor: torch.Tensor) -> Any:
-    """A view, not a copy: an embedding can be half of a model."""
-    flat = tensor.detach().contiguous().cpu().reshape(-1)
-    return flat.view(torch.uint8).numpy()
 
 
 class WeightStack:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ ITEMS = ("rome_edit", "sadr_overhead", "sweep", "scoring", "covariance", "texts"
 """Of the README's table."""
 COUNTED = ITEMS[:-2]
 """Those whose arithmetic is counted."""
+GPU_SHAPES = ("gpt2-xl", "gpt-j-6b", "llama-3-8b")
 
 sys.path.insert(0, str(SCRIPT.parent))
 
+import scale  # noqa: E402
 import speed  # noqa: E402
 import viewer as viewer_benchmark  # noqa: E402
 
@@ -110,6 +113,46 @@ def test_the_texts_show_the_stored_results() -> None:
     kept = [result["memory"]["step_bytes"] for result in results]
     more = [f"{100 * (one['sadr'] / one['none'] - 1):.1f} %" for one in kept]
     assert f"SADR adds {more[0]} to what a step keeps" in page and f"M, {more[1]} on Gemma" in page
+
+
+def test_the_pages_show_what_was_measured_on_a_gpu() -> None:
+    result = json.loads((REPOSITORY / "assets" / "results" / "scale-h200.json").read_text())
+    assert result["device"] == "NVIDIA H200" and result["pairs"] == 3
+    page = (REPOSITORY / "docs" / "large-models.md").read_text(encoding="utf-8")
+    assert scale.table(result) in page
+    seconds = [row["seconds"] for name in GPU_SHAPES for row in result[name]["edits"]]
+    more = [100 * (one["with"] / one["without"] - 1) for one in seconds]
+    assert f"took {min(more):.0f} to {max(more):.0f} % longer" in page
+    assert {row["steps"] for name in GPU_SHAPES for row in result[name]["edits"]} == {10}
+    largest = result["llama-3-8b"]
+    readme = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        f"the drift of all {largest['heads']:,} heads of a Llama 3 8B takes "
+        f"{largest['drift_seconds']:.2f} seconds, a sweep that patches each of them "
+        f"{largest['sweep_seconds']:.2f}, and ten steps of a ROME edit "
+        f"{largest['edits'][0]['seconds']['without']:.2f}"
+    ) in readme
+
+
+@pytest.mark.real
+def test_costs_of_random_models_of_published_shapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "scale.json"
+    given = ["--models", "gpt2", "--steps", "1", "--pairs", "1", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["scale.py", *given])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No layers are known to be good")
+        scale.main()
+    found = json.loads(out.read_text())["gpt2"]
+    assert found["parameters"] == 124_439_808  # as published
+    assert [row["method"] for row in found["edits"]] == ["rome", "memit", "pmet"]
+    assert [row["contexts"] for row in found["edits"]] == [21, 6, 6]
+    for row in found["edits"]:
+        assert min(row["seconds"].values()) > 0
+        assert 1 < row["megabytes_ratio"] < 1.1
+    assert found["heads"] == 144
+    assert 0 < found["unchanged_seconds"] < found["fingerprint_seconds"]
 
 
 @pytest.mark.browser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import driftlens as dl
 from driftlens.attention import over_attending_heads, row_divergence, row_kl
@@ -316,6 +317,45 @@ def test_every_penalty_works_on_other_architectures(architecture: str, kind: str
     assert all(value >= 0 for value in traces[0])
     assert sum(traces[0]) > 0
     assert traces[1] == pytest.approx(traces[0], rel=5e-3, abs=1e-6)
+
+
+class Readings(TorchDispatchMode):
+    """Counts how often a tensor's value is read, for which a GPU has to finish all it was given."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("heads", ["max", "drift", [(1, 0), (5, 3)]])
+def test_sadr_of_many_layers_reads_no_more_values_than_of_few(heads: Any) -> None:
+    """And adds up what it is in each layer alone, whatever their shapes."""
+    n = 24
+    scores = [raw(seed)[pattern_name(1)] for seed in (1, 0)]
+    now, original = (
+        {pattern_name(y): (one * (1 + y / n)).softmax(-1) for y in range(1, n + 1)}
+        for one in scores
+    )
+    for patterns in (now, original):  # the last layer has fewer heads
+        patterns[pattern_name(n)] = patterns[pattern_name(n)][:, :2].contiguous()
+    counts, terms = {}, {}
+    for layers in ((1,), (1, n), tuple(range(1, n))):
+        sites = replace(SITES, layers=layers)
+        with Readings() as readings:
+            terms[layers] = dl.SADR(gamma=0.3, heads=heads)(now, original, sites)
+        counts[layers] = readings.count
+    assert counts[1,] == counts[tuple(range(1, n))] <= counts[1, n] <= 5
+    for layers, term in terms.items():
+        alone = [
+            dl.SADR(gamma=0.3, heads=heads)(now, original, replace(SITES, layers=(y,)))
+            for y in layers
+        ]
+        assert float(term.loss) == pytest.approx(sum(float(one.loss) for one in alone))
+        held = sum(one.notes["held_heads"] for one in alone)
+        assert term.notes["held_heads"] == pytest.approx(held)
+        assert float(term.loss) > 0
 
 
 def test_penalties_add_up() -> None:

@@ -20,6 +20,7 @@ ORDER = [
     "journal",
     "tokens",
     "interventions",
+    "digests",
     "codebook",
     "weights",
     "bundled",

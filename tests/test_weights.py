@@ -25,12 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils.hooks import RemovableHandle
 
 import driftlens as dl
-from driftlens import models, weights
+from driftlens import digests, models, weights
 from driftlens.codebook import Codebook
+from driftlens.digests import WORDS, device_sums, fingerprint, quick_digest, tensor_digest
 from driftlens.edits import RECORD_FILE, WEIGHTS_FILE
 from driftlens.errors import DataError, DriftLensError, EditError
 from driftlens.journal import CHECKSUM, digest
-from driftlens.weights import DenseDelta, LowRankDelta, WeightStack, fingerprint, tensor_digest
+from driftlens.weights import DenseDelta, LowRankDelta, WeightStack
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -473,6 +474,38 @@ def test_digest_sees_every_bit_the_shape_and_the_dtype() -> None:
         seen.add(tensor_digest(other))
     assert tensor_digest(torch.zeros(3, 2).T) == tensor_digest(base)
     assert tensor_digest(torch.zeros(2, 3, requires_grad=True)) == tensor_digest(base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 3, 8, 1000, 2 * WORDS + 5])
+def test_sums_on_the_device_see_every_change(size: int, dtype: torch.dtype) -> None:
+    """Of any one value, of two that change places, and of a bit that no comparison sees."""
+    whole = torch.randn(size + 1, generator=torch.Generator().manual_seed(size)).to(dtype)
+    values = whole[1:]  # 64-bit words do not begin here
+    found = device_sums(values)
+    assert found == device_sums(values.clone()) and device_sums(whole) != found
+    for at in {0, size // 2, size - 1}:
+        kept = values[at].clone()
+        for other in (kept + 1, -kept, torch.nextafter(kept, kept + 1)):
+            values[at] = other
+            assert device_sums(values) != found
+        values[at] = kept
+    assert device_sums(values) == found
+    if size > 3:
+        assert device_sums(values.flip(0)) != found
+        assert device_sums(values.roll(4)) != found
+    assert device_sums(torch.zeros(size, dtype=dtype)) != device_sums(
+        -torch.zeros(size, dtype=dtype)
+    )
+
+
+def test_tensors_elsewhere_are_not_copied_to_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "_bytes_of", lambda _: pytest.fail("copied"))
+    monkeypatch.setattr(digests, "device_sums", lambda tensor: bytes(str(tensor.shape), "ascii"))
+    far = {"w": torch.ones(2, 3, device="meta")}
+    assert quick_digest(far) == quick_digest(far) != quick_digest({"v": far["w"]})
+    with pytest.raises(pytest.fail.Exception, match="copied"):
+        quick_digest({"w": torch.ones(2, 3)})
 
 
 def test_fingerprint_sees_names_and_not_their_order() -> None:

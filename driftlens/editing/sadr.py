@@ -106,13 +106,24 @@ class SADR(Penalty):
     ) -> PenaltyTerm:
         """The loss, with the mean number of heads held per context as ``held_heads``."""
         total = torch.zeros((), device=sites.predicting.device)
-        held = 0.0
-        for layer in sites.chosen(self.layers):
-            patterns, before = now[pattern_name(layer)], original[pattern_name(layer)]
-            mask = self._held(layer, patterns.detach(), before, sites)
-            divergence = self._divergence(patterns, before, sites)
-            total = total + (divergence * mask).sum(-1).mean().to(total.device)
-            held += float(mask.sum()) / mask.shape[0]
+        counts: list[torch.Tensor] = []
+        for layers in _alike(sites.chosen(self.layers), now):
+            patterns, before = (
+                [of[pattern_name(layer)] for layer in layers] for of in (now, original)
+            )
+            rows = torch.stack([_last_rows(one, sites) for one in patterns])
+            rows_before = torch.stack([_last_rows(one, sites) for one in before])
+            mask = self._held(layers, rows.detach(), rows_before, sites)
+            if self.queries == "last_prompt":
+                divergence = row_divergence(rows_before, rows, self.divergence)
+            else:
+                divergence = torch.stack([
+                    self._divergence(*both, sites) for both in zip(patterns, before, strict=True)
+                ])  # fmt: skip
+            total = total + (divergence * mask).sum((0, -1)).mean().to(total.device)
+            counts.append(mask.sum().to(total.device))
+        # Read once, at the end: each reading lets a GPU run empty
+        held = int(torch.stack(counts).sum()) / len(sites.predicting)
         return PenaltyTerm(self.gamma * total, {"held_heads": held})
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,27 +137,43 @@ class SADR(Penalty):
         return [(int(pair[0]), int(pair[1])) for pair in self.heads]
 
     def _held(
-        self, layer: int, now: torch.Tensor, before: torch.Tensor, sites: Sites
-    ) -> Bool[torch.Tensor, "context head"]:
+        self,
+        layers: Sequence[int],
+        now: Float[torch.Tensor, "layer context head key"],
+        before: Float[torch.Tensor, "layer context head key"],
+        sites: Sites,
+    ) -> Bool[torch.Tensor, "layer context head"]:
         if not isinstance(self.heads, str):
-            mask = torch.zeros(len(sites.predicting), now.shape[1], dtype=torch.bool)
-            mask[:, [x for y, x in self._pairs() if y == layer]] = True
+            mask = torch.zeros(now.shape[:-1], dtype=torch.bool)
+            for layer, head in self._pairs():
+                if layer in layers:
+                    mask[layers.index(layer), :, head] = True
             return mask.to(now.device)
-        current, original = (_at_subject(_last_rows(x, sites), sites) for x in (now, before))
+        current, original = (_at_subject(rows, sites) for rows in (now, before))
         rule = cast("HeadRule", self.heads)
         return over_attending_heads(current, original, rule, self.threshold)
 
     def _divergence(
-        self, now: torch.Tensor, before: torch.Tensor, sites: Sites
+        self,
+        now: Float[torch.Tensor, "batch head query key"],
+        before: Float[torch.Tensor, "batch head query key"],
+        sites: Sites,
     ) -> Float[torch.Tensor, "context head"]:
-        """Of each head, summed over the restricted rows."""
-        if self.queries == "last_prompt":
-            return row_divergence(_last_rows(before, sites), _last_rows(now, sites),
-                                  self.divergence)  # fmt: skip
+        """Of each head of a layer, summed over the restricted rows where they are several."""
         n = len(sites.predicting)
         counted = _rows_of(self.queries, sites).to(now.device)[:, None]
         rows = row_divergence(in_float32(before[:n]), in_float32(now[:n]), self.divergence)
         return torch.where(counted, rows, 0.0).sum(-1)
+
+
+def _alike(layers: Sequence[int], now: Mapping[str, torch.Tensor]) -> list[list[int]]:
+    """The layers, those together whose rows can be computed with in one go: on one device, of one
+    shape. Layer by layer, a GPU would be given many small pieces and wait for each."""
+    found: dict[Any, list[int]] = {}
+    for layer in layers:
+        pattern = now[pattern_name(layer)]
+        found.setdefault((pattern.device, pattern.shape), []).append(layer)
+    return [*found.values()]
 
 
 def _rows_of(queries: Queries, sites: Sites) -> Bool[torch.Tensor, "context pos"]:
@@ -164,9 +191,12 @@ def _last_rows(
 
 
 def _at_subject(
-    rows: Float[torch.Tensor, "context head key"], sites: Sites
-) -> Float[torch.Tensor, "context head"]:
-    return rows[sites.contexts.to(rows.device), :, sites.subject.to(rows.device)]
+    rows: Float[torch.Tensor, "layer context head key"], sites: Sites
+) -> Float[torch.Tensor, "layer context head"]:
+    """What each head attends to the subject's last token."""
+    at = sites.subject.to(rows.device) % rows.shape[-1]
+    index = at[None, :, None, None].expand(*rows.shape[:-1], 1)
+    return rows.gather(-1, index)[..., 0]
 
 
 def _parse_heads(heads: Any) -> tuple[tuple[int, int], ...]:
