@@ -13,6 +13,7 @@ from documents import REPOSITORY, flowing, main_rates, result_rows, result_runs,
 import driftlens as dl
 from driftlens.bench.results import ALLOWED
 from driftlens.cases import METRICS
+from driftlens.editing.defaults import GAMMAS
 from driftlens.experiments import tables
 from driftlens.experiments.paper import TABLE_3
 from driftlens.experiments.reproduce.editors import PAPERS
@@ -263,7 +264,11 @@ def test_readme_says_in_short_what_the_search_found():
     folder = REPOSITORY / "assets/results/tuning"
     checks = {
         name: json.loads((folder / f"sadr-{name}.json").read_text())["check"]
-        for name in (*(f"smollm2-135m-{method}" for method in PAPERS), "gemma-3-270m-memit")
+        for name in (
+            *(f"smollm2-135m-{method}" for method in PAPERS),
+            "gemma-3-270m-rome",
+            "gemma-3-270m-memit",
+        )
     }
     less = {}
     for name, check in checks.items():
@@ -289,11 +294,15 @@ def test_readme_says_in_short_what_the_search_found():
         f"DNS. With ROME's, too, the price is higher by probability: P(new target) falls from "
         f"{level[plain, 'ES', 'prob']:.2f} to {level[held, 'ES', 'prob']:.2f}, and greedy decoding"
     ) in flowing(README)
-    es, ps = paid["gemma-3-270m-memit"]
+    (es, ps), (more_es, more_ps) = (paid[f"gemma-3-270m-{m}"] for m in ("rome", "memit"))
     assert (
-        f"MEMIT gains {gained['gemma-3-270m-memit']} of RS there, for {es:.1f} points of ES and "
-        f"{ps:.1f} of PS.)"
+        f"ROME gains {gained['gemma-3-270m-rome']} of RS there, for {es:.1f} points of ES and "
+        f"{ps:.1f} of PS, and with all heads held by the reverse divergence MEMIT gains "
+        f"{gained['gemma-3-270m-memit']}, for {more_es:.1f} and {more_ps:.1f};"
     ) in flowing(README)
+    tuned, found = GAMMAS["gemma3_text", 18, 640, 1]["rome"], checks["gemma-3-270m-rome"]
+    (held,) = found["arms"][-1]["penalties"]
+    assert held["gamma"] == 4 * tuned and held["heads"] == "max"
     assert (
         f"greedy decoding gives {level['unedited', 'RS', 'exact']:.1f} % of such answers before an "
         f"edit (of {asked['RS']} held-back cases)."

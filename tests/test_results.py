@@ -11,6 +11,7 @@ import pytest
 from documents import REPOSITORY, flowing, main_rates, result_rows, result_runs
 
 from driftlens.assets import asset, survey_result
+from driftlens.bench.results import ALLOWED
 from driftlens.cases import METRICS
 from driftlens.editing.methods import METHODS
 from driftlens.experiments import gather, many, sadr_search
@@ -708,6 +709,7 @@ def test_what_is_said_of_the_shipped_facts_in_the_page_on_metrics():
             {"RS": "56 % [25, 110]", "DNS": "4 % [-8, 19]"},
         ),
         ("smollm2-135m", "memit", ("check",), {"RS": "103 % [43, 253]", "DNS": "54 % [25, 106]"}),
+        ("gemma-3-270m", "rome", ("check",), {"RS": "167 % [90, 320]", "DNS": "31 % [11, 57]"}),
         ("gemma-3-270m", "memit", ("check",), {"RS": "93 % [59, 146]", "DNS": "17 % [1, 36]"}),
         ("smollm2-135m", "pmet", ("check",), {"RS": "-10 % [-45, 35]", "DNS": "-12 % [-23, 1]"}),
     ],
@@ -817,9 +819,9 @@ def test_what_success_hides_in_the_search():
     assert "from {} to {} on the edited prompt, from {} to {} on paraphrases.".format(*ends) in text
 
 
-def test_what_the_searches_for_memit_and_pmet_gained_is_told_by_greedy_decoding_too():
+def test_what_the_searches_gained_is_told_by_greedy_decoding_too():
     for method, model in (("memit", "smollm2-135m"), ("memit", "gemma-3-270m"),
-                          ("pmet", "smollm2-135m")):  # fmt: skip
+                          ("rome", "gemma-3-270m"), ("pmet", "smollm2-135m")):  # fmt: skip
         path = REPOSITORY / f"assets/results/tuning/sadr-{model}-{method}.json"
         check = json.loads(path.read_text())["check"]
         _, plain, *_, held = (arm["name"] for arm in check["arms"])
@@ -831,7 +833,7 @@ def test_what_the_searches_for_memit_and_pmet_gained_is_told_by_greedy_decoding_
         probs = [f"{level[arm, 'ES', 'prob']:.3f}" for arm in (held, plain)]
         sadr = (REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8")
         for text in (flowing(PAGE), flowing(sadr)):
-            if method == "memit":
+            if method != "pmet":
                 said = text.replace(f"{given[1]} %, P(", f"{given[1]}, and P(")
                 assert (
                     "gives the new target on {} % of the edited prompts instead of {}, and "
@@ -844,6 +846,29 @@ def test_what_the_searches_for_memit_and_pmet_gained_is_told_by_greedy_decoding_
             fall = less["NS"]
             lost = f"{-fall['value']:.1f} points [{-fall['high']:.1f}, {-fall['low']:.1f}]"
             assert f"NS falls by {lost}" in text
+
+
+def test_page_sums_up_at_what_price_gains_of_half_were_found():
+    excess, risen = [], []
+    for model, method in (("smollm2-135m", "rome"), ("smollm2-135m", "memit"),
+                          ("gemma-3-270m", "rome"), ("gemma-3-270m", "memit")):  # fmt: skip
+        found = json.loads(
+            (REPOSITORY / f"assets/results/tuning/sadr-{model}-{method}.json").read_text()
+        )
+        check = found["check"]
+        rate = {(row["arm"], row["metric"]): row for row in check["rows"]}
+        _, plain, held = (arm["name"] for arm in check["arms"])
+        before, after = (rate[arm, "RS"]["value"] for arm in (plain, held))
+        assert after >= 1.5 * before
+        assert f"({before:.1f} to {after:.1f})" in flowing(PAGE)
+        es = [rate[arm, "ES"] for arm in (plain, held)]
+        excess.append(es[0]["value"] - es[1]["value"] - ALLOWED["ES"])
+        risen.append(100 / es[0]["cases"])
+    assert excess[0] == pytest.approx(risen[0])  # one prompt
+    assert (
+        "for ROME on SmolLM2 by one prompt, otherwise by "
+        f"{min(excess[1:]):.1f} to {max(excess[1:]):.1f} points."
+    ) in flowing(PAGE)
 
 
 def test_page_says_that_the_context_makes_answers_likelier_too():
