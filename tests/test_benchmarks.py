@@ -127,7 +127,7 @@ def test_the_pages_show_what_was_measured_on_a_gpu() -> None:
     largest = result["llama-3-8b"]
     readme = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
     assert (
-        f"the drift of all {largest['heads']:,} heads of a Llama 3 8B takes "
+        f"the drift of all {largest['heads']:,} heads of a Llama 3 8B took "
         f"{largest['drift_seconds']:.2f} seconds, a sweep that patches each of them "
         f"{largest['sweep_seconds']:.2f}, and ten steps of a ROME edit "
         f"{largest['edits'][0]['seconds']['without']:.2f}"

@@ -71,11 +71,12 @@ def test_a_model_is_known_again_on_another_device(both: Pair) -> None:
     name, weight = max(parameters.items(), key=lambda item: item[1].numel())
     before = quick_digest(parameters)
     with torch.no_grad():
-        kept = weight.view(-1)[-1].clone()
-        weight.view(-1)[-1] = kept.neg()
+        last = weight.view(-1)[-4:]
+        kept = last.clone()
+        last.neg_()
         assert quick_digest(parameters) != before
         assert there.fingerprint() != here.fingerprint(), name
-        weight.view(-1)[-1] = kept
+        last.copy_(kept)
     assert quick_digest(parameters) == before
     assert there.fingerprint() == here.fingerprint()
 
@@ -110,7 +111,7 @@ def test_drift_and_patches_are_those_of_the_cpu(both: Pair) -> None:
     assert [*found] == [*expected]
     for column in expected.select_dtypes("number"):
         np.testing.assert_allclose(found[column], expected[column], atol=1e-4, err_msg=column)
-    assert np.abs(expected.select_dtypes("number")).to_numpy().max() > 1e-2
+    assert expected["difference"].abs().max() > 2e-3
     options: dict[str, Any] = {"subject": SUBJECT, "answer": "Paris", "progress": False}
     sweeps = [dl.sweep_attention(m, made, PROMPT, **options).to_dataframe() for m in both]
     logprobs = [one["logprob"] for one in sweeps]
@@ -152,9 +153,8 @@ def test_the_real_model_is_edited_and_cured_as_on_the_cpu(
 ) -> None:
     there = dl.load_model("smollm2-135m", device=DEVICE)
     request = dl.EditRequest("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
-    texts = []
     for penalty in (None, dl.SADR(gamma=0.8)):
-        found = []
+        found, texts = [], []
         for model in (smollm2, there):
             made = dl.edit(
                 model, request, method, penalty=penalty, context_prompts=CONTEXTS,
@@ -162,6 +162,7 @@ def test_the_real_model_is_edited_and_cured_as_on_the_cpu(
             )  # fmt: skip
             with made.applied(model):
                 found.append(dl.score(model, request.text, ["Rome", "Paris"]))
-                texts.append(generate(model, [request.text], 20))
+                if penalty is None:
+                    texts.append(generate(model, [request.text], 20))
         assert found[1] == pytest.approx(found[0], abs=0.05)
-    assert texts[0] == texts[1]
+        assert texts[1:] == texts[:1]

@@ -15,7 +15,7 @@ import torch
 from wrapped import architectures, build, lens, reference, run, some_ids
 
 import driftlens as dl
-from driftlens import interventions, models, weights
+from driftlens import digests, interventions, models
 from driftlens.interventions import pattern_name, values_name, z_name
 
 DOWN = {
@@ -286,7 +286,7 @@ def test_the_fingerprint_notices_every_way_of_changing_a_weight() -> None:
     weight.data[0, 0] -= 1
     weight.data[3, 3] -= 1
     weight.data[5, 5] -= 1
-    again = weights.fingerprint(model.weights.parameters)
+    again = digests.fingerprint(model.weights.parameters)
     assert model.fingerprint() == again
 
 

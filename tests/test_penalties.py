@@ -329,14 +329,18 @@ class Readings(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("divergence", ["kl", "js"])
+@pytest.mark.parametrize("queries", ["last_prompt", "target", "all"])
 @pytest.mark.parametrize("heads", ["max", "drift", [(1, 0), (5, 3)]])
-def test_sadr_of_many_layers_reads_no_more_values_than_of_few(heads: Any) -> None:
+def test_sadr_of_many_layers_reads_no_more_values_than_of_few(
+    heads: Any, queries: Any, divergence: Any
+) -> None:
     """And adds up what it is in each layer alone, whatever their shapes."""
-    n = 24
+    n, sadr = 24, dl.SADR(gamma=0.3, heads=heads, queries=queries, divergence=divergence)
     scores = [raw(seed)[pattern_name(1)] for seed in (1, 0)]
     now, original = (
         {pattern_name(y): (one * (1 + y / n)).softmax(-1) for y in range(1, n + 1)}
-        for one in scores
+        for one in (scores[0].requires_grad_(), scores[1])
     )
     for patterns in (now, original):  # the last layer has fewer heads
         patterns[pattern_name(n)] = patterns[pattern_name(n)][:, :2].contiguous()
@@ -344,18 +348,22 @@ def test_sadr_of_many_layers_reads_no_more_values_than_of_few(heads: Any) -> Non
     for layers in ((1,), (1, n), tuple(range(1, n))):
         sites = replace(SITES, layers=layers)
         with Readings() as readings:
-            terms[layers] = dl.SADR(gamma=0.3, heads=heads)(now, original, sites)
+            terms[layers] = sadr(now, original, sites)
         counts[layers] = readings.count
-    assert counts[1,] == counts[tuple(range(1, n))] <= counts[1, n] <= 5
+    few = {"kl": 3, "js": 5}[divergence]
+    assert counts[1,] == counts[tuple(range(1, n))] == few < counts[1, n] < 2 * few
     for layers, term in terms.items():
-        alone = [
-            dl.SADR(gamma=0.3, heads=heads)(now, original, replace(SITES, layers=(y,)))
-            for y in layers
-        ]
-        assert float(term.loss) == pytest.approx(sum(float(one.loss) for one in alone))
+        alone = [sadr(now, original, replace(SITES, layers=(y,))) for y in layers]
+        whole = sum((one.loss for one in alone), start=torch.zeros(()))
+        assert float(term.loss.detach()) == pytest.approx(float(whole.detach()))
+        ours, theirs = (
+            torch.autograd.grad(loss, scores[0], retain_graph=True)[0]
+            for loss in (term.loss, whole)
+        )
+        torch.testing.assert_close(ours, theirs)
         held = sum(one.notes["held_heads"] for one in alone)
         assert term.notes["held_heads"] == pytest.approx(held)
-        assert float(term.loss) > 0
+        assert float(term.loss.detach()) > 0
 
 
 def test_penalties_add_up() -> None:

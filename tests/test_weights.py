@@ -492,6 +492,11 @@ def test_sums_on_the_device_see_every_change(size: int, dtype: torch.dtype) -> N
         values[at] = kept
     assert device_sums(values) == found
     if size > 3:
+        for start, step in ((1, 2), (0, 2), (2, 4), (3, 8), (0, 1)):  # as a column or a row of them
+            for factor in (-1, 2, 0.5, -2):
+                other = values.clone()
+                other[start::step] *= factor
+                assert device_sums(other) != found or torch.equal(other, values)
         assert device_sums(values.flip(0)) != found
         assert device_sums(values.roll(4)) != found
     assert device_sums(torch.zeros(size, dtype=dtype)) != device_sums(
@@ -499,7 +504,20 @@ def test_sums_on_the_device_see_every_change(size: int, dtype: torch.dtype) -> N
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_on_the_device_see_what_happens_to_few_values(dtype: torch.dtype) -> None:
+    """Two to eight of them, of which only the highest bits change."""
+    values = torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, chance = device_sums(values), random.Random(0)
+    for _ in range(500):
+        at = chance.sample(range(chance.randrange(4), 4096, 4), chance.randrange(2, 9))
+        other = values.clone()
+        other[at] *= chance.choice([-1, 2, 0.25])
+        assert device_sums(other) != found
+
+
 def test_tensors_elsewhere_are_not_copied_to_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "SUMMED", {"meta"})
     monkeypatch.setattr(digests, "_bytes_of", lambda _: pytest.fail("copied"))
     monkeypatch.setattr(digests, "device_sums", lambda tensor: bytes(str(tensor.shape), "ascii"))
     far = {"w": torch.ones(2, 3, device="meta")}

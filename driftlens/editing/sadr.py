@@ -111,15 +111,13 @@ class SADR(Penalty):
             patterns, before = (
                 [of[pattern_name(layer)] for layer in layers] for of in (now, original)
             )
-            rows = torch.stack([_last_rows(one, sites) for one in patterns])
-            rows_before = torch.stack([_last_rows(one, sites) for one in before])
+            rows, rows_before = (_last_rows(of, sites) for of in (patterns, before))
             mask = self._held(layers, rows.detach(), rows_before, sites)
-            if self.queries == "last_prompt":
-                divergence = row_divergence(rows_before, rows, self.divergence)
-            else:
-                divergence = torch.stack([
-                    self._divergence(*both, sites) for both in zip(patterns, before, strict=True)
-                ])  # fmt: skip
+            divergence = (
+                row_divergence(rows_before, rows, self.divergence)
+                if self.queries == "last_prompt"
+                else self._of_several_rows(patterns, before, sites)
+            )
             total = total + (divergence * mask).sum((0, -1)).mean().to(total.device)
             counts.append(mask.sum().to(total.device))
         # Read once, at the end: each reading lets a GPU run empty
@@ -153,22 +151,22 @@ class SADR(Penalty):
         rule = cast("HeadRule", self.heads)
         return over_attending_heads(current, original, rule, self.threshold)
 
-    def _divergence(
-        self,
-        now: Float[torch.Tensor, "batch head query key"],
-        before: Float[torch.Tensor, "batch head query key"],
-        sites: Sites,
-    ) -> Float[torch.Tensor, "context head"]:
-        """Of each head of a layer, summed over the restricted rows where they are several."""
+    def _of_several_rows(
+        self, now: Sequence[torch.Tensor], before: Sequence[torch.Tensor], sites: Sites
+    ) -> Float[torch.Tensor, "layer context head"]:
+        """The divergence of each head, summed over the restricted rows."""
         n = len(sites.predicting)
-        counted = _rows_of(self.queries, sites).to(now.device)[:, None]
-        rows = row_divergence(in_float32(before[:n]), in_float32(now[:n]), self.divergence)
-        return torch.where(counted, rows, 0.0).sum(-1)
+        earlier, later = (
+            in_float32(torch.stack([one[:n] for one in patterns])) for patterns in (before, now)
+        )
+        counted = _rows_of(self.queries, sites).to(later.device)[:, None]
+        return torch.where(counted, row_divergence(earlier, later, self.divergence), 0.0).sum(-1)
 
 
 def _alike(layers: Sequence[int], now: Mapping[str, torch.Tensor]) -> list[list[int]]:
     """The layers, those together whose rows can be computed with in one go: on one device, of one
-    shape. Layer by layer, a GPU would be given many small pieces and wait for each."""
+    shape. Layer by layer, a GPU would be given many small pieces and wait for each. Whether heads
+    have sinks is decided for all of them together, too."""
     found: dict[Any, list[int]] = {}
     for layer in layers:
         pattern = now[pattern_name(layer)]
@@ -184,10 +182,10 @@ def _rows_of(queries: Queries, sites: Sites) -> Bool[torch.Tensor, "context pos"
 
 
 def _last_rows(
-    pattern: Float[torch.Tensor, "batch head query key"], sites: Sites
-) -> Float[torch.Tensor, "context head key"]:
+    patterns: Sequence[Float[torch.Tensor, "batch head query key"]], sites: Sites
+) -> Float[torch.Tensor, "layer context head key"]:
     """Attention rows of the last prompt tokens, in float32 or better."""
-    return sites.at_last_prompt(pattern.transpose(1, 2))
+    return torch.stack([sites.at_last_prompt(one.transpose(1, 2)) for one in patterns])
 
 
 def _at_subject(
