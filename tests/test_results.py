@@ -711,6 +711,7 @@ def test_what_is_said_of_the_shipped_facts_in_the_page_on_metrics():
         ("smollm2-135m", "memit", ("check",), {"RS": "103 % [43, 253]", "DNS": "54 % [25, 106]"}),
         ("gemma-3-270m", "rome", ("check",), {"RS": "167 % [90, 320]", "DNS": "31 % [11, 57]"}),
         ("gemma-3-270m", "memit", ("check",), {"RS": "93 % [59, 146]", "DNS": "17 % [1, 36]"}),
+        ("gemma-3-270m", "pmet", ("check",), {"RS": "12 % [-17, 53]", "DNS": "2 % [-13, 17]"}),
         ("smollm2-135m", "pmet", ("check",), {"RS": "-10 % [-45, 35]", "DNS": "-12 % [-23, 1]"}),
     ],
 )
@@ -821,7 +822,8 @@ def test_what_success_hides_in_the_search():
 
 def test_what_the_searches_gained_is_told_by_greedy_decoding_too():
     for method, model in (("memit", "smollm2-135m"), ("memit", "gemma-3-270m"),
-                          ("rome", "gemma-3-270m"), ("pmet", "smollm2-135m")):  # fmt: skip
+                          ("rome", "gemma-3-270m"), ("pmet", "smollm2-135m"),
+                          ("pmet", "gemma-3-270m")):  # fmt: skip
         path = REPOSITORY / f"assets/results/tuning/sadr-{model}-{method}.json"
         check = json.loads(path.read_text())["check"]
         _, plain, *_, held = (arm["name"] for arm in check["arms"])
@@ -839,6 +841,12 @@ def test_what_the_searches_gained_is_told_by_greedy_decoding_too():
                     "gives the new target on {} % of the edited prompts instead of {}, and "
                     "P(new target) there is {} instead of {}."
                 ).format(*given, *probs) in said
+                continue
+            if model == "gemma-3-270m":
+                fewer = less["ES"]["exact"]
+                fall = f"{-fewer['value']:.1f} points [{-fewer['high']:.1f}, {-fewer['low']:.1f}]"
+                assert f"gives the new target on {fall} fewer of the edited prompts" in text
+                assert all(less[m]["low"] < 0 < less[m]["high"] for m in ("RS", "DNS"))
                 continue
             more = less["ES"]["exact"]
             rise = f"{more['value']:.1f} points [{more['low']:.1f}, {more['high']:.1f}]"
