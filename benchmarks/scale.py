@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import statistics as stats
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,13 +21,14 @@ from typing import Any
 
 import torch
 import transformers as hf
+from speed import timed
 
 import driftlens as dl
 from driftlens.editing.contexts import SEED_WORDS
 from driftlens.editing.methods import resolve_config
 from driftlens.editing.statistics import wikipedia_leads
 from driftlens.memory import kept_for_gradient
-from driftlens.records import versions
+from driftlens.records import versions, write_result
 
 SHAPES: dict[str, Callable[[], Any]] = {
     "gpt2": hf.GPT2Config,
@@ -69,16 +69,6 @@ def contexts(model: dl.LensModel, method: str) -> list[str]:
     return ["{}", *(f"{text}. {{}}" for text in plain[:wanted])]
 
 
-def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Seconds and result."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    wait()
-    begun = time.perf_counter()
-    result = run()
-    wait()
-    return time.perf_counter() - begun, result
-
-
 def edits(model: dl.LensModel, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What each editor costs, without and with SADR."""
     weights = list(model.hf_model.parameters())
@@ -97,7 +87,7 @@ def edits(model: dl.LensModel, args: argparse.Namespace) -> Iterator[dict[str, A
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
         for _ in range(args.pairs):
             for side, run in sides.items():
-                took, found = timed(partial(run, args.steps), args.device)
+                took, found = timed(partial(run, args.steps))
                 assert len(found.trace) == args.steps
                 seconds[side].append(took)
         ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
@@ -117,20 +107,17 @@ def _edit(
     return dl.edit(model, REQUEST, method, penalty=penalty, steps=steps, **options)
 
 
-def looking(model: dl.LensModel, args: argparse.Namespace) -> dict[str, Any]:
+def looking(model: dl.LensModel) -> dict[str, Any]:
     """Drift of every head, and every head patched, on one prompt."""
     edit = dl.edit(
         model, REQUEST, "rome", context_prompts=["{}"], covariance="identity", steps=2,
         progress=False,
     )  # fmt: skip
-    drift, _ = timed(
-        lambda: dl.measure_drift(model, edit, PROMPT, subject=REQUEST.subject), args.device
-    )
+    drift, _ = timed(lambda: dl.measure_drift(model, edit, PROMPT, subject=REQUEST.subject))
     sweep, found = timed(
         lambda: dl.sweep_attention(
             model, edit, PROMPT, subject=REQUEST.subject, answer="Paris", progress=False
-        ),
-        args.device,
+        )
     )
     heads = sum(map(len, found.heads))
     print(f"{model.info.name}: drift {drift:.2f} s, {heads} heads patched in {sweep:.2f} s")
@@ -186,18 +173,17 @@ def main() -> None:
     for shape in args.models:
         plain = random_model(shape, args.device)
         parameters = sum(weight.numel() for weight in plain.parameters())
-        loading, model = timed(partial(dl.load_model, plain, tokenizer, name=shape), args.device)
-        fingerprint, _ = timed(model.fingerprint, args.device)
-        unchanged, _ = timed(model.fingerprint, args.device)
+        loading, model = timed(partial(dl.load_model, plain, tokenizer, name=shape))
+        fingerprint, _ = timed(model.fingerprint)
+        unchanged, _ = timed(model.fingerprint)
         print(f"{shape}: fingerprint {fingerprint:.2f} s, then {unchanged:.3f} s", flush=True)
         result[shape] = {
             "parameters": parameters, "dtype": model.info.dtype, "loading_seconds": loading,
             "fingerprint_seconds": fingerprint, "unchanged_seconds": unchanged,
-            "edits": list(edits(model, args)), **looking(model, args),
+            "edits": list(edits(model, args)), **looking(model),
         }  # fmt: skip
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_result(args.json, json.dumps(result, indent=1) + "\n")
         del plain, model
         gc.collect()
         torch.cuda.empty_cache()

@@ -537,9 +537,17 @@ def unwrapped(model: dl.LensModel) -> Any:
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds, and what came out."""
     gc.collect()
+    finish()
     begun = time.perf_counter()
     found = run()
+    finish()
     return time.perf_counter() - begun, found
+
+
+def finish() -> None:
+    """Wait for what a GPU was given, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def report(item: str, plain: float, fast: float, more: str) -> None:

@@ -30,7 +30,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of all parameters."""
     names = sorted(parameters)
-    with ThreadPoolExecutor(min(THREADS, max(1, torch.get_num_threads()))) as pool:
+    with ThreadPoolExecutor(min(THREADS, torch.get_num_threads())) as pool:
         digests = pool.map(tensor_digest, [parameters[name] for name in names])
         told = "".join(f"{name}:{one};" for name, one in zip(names, digests, strict=True))
     return hashlib.sha256(told.encode()).hexdigest()
@@ -81,7 +81,7 @@ def _shifted(words: torch.Tensor, by: int) -> torch.Tensor:
 
 def _aligned(part: torch.Tensor) -> torch.Tensor:
     """The same bytes where a 64-bit word may begin."""
-    return part.clone() if part.storage_offset() % 8 or part.data_ptr() % 8 else part
+    return part.clone() if part.storage_offset() % 8 else part
 
 
 def _bytes_of(tensor: torch.Tensor) -> Any:

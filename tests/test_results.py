@@ -699,6 +699,14 @@ def test_what_is_said_of_the_shipped_facts_in_the_page_on_metrics():
     assert f"has an NS of {rate['NS']:.1f} and a DNS of {rate['DNS']:.1f}" in text
 
 
+def search_of(model: str, method: str) -> dict[str, Any]:
+    """The record of the search for SADR's settings."""
+    found: dict[str, Any] = json.loads(
+        (REPOSITORY / f"assets/results/tuning/sadr-{model}-{method}.json").read_text()
+    )
+    return found
+
+
 @pytest.mark.parametrize(
     ("model", "method", "parts", "gains"),
     [
@@ -719,9 +727,7 @@ def test_the_search_for_the_settings_of_sadr_is_the_result_file(
     model: str, method: str, parts: tuple[str, ...], gains: dict[str, str]
 ):
     text = (REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8")
-    result = json.loads(
-        (REPOSITORY / f"assets/results/tuning/sadr-{model}-{method}.json").read_text()
-    )
+    result = search_of(model, method)
     assert sadr_search.markdown(result, parts) in text
     assert result["command"] in flowing(text.replace("\\\n", " "))
     searched, checked = result["search"], result["check"]
@@ -775,8 +781,7 @@ def test_page_says_how_much_tuning_and_report_share():
 
 
 def test_what_success_hides_in_the_search():
-    path = REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-rome.json"
-    check = json.loads(path.read_text())["check"]
+    check = search_of("smollm2-135m", "rome")["check"]
     unedited, plain, held = (arm["name"] for arm in check["arms"])
     level = {(row["arm"], row["metric"], row["measure"]): row["value"]
              for row in check["magnitudes"]}  # fmt: skip
@@ -824,8 +829,7 @@ def test_what_the_searches_gained_is_told_by_greedy_decoding_too():
     for method, model in (("memit", "smollm2-135m"), ("memit", "gemma-3-270m"),
                           ("rome", "gemma-3-270m"), ("pmet", "smollm2-135m"),
                           ("pmet", "gemma-3-270m")):  # fmt: skip
-        path = REPOSITORY / f"assets/results/tuning/sadr-{model}-{method}.json"
-        check = json.loads(path.read_text())["check"]
+        check = search_of(model, method)["check"]
         _, plain, *_, held = (arm["name"] for arm in check["arms"])
         level = {(row["arm"], row["metric"], row["measure"]): row["value"]
                  for row in check["magnitudes"]}  # fmt: skip
@@ -842,28 +846,26 @@ def test_what_the_searches_gained_is_told_by_greedy_decoding_too():
                     "P(new target) there is {} instead of {}."
                 ).format(*given, *probs) in said
                 continue
-            if model == "gemma-3-270m":
-                fewer = less["ES"]["exact"]
-                fall = f"{-fewer['value']:.1f} points [{-fewer['high']:.1f}, {-fewer['low']:.1f}]"
-                assert f"gives the new target on {fall} fewer of the edited prompts" in text
-                assert all(less[m]["low"] < 0 < less[m]["high"] for m in ("RS", "DNS"))
-                continue
-            more = less["ES"]["exact"]
-            rise = f"{more['value']:.1f} points [{more['low']:.1f}, {more['high']:.1f}]"
-            assert f"gives the new target on {rise} more of the edited prompts" in text
-            fall = less["NS"]
-            lost = f"{-fall['value']:.1f} points [{-fall['high']:.1f}, {-fall['low']:.1f}]"
-            assert f"NS falls by {lost}" in text
+            greedy, near = less["ES"]["exact"], less["NS"]
+            sign, word = (1, "more") if greedy["value"] > 0 else (-1, "fewer")
+            low, value, high = sorted(sign * greedy[end] for end in ("low", "value", "high"))
+            assert (
+                f"gives the new target on {value:.1f} points [{low:.1f}, {high:.1f}] {word} of the "
+                "edited prompts"
+            ) in text
+            assert all(less[m]["low"] < 0 < less[m]["high"] for m in ("RS", "DNS"))
+            if model == "smollm2-135m":
+                lost = f"{-near['value']:.1f} points [{-near['high']:.1f}, {-near['low']:.1f}]"
+                assert f"NS falls by {lost}" in text
+            else:
+                assert near["low"] < 0 < near["high"]
 
 
 def test_page_sums_up_at_what_price_gains_of_half_were_found():
     excess, risen = [], []
     for model, method in (("smollm2-135m", "rome"), ("smollm2-135m", "memit"),
                           ("gemma-3-270m", "rome"), ("gemma-3-270m", "memit")):  # fmt: skip
-        found = json.loads(
-            (REPOSITORY / f"assets/results/tuning/sadr-{model}-{method}.json").read_text()
-        )
-        check = found["check"]
+        check = search_of(model, method)["check"]
         rate = {(row["arm"], row["metric"]): row for row in check["rows"]}
         _, plain, held = (arm["name"] for arm in check["arms"])
         before, after = (rate[arm, "RS"]["value"] for arm in (plain, held))
@@ -895,8 +897,7 @@ def test_page_says_that_the_context_makes_answers_likelier_too():
 
 def test_what_is_said_of_the_search_for_pmet():
     text = flowing((REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8"))
-    path = REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-pmet.json"
-    record = json.loads(path.read_text())
+    record = search_of("smollm2-135m", "pmet")
     searched, checked = record["search"], record["check"]
     assert len(searched["settings"]) == 12 and "(twelve settings, `assets/results" in text
     (told,) = checked["settings"].values()
@@ -917,8 +918,7 @@ def test_what_is_said_of_the_search_for_pmet():
 
 def test_longer_searches_pay_for_dns_with_rs():
     text = (REPOSITORY / "docs/concepts/sadr.md").read_text(encoding="utf-8")
-    path = REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-memit.json"
-    settings = json.loads(path.read_text())["search"]["settings"]
+    settings = search_of("smollm2-135m", "memit")["search"]["settings"]
     longer = settings["memit, 30 steps, lr 1, gamma 0.8, heads max, kl"]
     less = longer["less"]["memit, 20 steps, lr 0.5"]
     gained, lost = (round(sign * less[metric]["relative_value"])
@@ -1024,8 +1024,7 @@ def test_page_says_how_many_steps_searches_take():
         f"({steps['rome']:g} steps in the median without SADR and "
         f"{steps['selected heads, gamma 0.8']:g} with it,"
     ) in text
-    path = REPOSITORY / "assets/results/tuning/sadr-smollm2-135m-pmet.json"
-    check = json.loads(path.read_text())["check"]
+    check = search_of("smollm2-135m", "pmet")["check"]
     held, plain = check["arms"][-1], check["arms"][-2]
     assert held["config"] == plain["config"]
     prob = {row["arm"]: row["value"] for row in check["magnitudes"]
